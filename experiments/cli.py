@@ -1,0 +1,113 @@
+"""What the scripts share: flags, logging, and one clear line for input that is wrong."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags
+
+from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TaskName, TrainConfig
+from resunet_jax.data.prepared import default_cache_dir
+from resunet_jax.errors import InputError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and calls `main`; an `InputError` becomes one line and exit code 2."""
+    _log_to_stderr()
+
+    def guarded(argv: list[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.getLogger().setLevel(logging.WARNING)
+            logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every file it touches
+            logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # what matters comes as an `InputError`
+        if len(argv) > 1:
+            _fail(f"unexpected argument {argv[1]}; flags look like --name=value")
+        try:
+            main()
+        except InputError as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+
+    app.run(guarded)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _log_to_stderr() -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logger = logging.getLogger("resunet_jax")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def path_flag(name: str, description: str) -> flags.FlagHolder:
+    """A flag that holds a path, or None."""
+    return flags.DEFINE_string(name, None, description)
+
+
+def to_path(flag: flags.FlagHolder) -> Path | None:
+    """The path that a flag holds."""
+    return Path(flag.value).expanduser() if flag.value else None
+
+
+def define_cache_flag() -> None:
+    """--cache_dir, for every script that prepares slices."""
+    flags.DEFINE_string("cache_dir", str(default_cache_dir()), "Folder of prepared slices; may be deleted at any time.")
+
+
+def cache_dir() -> Path:
+    """What --cache_dir says."""
+    return Path(flags.FLAGS.cache_dir).expanduser()
+
+
+def define_training_flags() -> None:
+    """Flags of both training scripts; the defaults are those of `Config`."""
+    preprocess, model, train = PreprocessConfig(), ModelConfig(), TrainConfig()
+    flags.DEFINE_string("data_dir", None, "Folder of the data set, in Kaggle's or Zenodo's layout.", required=True)
+    flags.DEFINE_string("workdir", None, "Folder of this run; the same command goes on with it.", required=True)
+    flags.DEFINE_integer("image_size", preprocess.image_size, "Side of the slices that the model sees, in pixels.")
+    flags.DEFINE_enum("normalization", preprocess.normalization, ["window", "minmax"], "Intensity scale of a slice.")
+    flags.DEFINE_list("filters", list(map(str, model.filters)), "Channels of the four levels.")
+    flags.DEFINE_integer("batch_size", train.batch_size, "Slices a step.")
+    flags.DEFINE_integer("epochs", train.epochs, "Passes over the training slices, at most.")
+    flags.DEFINE_float("learning_rate", train.learning_rate, "Adam's step size; ×0.1 every 20 epochs.")
+    flags.DEFINE_enum("loss", train.loss, ["bce", "dice", "bce_dice"], "Loss.")
+    flags.DEFINE_integer("patience", train.patience, "Epochs without a lower validation loss before it stops.")
+    flags.DEFINE_integer("patch_factor", train.patch_factor, "2 cuts slices into 2×2 patches seen apart, and so on.")
+    flags.DEFINE_integer("seed", train.seed, "Of initial parameters, order of slices and augmentation.", lower_bound=0)
+    path_flag("split_file", 'JSON {"train": [ids], "val": [ids], "test": [ids]}.')
+    flags.DEFINE_integer("split_seed", None, "Splits patients by proportions with this seed.", lower_bound=0)
+    define_cache_flag()
+
+
+def config_from_flags(task: TaskName) -> Config:
+    """The config that the training flags describe."""
+    values = flags.FLAGS
+    try:
+        filters = tuple(int(f) for f in values.filters)
+    except ValueError as error:
+        raise InputError(f"--filters={','.join(values.filters)}: wanted four numbers, as in 64,128,256,512") from error
+    return Config(
+        task=task,
+        preprocess=PreprocessConfig(image_size=values.image_size, normalization=values.normalization),
+        model=ModelConfig(filters=filters),
+        train=TrainConfig(
+            batch_size=values.batch_size,
+            epochs=values.epochs,
+            learning_rate=values.learning_rate,
+            loss=values.loss,
+            patience=values.patience,
+            patch_factor=values.patch_factor,
+            seed=values.seed,
+        ),
+    )

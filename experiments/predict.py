@@ -1,0 +1,56 @@
+"""Segments scans: lung and infection masks on each scan's own grid.
+
+python experiments/predict.py --input=SCAN.nii.gz --output_dir=masks --lung_checkpoint=runs/lung \
+        --infection_checkpoint=runs/infection
+"""
+
+import sys
+from pathlib import Path
+
+import cli
+from absl import flags
+
+from resunet_jax.errors import InputError
+from resunet_jax.files import check_output_dir
+from resunet_jax.inference.segment import find_scans, load_segmenter, segment_scan
+from resunet_jax.progress import progress
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("input", None, "A scan (.nii, .nii.gz), or a folder of scans.", required=True)
+flags.DEFINE_string("output_dir", None, "Gets <scan>_lung.nii.gz and <scan>_infection.nii.gz.", required=True)
+cli.path_flag("lung_checkpoint", "Lung model: a training workdir (its best checkpoint) or an exported model.")
+cli.path_flag("infection_checkpoint", "Infection model, the same.")
+flags.DEFINE_bool("probabilities", False, "Also writes the probabilities, as <scan>_lung_probability.nii.gz and so on.")
+flags.DEFINE_integer("batch_size", 8, "Slices at a time; it does not change the result.", lower_bound=1)
+flags.adopt_module_key_flags(cli)  # so that --help shows them
+
+
+def main() -> None:
+    """Segments by the flags; goes on after a bad scan."""
+    source, output_dir = Path(FLAGS.input), Path(FLAGS.output_dir)
+    scans = find_scans(source)
+    if output_dir.resolve() == source.resolve():
+        raise InputError(f"--output_dir={output_dir} is the input folder; choose another, or masks would become scans")
+    check_output_dir(output_dir)
+    segmenter = load_segmenter(
+        cli.to_path(FLAGS["lung_checkpoint"]), cli.to_path(FLAGS["infection_checkpoint"]), FLAGS.batch_size
+    )
+    failures = []
+    with progress("segmenting", len(scans)) as advance:
+        for scan in scans:
+            try:
+                written = segment_scan(scan, output_dir, segmenter, save_probabilities=FLAGS.probabilities)
+                print(*written, sep="\n")
+            except InputError as error:
+                failures.append(str(error))
+            advance(scan.name)
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    if len(scans) > 1:
+        print(f"{len(scans) - len(failures)} of {len(scans)} scans segmented")
+    if failures:
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    cli.run(main)

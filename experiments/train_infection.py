@@ -1,0 +1,37 @@
+"""Trains the infection model on [CT, lung probability], or on CT alone.
+
+python experiments/train_infection.py --data_dir=DATA --workdir=runs/infection --lung_checkpoint=runs/lung
+"""
+
+from pathlib import Path
+
+import cli
+from absl import flags
+
+from resunet_jax.errors import InputError
+from resunet_jax.training.run import train
+
+FLAGS = flags.FLAGS
+cli.define_training_flags()
+cli.path_flag("lung_checkpoint", "Lung model: a training workdir (its best checkpoint) or an exported model.")
+flags.DEFINE_bool("ct_only", False, "Train on CT alone, without a lung model.")
+flags.adopt_module_key_flags(cli)  # so that --help shows them
+
+
+def main() -> None:
+    """Trains by the flags."""
+    if FLAGS.ct_only and FLAGS.lung_checkpoint:
+        raise InputError("--ct_only and --lung_checkpoint exclude each other; drop one of them")
+    train(
+        cli.config_from_flags("infection_ct" if FLAGS.ct_only else "infection"),
+        Path(FLAGS.data_dir),
+        Path(FLAGS.workdir),
+        cli.cache_dir(),
+        split_file=cli.to_path(FLAGS["split_file"]),
+        split_seed=FLAGS.split_seed,
+        lung_checkpoint=cli.to_path(FLAGS["lung_checkpoint"]),
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,214 @@
+"""Settings as frozen dataclasses, with JSON in and out.
+
+A `Config` travels with every checkpoint and decides how the model is used: nothing about preprocessing or
+architecture has to be repeated when a model is restored. Fields that an older file does not have take their
+defaults; fields that this version does not know are refused.
+"""
+
+import dataclasses
+import json
+import typing
+from typing import Any, Literal, TypeVar
+
+from resunet_jax.errors import InputError
+
+Normalization = Literal["window", "minmax"]
+LossName = Literal["bce", "dice", "bce_dice"]
+TaskName = Literal["lung", "infection", "infection_ct"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreprocessConfig:
+    """From a scan's values to the square slices that a model sees.
+
+    Attributes:
+      image_size: side of the square slice, in pixels.
+      normalization: "window" maps HU [-1250, 250] to [0, 1]; "minmax" maps each slice's own range to [0, 1].
+      body_threshold_hu: what is above it counts as body, in HU.
+      body_dilation: iterations by which the body is dilated before its bounding box is taken, in pixels.
+    """
+
+    image_size: int = 128
+    normalization: Normalization = "window"
+    body_threshold_hu: float = -220.0
+    body_dilation: int = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The residual U-Net.
+
+    Attributes:
+      filters: feature channels of the four levels, from full to an eighth of the resolution.
+      dtype: type of the computation, "float32" or "bfloat16"; parameters stay float32.
+    """
+
+    filters: tuple[int, int, int, int] = (64, 128, 256, 512)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes to a training slice and its masks, each by its own chance (probabilities in [0, 1]).
+
+    Attributes:
+      vertical_flip: chance of exchanging front and back of the body.
+      horizontal_flip: chance of exchanging left and right.
+      quarter_turn: chance of a turn by 90°.
+      rotation: chance of a rotation by one of `angles_deg`, each equally likely.
+      angles_deg: angles in degrees, positive is counter-clockwise.
+    """
+
+    vertical_flip: float = 0.4
+    horizontal_flip: float = 0.4
+    quarter_turn: float = 0.2
+    rotation: float = 0.3
+    angles_deg: tuple[float, ...] = (-30.0, -18.0, -6.0, 6.0, 18.0, 30.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+      batch_size: slices per step.
+      epochs: upper limit on passes over the training slices.
+      learning_rate: Adam's step size at the start.
+      decay_epochs: after this many epochs the learning rate is multiplied by `decay_factor`, again and again.
+      decay_factor: see `decay_epochs`.
+      loss: "bce", "dice" or "bce_dice" (their sum).
+      patience: epochs without a lower validation loss after which training stops.
+      patch_factor: 1 for whole slices; f > 1 cuts each slice into f × f patches that the model sees apart.
+      seed: of the initial parameters, the order of slices and the augmentation.
+    """
+
+    batch_size: int = 8
+    epochs: int = 60
+    learning_rate: float = 1e-4
+    decay_epochs: int = 20
+    decay_factor: float = 0.1
+    loss: LossName = "bce"
+    patience: int = 10
+    patch_factor: int = 1
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All that made a model, and all that is needed to use it.
+
+    Attributes:
+      task: "lung"; "infection", on CT and lung probability; or "infection_ct", on CT alone.
+      preprocess: see `PreprocessConfig`.
+      model: see `ModelConfig`.
+      augment: see `AugmentConfig`.
+      train: see `TrainConfig`.
+      lung_fingerprint: for task "infection", which lung model fed the training (see `fingerprint` in
+        `training/checkpoints.py`); otherwise empty.
+    """
+
+    task: TaskName = "lung"
+    preprocess: PreprocessConfig = PreprocessConfig()
+    model: ModelConfig = ModelConfig()
+    augment: AugmentConfig = AugmentConfig()
+    train: TrainConfig = TrainConfig()
+    lung_fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def _require(condition: bool, field: str, value: object, wanted: str) -> None:
+    if not condition:
+        raise InputError(f"{field} is {value!r}; it must be {wanted}")
+
+
+def check(config: Config) -> None:
+    """Raises `InputError`, naming the field, where a value makes no sense."""
+    preprocess, model, train, augment = config.preprocess, config.model, config.train, config.augment
+    _require(
+        config.task in typing.get_args(TaskName),
+        "task",
+        config.task,
+        "one of " + ", ".join(typing.get_args(TaskName)),
+    )
+    _require(
+        preprocess.normalization in typing.get_args(Normalization),
+        "normalization",
+        preprocess.normalization,
+        "window or minmax",
+    )
+    _require(train.loss in typing.get_args(LossName), "loss", train.loss, "bce, dice or bce_dice")
+    _require(model.dtype in ("float32", "bfloat16"), "dtype", model.dtype, "float32 or bfloat16")
+    _require(train.patch_factor >= 1, "patch_factor", train.patch_factor, "1 or more")
+    multiple = 8 * train.patch_factor
+    _require(
+        preprocess.image_size > 0 and preprocess.image_size % multiple == 0,
+        "image_size",
+        preprocess.image_size,
+        f"a positive multiple of {multiple} (the model halves the resolution three times in each patch)",
+    )
+    _require(preprocess.body_dilation >= 0, "body_dilation", preprocess.body_dilation, "0 or more")
+    _require(
+        len(model.filters) == 4 and all(f > 0 for f in model.filters),
+        "filters",
+        ",".join(map(str, model.filters)),
+        "four positive numbers, as in 64,128,256,512",
+    )
+    for field in ("batch_size", "epochs", "learning_rate", "decay_epochs", "decay_factor", "patience"):
+        _require(getattr(train, field) > 0, field, getattr(train, field), "more than 0")
+    for field in ("vertical_flip", "horizontal_flip", "quarter_turn", "rotation"):
+        _require(0 <= getattr(augment, field) <= 1, field, getattr(augment, field), "a probability in [0, 1]")
+    _require(len(augment.angles_deg) > 0, "angles_deg", augment.angles_deg, "at least one angle")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as plain JSON values: nested dicts, lists, numbers and strings."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+_T = TypeVar("_T")
+
+
+def _build(cls: type[_T], values: Any, where: str, origin: str) -> _T:
+    if not isinstance(values, dict):
+        raise InputError(f"{origin}: {where or 'the config'} must be a JSON object, found {values!r}")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise InputError(f"{origin}: unknown field {where}{unknown[0]}; was it written by a newer resunet_jax?")
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
+        kind = hints[name]
+        if dataclasses.is_dataclass(kind):
+            fields[name] = _build(typing.cast(type, kind), value, f"{where}{name}.", origin)
+        else:
+            fields[name] = _convert(kind, value, f"{where}{name}", origin)
+    return cls(**fields)
+
+
+def _convert(kind: Any, value: Any, where: str, origin: str) -> Any:
+    if typing.get_origin(kind) is tuple:
+        items = value if isinstance(value, list) else [value]
+        return tuple(_convert(typing.get_args(kind)[0], item, where, origin) for item in items)
+    wanted = str if typing.get_origin(kind) is Literal else kind
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if wanted is float and number:
+        return float(value)
+    if isinstance(value, wanted) and not isinstance(value, bool):
+        return value
+    raise InputError(f"{origin}: {where} is {value!r}; expected {wanted.__name__}")
+
+
+def from_dict(values: Any, origin: str = "config") -> Config:
+    """The inverse of `to_dict`.
+
+    Args:
+      values: nested dicts as from JSON; missing fields take their defaults.
+      origin: the file that they came from, for error messages.
+
+    Raises:
+      InputError: an unknown field, or a value of the wrong type or range.
+    """
+    return _build(Config, values, "", origin)

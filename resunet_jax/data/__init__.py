@@ -1,0 +1,1 @@
+"""Files to batches: NumPy, nibabel, grain; never JAX."""

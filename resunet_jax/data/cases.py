@@ -1,0 +1,199 @@
+"""Which scans there are: the Kaggle layout, Zenodo's folders, patients."""
+
+import csv
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from resunet_jax.errors import InputError
+
+Source = Literal["coronacases", "radiopaedia", "other"]
+
+COLUMNS = ("ct_scan", "lung_mask", "infection_mask")
+_SUFFIXES = (".nii", ".nii.gz")
+_KAGGLE_FOLDERS = ("ct_scans", "lung_mask", "infection_mask")
+_ZENODO_FOLDERS = ("COVID-19-CT-Seg_20cases", "Lung_Mask", "Infection_Mask")
+_CORONACASES = re.compile(r"coronacases_(?:org_)?(?:case)?0*(\d+)", re.IGNORECASE)
+_RADIOPAEDIA = re.compile(r"radiopaedia_(?:org_covid-19-pneumonia-)?((\d+)_\d+_\d+)(?:-dcm)?", re.IGNORECASE)
+
+KNOWN_CASES = (
+    *(f"coronacases_{n:03d}" for n in range(1, 11)),
+    *(
+        f"radiopaedia_{name}"
+        for name in (
+            "10_85902_1",
+            "10_85902_3",
+            "14_85914_0",
+            "27_86410_0",
+            "29_86490_1",
+            "29_86491_1",
+            "36_86526_0",
+            "40_86625_0",
+            "4_85506_1",
+            "7_85703_0",
+        )
+    ),
+)
+"""Case ids of the full set, in the order of its metadata.csv."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One scan and the masks that belong to it.
+
+    Attributes:
+      id: the base name of its masks, as in "coronacases_001" or "radiopaedia_7_85703_0".
+      source: where the scan comes from, told from its name.
+      patient: scans with the same value show the same person.
+      ct: the scan.
+      lung_mask: labels of the lungs.
+      infection_mask: labels of the infection, or None where nobody has drawn them.
+    """
+
+    id: str
+    source: Source
+    patient: str
+    ct: Path
+    lung_mask: Path
+    infection_mask: Path | None
+
+
+def find_cases(data_dir: Path) -> list[Case]:
+    """Lists the scans of a data folder.
+
+    Takes Kaggle's layout with or without metadata.csv, and Zenodo's. An optional column `patient` in the CSV says which
+    scans show the same person; without it the known doubles are told by their names.
+
+    Args:
+      data_dir: the folder.
+
+    Returns:
+      The cases, in the order of metadata.csv, or by id without one.
+
+    Raises:
+      InputError: no such folder, no scan in it, columns or files missing, doubly matched, or outside the folder.
+    """
+    if not data_dir.is_dir():
+        raise InputError(f"{data_dir}: no such folder; give the data set's folder with --data_dir")
+    metadata = data_dir / "metadata.csv"
+    if metadata.is_file():
+        cases = _from_csv(metadata)
+    else:
+        for folders in (_KAGGLE_FOLDERS, _ZENODO_FOLDERS):
+            if (data_dir / folders[0]).is_dir():
+                cases = _from_folders(data_dir, folders)
+                break
+        else:
+            raise InputError(
+                f"{data_dir}: neither metadata.csv nor a folder {_KAGGLE_FOLDERS[0]}/ or {_ZENODO_FOLDERS[0]}/ in it; "
+                "lay the scans out as the Kaggle set does (README, 'Your own data')"
+            )
+    if not cases:
+        raise InputError(f"{data_dir}: no scan in it; put .nii or .nii.gz files there (README, 'Your own data')")
+    _refuse_doubles(data_dir, (case.id for case in cases))
+    return cases
+
+
+def require_infection_masks(cases: Iterable[Case]) -> None:
+    """Raises `InputError` if a case has no infection mask, naming it."""
+    for case in cases:
+        if case.infection_mask is None:
+            raise InputError(
+                f"{case.id}: no infection mask for {case.ct}; add the mask, or leave the case out with --split_file"
+            )
+
+
+def identify(name: str) -> tuple[str, Source, str]:
+    """Tells (case id, source, patient) from the file name of a scan or mask, with or without its suffix."""
+    stem = _stem(name)
+    if match := _CORONACASES.fullmatch(stem):
+        case = f"coronacases_{int(match[1]):03d}"
+        return case, "coronacases", case
+    if match := _RADIOPAEDIA.fullmatch(stem):
+        return f"radiopaedia_{match[1]}", "radiopaedia", f"radiopaedia_{match[2]}"
+    return stem, "other", stem
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".gz").removesuffix(".nii")
+
+
+def _refuse_doubles(where: Path, ids: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for case_id in ids:
+        if case_id in seen:
+            raise InputError(f"{where}: case {case_id} is there twice; remove or rename one of its files")
+        seen.add(case_id)
+
+
+def _from_csv(metadata: Path) -> list[Case]:
+    try:
+        with metadata.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or []
+            rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{metadata}: not a CSV file ({error}); export it as UTF-8 CSV") from error
+    missing = [column for column in COLUMNS if column not in columns]
+    if missing:
+        raise InputError(f"{metadata}: no column {missing[0]}; it must have {', '.join(COLUMNS)}")
+    return [_from_row(metadata, line, row) for line, row in enumerate(rows, start=2)]
+
+
+def _from_row(metadata: Path, line: int, row: dict[str, str | None]) -> Case:
+    paths = {column: _resolve(metadata, line, row[column]) for column in COLUMNS}
+    ct, lung_mask, infection_mask = (paths[column] for column in COLUMNS)
+    if ct is None or lung_mask is None:
+        raise InputError(f"{metadata}, line {line}: ct_scan and lung_mask must both name a file")
+    case_id, source, patient = identify(lung_mask.name)
+    for path in (ct, infection_mask):
+        other, other_source, _ = (case_id, source, "") if path is None else identify(path.name)
+        if "other" not in (source, other_source) and other != case_id:
+            raise InputError(f"{metadata}, line {line}: {path} does not belong to {lung_mask}; mend the row")
+    return Case(case_id, source, row.get("patient") or patient, ct, lung_mask, infection_mask)
+
+
+def _resolve(metadata: Path, line: int, text: str | None) -> Path | None:
+    """A path of the CSV under the data folder: Kaggle's `../input/<set>/` prefix dropped, .nii for .nii.gz taken."""
+    if not text or not text.strip():
+        return None
+    parts = PurePosixPath(text.strip().replace("\\", "/")).parts
+    if parts[:2] == ("..", "input"):
+        parts = parts[3:]
+    data_dir = metadata.parent
+    path = data_dir.joinpath(*parts)
+    if not path.resolve().is_relative_to(data_dir.resolve()):
+        raise InputError(f"{metadata}, line {line}: {text} lies outside {data_dir}; only files inside are read")
+    candidates = [path, *(path.with_name(_stem(path.name) + suffix) for suffix in _SUFFIXES)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise InputError(f"{path}: no such file, though {metadata} names it in line {line}; add it or mend the row")
+
+
+def _from_folders(data_dir: Path, folders: Sequence[str]) -> list[Case]:
+    ct_dir, lung_dir, infection_dir = (data_dir / folder for folder in folders)
+    lung_masks, infection_masks = _by_id(lung_dir), _by_id(infection_dir)
+    cases = []
+    for case_id, ct in sorted(_by_id(ct_dir).items()):
+        if case_id not in lung_masks:
+            raise InputError(f"{ct}: no lung mask for it in {lung_dir}; its name should begin {case_id}.nii")
+        _, source, patient = identify(ct.name)
+        cases.append(Case(case_id, source, patient, ct, lung_masks[case_id], infection_masks.get(case_id)))
+    return cases
+
+
+def _by_id(folder: Path) -> dict[str, Path]:
+    """Scans or masks of a folder by case id; an absent folder has none."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    found: dict[str, Path] = {}
+    for path in files:
+        if not path.name.endswith(_SUFFIXES) or path.name.startswith("."):
+            continue
+        case_id = identify(path.name)[0]
+        if case_id in found:
+            raise InputError(f"{found[case_id]} and {path} both match case {case_id}; remove one of them")
+        found[case_id] = path
+    return found

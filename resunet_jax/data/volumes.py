@@ -1,0 +1,263 @@
+"""One scan: reading, orientation, intensity scale, and masks written back on its own grid.
+
+Everywhere inside, a volume is oriented (posterior, left, superior): first index towards the back, second towards the
+patient's left, third towards the head, so that `values[..., k]` is an axial slice as radiologists look at it.
+"""
+
+import dataclasses
+import zlib
+from pathlib import Path
+from typing import Any, Literal
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+from nibabel.filebasedimages import ImageFileError
+from nibabel.orientations import (
+    OrientationError,
+    apply_orientation,
+    axcodes2ornt,
+    inv_ornt_aff,
+    io_orientation,
+    ornt_transform,
+)
+from nibabel.spatialimages import HeaderDataError
+
+from resunet_jax.errors import InputError, first_line
+from resunet_jax.files import whole_file
+from resunet_jax.progress import logger
+
+Array = npt.NDArray[Any]
+FloatArray = npt.NDArray[np.float32]
+Encoding = Literal["hu", "windowed"]
+
+HU_WINDOW = (-1250.0, 250.0)
+"""The part of the Hounsfield scale that is mapped to [0, 1]; the Radiopaedia scans come clipped to it."""
+
+_ORIENTATION = axcodes2ornt(("P", "L", "S"))
+_MAX_DEFLATE_RATIO = 1032  # gzip cannot shrink more than this (zlib's documentation)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Where the voxels of a file lie: enough to write a mask that lies on the scan, bit for bit.
+
+    Attributes:
+      header: the NIfTI header of the file.
+      shape: of the array in the file.
+      affine: (4, 4), voxel index to mm.
+    """
+
+    header: Any
+    shape: tuple[int, int, int]
+    affine: npt.NDArray[np.float64]
+
+    def orient(self, array: Array) -> Array:
+        """From the file's axes to (posterior, left, superior); a view."""
+        oriented: Array = apply_orientation(array, ornt_transform(io_orientation(self.affine), _ORIENTATION))
+        return oriented
+
+    def restore(self, array: Array) -> Array:
+        """From (posterior, left, superior) to the file's axes; the exact inverse of `orient`."""
+        restored: Array = apply_orientation(array, ornt_transform(_ORIENTATION, io_orientation(self.affine)))
+        return restored
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel size along (posterior, left, superior), in mm."""
+        transform = ornt_transform(io_orientation(self.affine), _ORIENTATION)
+        oriented = self.affine @ inv_ornt_aff(transform, self.shape)
+        row, column, slice_ = np.linalg.norm(oriented[:3, :3], axis=0)
+        return float(row), float(column), float(slice_)
+
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of one voxel, in ml."""
+        return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Volume:
+    """A CT scan.
+
+    Attributes:
+      values: (rows, columns, slices) as in the file, oriented (posterior, left, superior); a number type.
+      encoding: "hu" for Hounsfield units, "windowed" for 0..255 over `HU_WINDOW`.
+      grid: where it lies.
+    """
+
+    values: Array
+    encoding: Encoding
+    grid: Grid
+
+    def window(self, k: int) -> FloatArray:
+        """Slice k on the physical scale: HU [-1250, 250] is [0, 1], what lies outside is clipped."""
+        low, high = HU_WINDOW if self.encoding == "hu" else (0.0, 255.0)
+        scaled: FloatArray = (self.values[..., k].astype(np.float32) - np.float32(low)) / np.float32(high - low)
+        return np.clip(scaled, 0, 1, out=scaled)
+
+    def minmax(self, k: int) -> FloatArray:
+        """Slice k with its own minimum as 0 and maximum as 1, as the original did; a constant slice is 0."""
+        values = self.values[..., k].astype(np.float32)
+        low, high = values.min(), values.max()
+        if low == high:
+            return np.zeros_like(values)
+        scaled: FloatArray = (values - low) / (high - low)
+        return scaled
+
+
+def hu_to_window(hu: float) -> float:
+    """Where a value in HU lies on the scale of `Volume.window`."""
+    low, high = HU_WINDOW
+    return (hu - low) / (high - low)
+
+
+def read_volume(path: Path) -> Volume:
+    """Reads a CT scan.
+
+    Args:
+      path: .nii or .nii.gz, three-dimensional, one number a voxel; the slope and intercept of its header are applied.
+
+    Raises:
+      InputError: not such a file, truncated, NaN or infinite voxels, constant, or of an unknown encoding.
+    """
+    image = _open(path)
+    values = _array(path, image)
+    low, high = _range(path, values)
+    if low == high:
+        raise InputError(f"{path}: every voxel is {low:g}, so this is not a scan; export it again")
+    grid = _grid(path, image)
+    if image.header["sform_code"] == image.header["qform_code"] == 0:
+        logger.warning(
+            "%s: its header does not say how it lies in space; taking its axes as %s",
+            path,
+            "".join(nib.aff2axcodes(grid.affine)),
+        )
+    return Volume(grid.orient(values), _encoding(path, low, high), grid)
+
+
+def read_mask(path: Path, scan: Path, scan_grid: Grid) -> npt.NDArray[np.uint8]:
+    """Reads a mask's labels, oriented (posterior, left, superior); what is above 0 belongs to the mask.
+
+    Args:
+      path: .nii or .nii.gz.
+      scan: the scan that it belongs to, for messages.
+      scan_grid: its grid.
+
+    Returns:
+      uint8 labels (rows, columns, slices).
+
+    Raises:
+      InputError: unreadable, on another grid than the scan, or labels that are not whole numbers in [0, 255].
+    """
+    image = _open(path)
+    if image.shape != scan_grid.shape:
+        raise InputError(f"{path}: shape {image.shape}, but its scan {scan} has {scan_grid.shape}; use its own mask")
+    values = _array(path, image)
+    low, high = _range(path, values)
+    if low < 0 or high > 255 or not np.array_equal(values, np.rint(values)):
+        raise InputError(f"{path}: values in [{low:g}, {high:g}]; a mask has whole labels from 0 to 255")
+    grid = _grid(path, image)
+    if _displacement_mm(grid, scan_grid) > 0.5 * min(scan_grid.spacing_mm):
+        raise InputError(f"{path}: its affine differs from that of {scan}; export the mask on the scan's grid")
+    return grid.orient(values).astype(np.uint8)
+
+
+def write_nifti(path: Path, array: Array, grid: Grid) -> None:
+    """Writes an array on a scan's own grid, whole or not at all.
+
+    Args:
+      path: .nii or .nii.gz.
+      array: (rows, columns, slices) oriented (posterior, left, superior); uint8 or float32.
+      grid: the scan's; shape, affine and codes of the file become its, bit for bit.
+
+    Raises:
+      InputError: the folder cannot be written.
+    """
+    header = grid.header.copy()
+    header.extensions.clear()
+    header.set_data_dtype(array.dtype)
+    header["cal_min"] = header["cal_max"] = 0
+    image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    # Affine None keeps the header's own sform and qform.
+    image = image_class(np.ascontiguousarray(grid.restore(array)), None, header)
+    image.header.set_slope_inter(1, 0)
+    with whole_file(path) as partial:
+        image.to_filename(partial)
+
+
+def _open(path: Path) -> Any:
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise InputError(f"{path}: not a .nii or .nii.gz file; convert it to NIfTI first")
+    try:
+        image = nib.load(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; check the path") from error
+    except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as NIfTI ({first_line(error)}); export it again") from error
+    if not isinstance(image, nib.Nifti1Image | nib.Nifti2Image):
+        raise InputError(f"{path}: not a single-file NIfTI image; convert it")
+    if len(image.shape) != 3 or min(image.shape) < 1:
+        raise InputError(f"{path}: shape {image.shape}; a volume of three dimensions is wanted, split the series first")
+    if image.get_data_dtype().kind not in "iuf":
+        raise InputError(
+            f"{path}: voxels of type {image.get_data_dtype()}; one real number a voxel is wanted, not colour"
+        )
+    return image
+
+
+def _array(path: Path, image: Any) -> Array:
+    """The voxels with slope and intercept applied; integers stay integers where there are none."""
+    needed = image.dataobj.offset + int(np.prod(image.shape, dtype=np.float64)) * image.get_data_dtype().itemsize
+    ratio = _MAX_DEFLATE_RATIO if path.name.endswith(".gz") else 1
+    held = path.stat().st_size * ratio
+    if needed > held:
+        raise InputError(f"{path}: its header promises {needed:,} bytes, so the file is cut off; copy it again")
+    try:
+        slope, intercept = image.dataobj.slope, image.dataobj.inter
+        raw = np.asarray(image.dataobj.get_unscaled())
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise InputError(f"{path}: its voxels cannot be read ({first_line(error)}); copy it again") from error
+    if (slope, intercept) == (1, 0):
+        return raw
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled: Array = raw.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+    return scaled
+
+
+def _range(path: Path, values: Array) -> tuple[float, float]:
+    """Smallest and largest value; refuses NaN and infinity (which either of them would be)."""
+    low, high = float(values.min()), float(values.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise InputError(f"{path}: NaN or infinite voxels; replace them (air is -1000 HU) and export again")
+    return low, high
+
+
+def _encoding(path: Path, low: float, high: float) -> Encoding:
+    """Tells Hounsfield units from 0..255 by the range: air, which every chest scan shows, is far below 0 HU."""
+    if low <= -200:
+        return "hu"
+    if low >= 0 and 1 < high <= 255:
+        return "windowed"
+    raise InputError(
+        f"{path}: values in [{low:g}, {high:g}] are neither Hounsfield units (air near -1000) nor 0..255 over "
+        "HU [-1250, 250]; set the header's slope and intercept so that they give Hounsfield units"
+    )
+
+
+def _grid(path: Path, image: Any) -> Grid:
+    affine = np.asarray(image.affine, dtype=np.float64)
+    try:
+        orientation = io_orientation(affine) if np.isfinite(affine).all() else np.full((3, 2), np.nan)
+    except (OrientationError, np.linalg.LinAlgError):
+        orientation = np.full((3, 2), np.nan)
+    if np.isnan(orientation).any() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise InputError(f"{path}: its affine does not say how the axes lie in space; export it with a valid one")
+    return Grid(image.header.copy(), image.shape, affine)
+
+
+def _displacement_mm(grid: Grid, other: Grid) -> float:
+    """The farthest that a corner of the volume lies apart on two grids of the same shape, in mm."""
+    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in grid.shape], [1], indexing="ij"), axis=-1).reshape(-1, 4)
+    apart = corners @ (grid.affine - other.affine).T
+    return float(np.linalg.norm(apart[:, :3], axis=-1).max())

@@ -1,0 +1,13 @@
+"""The one exception for input that a person can mend."""
+
+
+class InputError(Exception):
+    """A file, flag or setting is wrong; the message is one line that names it and the remedy.
+
+    The scripts in `experiments/` print the message and leave with exit code 2. Library users may catch it.
+    """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, at most 200 characters, to quote in an `InputError`."""
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,146 @@
+"""Pictures for people: curves, overlays, augmented batches, the steps of the region of interest."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from resunet_jax.config import PreprocessConfig
+from resunet_jax.data.prepared import prepare_slice, slice_box
+from resunet_jax.data.roi import body_mask
+from resunet_jax.data.volumes import Array, FloatArray, Volume, hu_to_window
+
+COLORS = {"lung": "tab:cyan", "infection": "tab:red"}
+
+
+class Overlay(NamedTuple):
+    """One slice to look at; masks by structure, each (H, W), above 0 inside.
+
+    Attributes:
+      title: what it is.
+      image: float (H, W) in [0, 1].
+      reference: {"lung": ..., "infection": ...}, what there is.
+      predicted: the same.
+    """
+
+    title: str
+    image: FloatArray
+    reference: Mapping[str, Array]
+    predicted: Mapping[str, Array]
+
+
+def _grid(rows: int, columns: int, cell: float = 2.6) -> tuple[Figure, Any]:
+    # A Figure of its own, not pyplot, which keeps global state.
+    figure = Figure(figsize=(columns * cell, rows * cell), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _show(axes: Axes, image: Array, title: str = "") -> None:
+    axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_title(title, fontsize=8)
+    axes.set_axis_off()
+
+
+def _tint(axes: Axes, masks: Mapping[str, Array]) -> None:
+    for name, mask in masks.items():
+        rgba = np.zeros((*mask.shape, 4))
+        rgba[...] = mpl.colors.to_rgba(COLORS[name])
+        rgba[..., 3] = 0.4 * (mask > 0)
+        axes.imshow(rgba, interpolation="nearest")
+
+
+def save_overlays(path: Path, overlays: Sequence[Overlay]) -> None:
+    """A row a slice: CT, reference, prediction; lungs in cyan, infection in red."""
+    figure, axes = _grid(len(overlays), 3)
+    for row, overlay in zip(axes, overlays, strict=True):
+        for column, masks, title in zip(
+            row,
+            ({}, overlay.reference, overlay.predicted),
+            (overlay.title, "reference", "prediction"),
+            strict=True,
+        ):
+            _show(column, overlay.image, title)
+            _tint(column, masks)
+    figure.savefig(path, dpi=110)
+
+
+def save_loss_curves(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """Training and validation loss and Dice by epoch, with the best values marked."""
+    figure, axes = _grid(1, 2, cell=4.5)
+    epochs = [record["epoch"] for record in history]
+    best = int(np.argmin([record["val_loss"] for record in history]))
+    for axis, metric, label in zip(axes[0], ("loss", "dice"), ("loss", "pooled Dice"), strict=True):
+        for part in ("train", "val"):
+            values = [
+                np.nan if record[f"{part}_{metric}"] is None else record[f"{part}_{metric}"] for record in history
+            ]
+            axis.plot(epochs, values, ".-", label=f"{part}, {values[best]:.4f} at epoch {epochs[best]}")
+        axis.axvline(epochs[best], color="gray", linewidth=0.8, linestyle=":")
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(label)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def save_batch(path: Path, images: Array, masks: Array, structure: str) -> None:
+    """A training batch as the model sees it: (N, S, S, 1) images with their masks tinted."""
+    figure, axes = _grid(-(-len(images) // 4), 4)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, image, mask in zip(axes.flat, images, masks, strict=False):
+        _show(axis, image[..., 0])
+        _tint(axis, {structure: mask[..., 0]})
+    figure.savefig(path, dpi=110)
+
+
+def save_roi_steps(path: Path, volumes: Mapping[str, Volume], config: PreprocessConfig) -> None:
+    """For three slices of each scan: slice, threshold, dilation, box, and the crop that a model sees.
+
+    Args:
+      path: PNG to write.
+      volumes: by title.
+      config: how slices are prepared.
+    """
+    picks = [(f"{title} slice {k}", volume, k) for title, volume in volumes.items() for k in _spread(volume)]
+    figure, axes = _grid(len(picks), 5)
+    threshold = hu_to_window(config.body_threshold_hu)
+    for row, (title, volume, k) in zip(axes, picks, strict=True):
+        image, box = volume.window(k), slice_box(volume, k, config)
+        _show(row[0], image, title)
+        _show(row[1], body_mask(image, threshold, 0), f"above {config.body_threshold_hu:g} HU")
+        _show(row[2], body_mask(image, threshold, config.body_dilation), f"dilated {config.body_dilation} times")
+        _show(row[3], image, "box of the largest component")
+        corner = (box.column - 0.5, box.row - 0.5)
+        row[3].add_patch(mpl.patches.Rectangle(corner, box.width, box.height, fill=False, color="yellow"))
+        _show(row[4], prepare_slice(volume, k, config)[0], f"crop, {config.image_size}×{config.image_size}")
+    figure.savefig(path, dpi=90)
+
+
+def _spread(volume: Volume) -> list[int]:
+    slices = volume.values.shape[-1]
+    return sorted({slices // 6, slices // 2, slices * 5 // 6})
+
+
+def save_bars(path: Path, values: Mapping[str, Mapping[str, float]], label: str) -> None:
+    """A bar a case and structure.
+
+    Args:
+      path: PNG to write.
+      values: {structure: {case: value in [0, 1], NaN where undefined}}.
+      label: what the value is.
+    """
+    figure, axes = _grid(1, len(values), cell=4.5)
+    for axis, (structure, by_case) in zip(axes[0], values.items(), strict=True):
+        heights = np.nan_to_num(np.array(list(by_case.values()), float))
+        names = [case if np.isfinite(value) else f"{case} (undefined)" for case, value in by_case.items()]
+        axis.barh(names, heights, color=COLORS[structure])
+        axis.set_xlim(0, 1)
+        axis.invert_yaxis()
+        axis.set_title(structure)
+        axis.set_xlabel(label)
+        axis.tick_params(labelsize=7)
+    figure.savefig(path, dpi=110)

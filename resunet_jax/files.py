@@ -1,0 +1,89 @@
+"""Results that are there whole or not at all."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from resunet_jax.errors import InputError
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to; the file gets its name when the block ends well, and vanishes if not.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")  # keeps the suffix, which writers look at
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill; it gets its name when the block ends well, and vanishes if not.
+
+    If `path` has come into being in the meantime, it is left as it is.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if not path.is_dir():
+            partial.replace(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all, as UTF-8.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def check_output_dir(path: Path) -> None:
+    """Checks, before long work and without making anything, that a folder can be made and written.
+
+    Raises:
+      InputError: it cannot.
+    """
+    path = path.absolute()
+    ancestor = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    if not ancestor.is_dir():
+        raise InputError(f"{path}: cannot be written ({ancestor} is not a folder); choose another folder")
+    if not os.access(ancestor, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: cannot be written (no permission in {ancestor}); choose another folder")
+
+
+def make_output_dir(path: Path) -> None:
+    """Makes a folder, or takes the one that is there.
+
+    Raises:
+      InputError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path}: cannot be written ({error.strerror or error}); choose another folder")

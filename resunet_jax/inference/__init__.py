@@ -1,0 +1,1 @@
+"""A scan in, masks on the scan's own grid out."""

@@ -1,0 +1,202 @@
+"""Lung and infection masks of a whole scan, on the scan's own grid."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from resunet_jax.config import PreprocessConfig
+from resunet_jax.data.prepared import prepare_volume
+from resunet_jax.data.roi import Box, resize_paste
+from resunet_jax.data.volumes import Array, FloatArray, read_volume, write_nifti
+from resunet_jax.errors import InputError
+from resunet_jax.files import make_output_dir
+from resunet_jax.model.cascade import cascade, predict_probability
+from resunet_jax.model.resunet import Variables
+from resunet_jax.progress import logger
+from resunet_jax.training.checkpoints import LoadedModel, fingerprint, load_model_for
+
+THRESHOLD = 0.5
+"""A voxel whose probability is above it belongs to the mask."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmenter:
+    """The restored models, ready for slices; make it with `load_segmenter`.
+
+    Attributes:
+      lung: on CT, or None.
+      infection: on CT or on [CT, lung probability], or None.
+      batch_size: slices at a time.
+    """
+
+    lung: LoadedModel | None
+    infection: LoadedModel | None
+    batch_size: int = 8
+
+    @property
+    def structures(self) -> tuple[str, ...]:
+        """What it segments: "lung", "infection" or both."""
+        models = {"lung": self.lung, "infection": self.infection}
+        return tuple(name for name, model in models.items() if model is not None)
+
+    @property
+    def preprocess(self) -> PreprocessConfig:
+        """How slices have to be prepared."""
+        return next(model.config.preprocess for model in (self.lung, self.infection) if model is not None)
+
+    def probabilities(self, images: FloatArray) -> dict[str, FloatArray]:
+        """Runs the models over prepared slices.
+
+        Args:
+          images: float32 (slices, S, S) in [0, 1].
+
+        Returns:
+          for each structure, float32 (slices, S, S) in [0, 1]; it does not depend on the batch size.
+        """
+        variables = {name: getattr(self, name).variables for name in self.structures}
+        outputs: dict[str, FloatArray] = {name: np.empty(images.shape, np.float32) for name in self.structures}
+        for start in range(0, len(images), self.batch_size):
+            batch = np.asarray(images[start : start + self.batch_size], np.float32)[..., None]
+            padding = self.batch_size - len(batch)
+            padded = np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0)))
+            for name, probability in self._jitted(variables, padded).items():
+                outputs[name][start : start + len(batch)] = np.asarray(probability)[: len(batch), ..., 0]
+        return outputs
+
+    @functools.cached_property
+    def _jitted(self) -> Callable[..., dict[str, jax.Array]]:
+        return jax.jit(self._batch_probabilities)
+
+    def _batch_probabilities(self, variables: dict[str, Variables], image: jax.Array) -> dict[str, jax.Array]:
+        if self.lung is not None and self.infection is not None:
+            lung, infection = cascade(
+                self.lung.model,
+                self.infection.model,
+                variables["lung"],
+                variables["infection"],
+                image,
+                lung_patch_factor=self.lung.config.train.patch_factor,
+                infection_patch_factor=self.infection.config.train.patch_factor,
+            )
+            return {"lung": lung, "infection": infection}
+        (name,) = self.structures
+        model, _, config = getattr(self, name)
+        return {name: predict_probability(model, variables[name], image, patch_factor=config.train.patch_factor)}
+
+
+def load_segmenter(
+    lung_checkpoint: str | Path | None, infection_checkpoint: str | Path | None, batch_size: int = 8
+) -> Segmenter:
+    """Restores one or both models of the cascade.
+
+    Args:
+      lung_checkpoint: for `load_model`, or None to segment no lungs.
+      infection_checkpoint: for `load_model`, or None to segment no infection.
+      batch_size: slices at a time.
+
+    Raises:
+      InputError: neither is given, a folder holds no such model, or the two do not belong together.
+    """
+    lung = load_model_for(lung_checkpoint, "lung", "--lung_checkpoint") if lung_checkpoint else None
+    infection = (
+        load_model_for(infection_checkpoint, "infection", "--infection_checkpoint") if infection_checkpoint else None
+    )
+    if lung is None and infection is None:
+        raise InputError("no model: give --lung_checkpoint, --infection_checkpoint or both")
+    if infection is not None and infection.config.task == "infection":
+        if lung is None:
+            raise InputError(
+                f"{infection_checkpoint}: this model works on [CT, lung probability]; give --lung_checkpoint too"
+            )
+        if infection.config.lung_fingerprint not in ("", fingerprint(lung.variables)):
+            logger.warning(
+                "%s was trained on another lung model than %s: expect worse masks",
+                infection_checkpoint,
+                lung_checkpoint,
+            )
+    if lung and infection and lung.config.preprocess != infection.config.preprocess:
+        raise InputError(
+            f"{lung_checkpoint} and {infection_checkpoint} were trained on slices prepared differently "
+            f"({lung.config.preprocess}, {infection.config.preprocess}); use models trained alike"
+        )
+    return Segmenter(lung, infection, batch_size)
+
+
+def native_slices(
+    probabilities: FloatArray, boxes: npt.NDArray[np.int32], shape: tuple[int, int]
+) -> Iterator[FloatArray]:
+    """Pastes each prepared slice back: float32 (H, W) in [0, 1], 0 outside its box.
+
+    Args:
+      probabilities: (slices, S, S).
+      boxes: (slices, 4).
+      shape: (H, W) of the scan's slices, in pixels.
+    """
+    for probability, box in zip(probabilities, boxes, strict=True):
+        yield resize_paste(probability, Box(*map(int, box)), shape)
+
+
+def segment_scan(scan: Path, output_dir: Path, segmenter: Segmenter, *, save_probabilities: bool = False) -> list[Path]:
+    """Segments one scan and writes its masks: uint8, 0 or 1, with the scan's own shape, affine and codes.
+
+    Args:
+      scan: .nii or .nii.gz.
+      output_dir: gets `<scan>_lung.nii.gz` and `<scan>_infection.nii.gz`; made if need be.
+      segmenter: the models.
+      save_probabilities: also writes `<scan>_lung_probability.nii.gz` and so on, float32 in [0, 1].
+
+    Returns:
+      the files written.
+
+    Raises:
+      InputError: the scan is bad, or the folder cannot be written.
+    """
+    volume = read_volume(scan)
+    images, boxes = prepare_volume(volume, segmenter.preprocess)
+    shape = volume.values.shape
+    written = []
+    make_output_dir(output_dir)
+    for name, probabilities in segmenter.probabilities(images).items():
+        mask = np.empty(shape, np.uint8)
+        native = np.empty(shape, np.float32) if save_probabilities else None
+        for k, probability in enumerate(native_slices(probabilities, boxes, shape[:2])):
+            mask[..., k] = probability > THRESHOLD
+            if native is not None:
+                native[..., k] = probability
+        outputs: dict[str, Array] = {f"{scan_name(scan)}_{name}.nii.gz": mask}
+        if native is not None:
+            outputs[f"{scan_name(scan)}_{name}_probability.nii.gz"] = native
+        for file, array in outputs.items():
+            write_nifti(output_dir / file, array, volume.grid)
+            written.append(output_dir / file)
+    return written
+
+
+def scan_name(path: Path) -> str:
+    """File name without .nii or .nii.gz."""
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+def find_scans(path: Path) -> list[Path]:
+    """The scan itself, or the .nii and .nii.gz files of a folder, sorted.
+
+    Raises:
+      InputError: nothing there, no scan in the folder, or two scans of one name.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise InputError(f"{path}: no such file or folder; check --input")
+    scans = sorted(p for p in path.iterdir() if p.name.endswith((".nii", ".nii.gz")) and not p.name.startswith("."))
+    if not scans:
+        raise InputError(f"{path}: no .nii or .nii.gz file in it; check --input")
+    names = [scan_name(scan) for scan in scans]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{path}: {name}.nii and {name}.nii.gz would write the same masks; remove one of them")
+    return scans

@@ -1,0 +1,1 @@
+"""Arrays to arrays: pure JAX, no I/O."""

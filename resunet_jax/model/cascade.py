@@ -1,0 +1,91 @@
+"""Lung, then infection on [CT, lung probability]: one pure function over a batch of slices."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from resunet_jax.model.resunet import ResUnet, Variables
+
+
+def split_patches(x: jax.Array, factor: int) -> jax.Array:
+    """Cuts (N, H, W, C) into (N·factor², H/factor, W/factor, C), row by row; exact inverse of `join_patches`."""
+    n, h, w, c = x.shape
+    x = x.reshape(n, factor, h // factor, factor, w // factor, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(n * factor**2, h // factor, w // factor, c)
+
+
+def join_patches(x: jax.Array, factor: int) -> jax.Array:
+    """Puts (N·factor², h, w, C) together again as (N, h·factor, w·factor, C)."""
+    n, h, w, c = x.shape
+    x = x.reshape(n // factor**2, factor, factor, h, w, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(n // factor**2, h * factor, w * factor, c)
+
+
+def apply_logits(
+    model: ResUnet, variables: Variables, x: jax.Array, *, train: bool, patch_factor: int = 1
+) -> tuple[jax.Array, Any]:
+    """Logits, by patches if asked, and the updated batch statistics.
+
+    Args:
+      model: the module.
+      variables: {"params": ..., "batch_stats": ...}.
+      x: (N, H, W, C) in [0, 1].
+      train: see `ResUnet.__call__`.
+      patch_factor: f cuts each slice into f × f patches that the model sees apart.
+
+    Returns:
+      float32 logits (N, H, W, 1), and "batch_stats": updated if `train`, as given otherwise.
+    """
+    patches = split_patches(x, patch_factor)
+    if train:
+        logits, updates = model.apply(variables, patches, train=True, mutable=["batch_stats"])
+        batch_stats = updates["batch_stats"]
+    else:
+        logits, batch_stats = model.apply(variables, patches, train=False), variables["batch_stats"]
+    return join_patches(logits, patch_factor), batch_stats
+
+
+def predict_probability(model: ResUnet, variables: Variables, x: jax.Array, *, patch_factor: int = 1) -> jax.Array:
+    """Probabilities (N, H, W, 1) in [0, 1] by the running statistics; for the arguments see `apply_logits`."""
+    logits, _ = apply_logits(model, variables, x, train=False, patch_factor=patch_factor)
+    return jax.nn.sigmoid(logits)
+
+
+def infection_input(infection_model: ResUnet, image: jax.Array, lung_probability: jax.Array | None) -> jax.Array:
+    """What the infection model sees: CT alone (one channel) or [CT, lung probability] (two channels)."""
+    if infection_model.in_channels == 1:
+        return image
+    if lung_probability is None:
+        raise ValueError("this infection model was trained on [CT, lung probability]: give it a lung model")
+    return jnp.concatenate([image, lung_probability], axis=-1)
+
+
+def cascade(
+    lung_model: ResUnet,
+    infection_model: ResUnet,
+    lung_variables: Variables,
+    infection_variables: Variables,
+    image: jax.Array,
+    *,
+    lung_patch_factor: int = 1,
+    infection_patch_factor: int = 1,
+) -> tuple[jax.Array, jax.Array]:
+    """Both probabilities for a batch of slices; jit, vmap and differentiate it as you like.
+
+    Args:
+      lung_model: on CT.
+      infection_model: on CT, or on CT and lung probability, by its `in_channels`.
+      lung_variables: of the lung model; nothing stops gradients to them.
+      infection_variables: of the infection model.
+      image: CT (N, H, W, 1) in [0, 1], prepared as the models' configs say; H and W divisible by 8.
+      lung_patch_factor: see `apply_logits`.
+      infection_patch_factor: see `apply_logits`.
+
+    Returns:
+      lung probability and infection probability, each float32 (N, H, W, 1) in [0, 1].
+    """
+    lung = predict_probability(lung_model, lung_variables, image, patch_factor=lung_patch_factor)
+    stacked = infection_input(infection_model, image, lung)
+    infection = predict_probability(infection_model, infection_variables, stacked, patch_factor=infection_patch_factor)
+    return lung, infection

@@ -1,0 +1,186 @@
+"""The residual U-Net, in Flax Linen.
+
+Source: Zhang, Liu and Wang, "Road Extraction by Deep Residual U-Net", IEEE GRSL 15(5), 2018, in the variant that
+the original project used: 3×3 skip convolutions with batch normalisation, learned 2×2 upsampling, four levels.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+Variables = dict[str, Any]
+"""Flax variables: {"params": ..., "batch_stats": ...}."""
+
+# PyTorch's default for convolutions, U(±1/√fan_in), which the original was trained from.
+_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def _bias_init(fan_in: int) -> nn.initializers.Initializer:
+    bound = fan_in**-0.5
+
+    def init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class Layers(NamedTuple):
+    """Makes the layers of one module, all with the same settings; for the fields see `ResUnet`."""
+
+    dtype: Any
+    train: bool
+
+    def conv(self, x: jax.Array, features: int, name: str, *, size: int = 3, stride: int = 1) -> jax.Array:
+        """A convolution with PyTorch's padding and initialisation."""
+        return nn.Conv(
+            features,
+            (size, size),
+            strides=stride,
+            padding=size // 2,  # not "SAME", which pads a stride of 2 on one side only
+            dtype=self.dtype,
+            kernel_init=_kernel_init,
+            bias_init=_bias_init(size * size * x.shape[-1]),
+            name=name,
+        )(x)
+
+    def norm(self, x: jax.Array, name: str) -> jax.Array:
+        """Batch normalisation with PyTorch's defaults."""
+        return nn.BatchNorm(
+            use_running_average=not self.train,
+            momentum=0.9,
+            epsilon=1e-5,
+            dtype=self.dtype,
+            use_fast_variance=False,
+            name=name,
+        )(x)
+
+
+class Upsample(nn.Module):
+    """A learned 2×2 transposed convolution with stride 2, as the matrix product that it is.
+
+    Attributes:
+      dtype: type of the computation.
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (N, H, W, C) to (N, 2H, 2W, C)."""
+        n, h, w, c = x.shape
+        kernel = self.param("kernel", _kernel_init, (2, 2, c, c), jnp.float32)
+        bias = self.param("bias", _bias_init(4 * c), (c,), jnp.float32)
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        # kernel is (row, column, out, in), the layout of `nn.ConvTranspose(transpose_kernel=True)`.
+        y = jnp.einsum("nhwi,aboi->nhawbo", x, kernel).reshape(n, 2 * h, 2 * w, c)
+        return y + bias[None, None, None]
+
+
+class ResidualBlock(nn.Module):
+    """(norm, ReLU, 3×3 convolution) twice, plus a normalised 3×3 convolution of the input.
+
+    Attributes:
+      features: output channels.
+      stride: of the first convolution and of the skip.
+      dtype: type of the computation.
+    """
+
+    features: int
+    stride: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps (N, H, W, C) to (N, H/stride, W/stride, features)."""
+        layers = Layers(self.dtype, train)
+        skip = layers.conv(x, self.features, "skip_conv", stride=self.stride)
+        skip = layers.norm(skip, "skip_norm")
+        x = nn.relu(layers.norm(x, "norm1"))
+        x = layers.conv(x, self.features, "conv1", stride=self.stride)
+        x = nn.relu(layers.norm(x, "norm2"))
+        x = layers.conv(x, self.features, "conv2")
+        return x + skip
+
+
+class ResUnet(nn.Module):
+    """Residual U-Net from slices to logits.
+
+    With the default filters it has 13,040,705 parameters for one input channel and 13,041,857 for two.
+
+    Attributes:
+      in_channels: 1 for CT, 2 for CT and lung probability.
+      filters: channels of the four levels, from full to an eighth of the resolution.
+      dtype: type of the computation; parameters, batch statistics and logits are float32.
+    """
+
+    in_channels: int = 1
+    filters: tuple[int, int, int, int] = (64, 128, 256, 512)
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Computes logits.
+
+        Args:
+          x: (N, H, W, in_channels), H and W divisible by 8; values in [0, 1].
+          train: True normalises by the batch and updates "batch_stats" (apply with mutable=["batch_stats"]);
+            False uses the running statistics.
+
+        Returns:
+          float32 logits (N, H, W, 1); the sigmoid of them is a probability.
+
+        Raises:
+          ValueError: the shape of `x` does not fit.
+        """
+        self._check(x.shape)
+        f1, f2, f3, f4 = self.filters
+        layers = Layers(self.dtype, train)
+
+        def block(x: jax.Array, features: int, name: str, *, stride: int = 1) -> jax.Array:
+            return ResidualBlock(features, stride, self.dtype, name=name)(x, train=train)
+
+        def upsample_and_join(x: jax.Array, skip: jax.Array, name: str) -> jax.Array:
+            return jnp.concatenate([Upsample(self.dtype, name=name)(x), skip], axis=-1)
+
+        y = layers.conv(x, f1, "input_conv1")
+        y = layers.conv(nn.relu(layers.norm(y, "input_norm")), f1, "input_conv2")
+        level1 = y + layers.conv(x, f1, "input_skip")
+        level2 = block(level1, f2, "residual_conv_1", stride=2)
+        level3 = block(level2, f3, "residual_conv_2", stride=2)
+        y = block(level3, f4, "bridge", stride=2)
+        y = block(upsample_and_join(y, level3, "upsample_1"), f3, "up_residual_conv1")
+        y = block(upsample_and_join(y, level2, "upsample_2"), f2, "up_residual_conv2")
+        y = block(upsample_and_join(y, level1, "upsample_3"), f1, "up_residual_conv3")
+        y = layers.conv(y, 1, "output_conv", size=1)
+        return y.astype(jnp.float32)
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 4 or shape[-1] != self.in_channels:
+            raise ValueError(f"ResUnet wants (N, H, W, {self.in_channels}), got {shape}")
+        if shape[1] % 8 or shape[2] % 8:
+            raise ValueError(
+                f"ResUnet halves the resolution three times: height and width must be divisible by 8, got "
+                f"{shape[1]}×{shape[2]}; pad or resize the slices"
+            )
+
+
+def init_variables(model: ResUnet, key: jax.Array, image_size: int = 64) -> Variables:
+    """Fresh variables, as PyTorch would draw them for the original.
+
+    Args:
+      model: the module.
+      key: a JAX random key.
+      image_size: side of the dummy slice in pixels; it has no influence on the result.
+
+    Returns:
+      {"params": ..., "batch_stats": ...}, float32.
+    """
+    dummy = jnp.zeros((1, image_size, image_size, model.in_channels))
+    # Without optimisation: dozens of random draws take XLA far longer to optimise than to run.
+    options = {"xla_backend_optimization_level": 0}
+    init = jax.jit(model.init, static_argnames="train", compiler_options=options)
+    variables: Variables = init(key, dummy, train=False)
+    return variables

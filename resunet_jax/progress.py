@@ -1,0 +1,84 @@
+"""Progress on anything over a few seconds: a bar on a terminal, a line now and then elsewhere."""
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+logger = logging.getLogger("resunet_jax")
+
+_SECONDS_BETWEEN_LINES = 20.0
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f}/s" if task.speed else "")
+
+
+@contextlib.contextmanager
+def progress(description: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Shows how far a loop is, with rate and time left, on standard error.
+
+    Args:
+      description: what is being done.
+      total: number of steps.
+
+    Yields:
+      a function to call after each step, with a short text to show (or "").
+    """
+    show = _bar if sys.stderr.isatty() else _lines
+    with show(description, total) as advance:
+        yield advance
+
+
+@contextlib.contextmanager
+def _bar(description: str, total: int) -> Iterator[Callable[[str], None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=total, note="")
+        yield lambda note: bar.update(task, advance=1, note=note)
+
+
+@contextlib.contextmanager
+def _lines(description: str, total: int) -> Iterator[Callable[[str], None]]:
+    start = last = time.monotonic()
+    done = 0
+
+    def advance(note: str) -> None:
+        nonlocal last, done
+        done += 1
+        now = time.monotonic()
+        if now - last > _SECONDS_BETWEEN_LINES and done < total:
+            last = now
+            rate = done / (now - start)
+            logger.info(
+                "%s: %d/%d, %.1f/s, %.0f s left %s",
+                description,
+                done,
+                total,
+                rate,
+                (total - done) / rate,
+                note,
+            )
+
+    yield advance

@@ -1,0 +1,219 @@
+"""One training run from data folder to workdir: a folder that explains itself."""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from resunet_jax import figures
+from resunet_jax.config import Config, from_dict, to_dict
+from resunet_jax.data.cases import find_cases, require_infection_masks
+from resunet_jax.data.pipeline import SliceSource
+from resunet_jax.data.prepared import PreparedCase, prepare_cases
+from resunet_jax.data.splits import Split, make_split, read_split, write_split
+from resunet_jax.data.volumes import FloatArray, read_volume
+from resunet_jax.errors import InputError
+from resunet_jax.files import check_output_dir, make_output_dir, write_text
+from resunet_jax.model.cascade import infection_input, predict_probability
+from resunet_jax.progress import logger
+from resunet_jax.training.augment import augment
+from resunet_jax.training.checkpoints import (
+    CHECKPOINTS,
+    History,
+    LoadedModel,
+    fingerprint,
+    load_model,
+    load_model_for,
+)
+from resunet_jax.training.fit import fit
+from resunet_jax.training.tasks import TASKS, Task
+
+_PACKAGES = (
+    "resunet-jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "nibabel",
+    "scipy",
+)
+_MAY_CHANGE = ("epochs", "patience")  # on resuming
+
+
+def train(
+    config: Config,
+    data_dir: Path,
+    workdir: Path,
+    cache_dir: Path,
+    *,
+    split_file: Path | None = None,
+    split_seed: int | None = None,
+    lung_checkpoint: Path | None = None,
+) -> History:
+    """Trains a model, or goes on where the workdir's latest checkpoint left off.
+
+    Args:
+      config: what to train and how; `lung_fingerprint` is filled in here.
+      data_dir: see `find_cases`.
+      workdir: gets config.json, split.json, versions.json, metrics.jsonl, checkpoints/ and figures/.
+      cache_dir: see `prepare_cases`.
+      split_file: see `make_split`.
+      split_seed: see `make_split`.
+      lung_checkpoint: for task "infection", the lung model that feeds it.
+
+    Returns:
+      one record an epoch, see `fit`.
+
+    Raises:
+      InputError: data, split, checkpoint or workdir are not fit for it; nothing was written then.
+    """
+    task = TASKS[config.task]
+    check_output_dir(workdir)
+    lung, config = _load_lung(config, task, lung_checkpoint)
+    cases = find_cases(data_dir)
+    split = make_split(cases, split_file, split_seed)
+    train_cases, val_cases = split.cases("train", cases), split.cases("val", cases)
+    if task.target == "infection":
+        require_infection_masks([*train_cases, *val_cases])
+    _check_resumable(workdir, config, split)
+    lung_split = lung_checkpoint / "split.json" if lung_checkpoint else None
+    if lung_split and lung_split.is_file() and read_split(lung_split) != split:
+        logger.warning(
+            "%s differs from this split: the lung model may have seen this run's validation cases", lung_split
+        )
+
+    prepared = prepare_cases([*train_cases, *val_cases], config.preprocess, cache_dir)
+    train_set, val_set = prepared[: len(train_cases)], prepared[len(train_cases) :]
+    train_source, val_source = SliceSource(train_set, task.target), SliceSource(val_set, task.target)
+    logger.info("%s: %d training and %d validation slices", config.task, len(train_source), len(val_source))
+    _write_settings(workdir, config, split)
+    _draw_inputs(workdir, config, train_set, train_source, task)
+    history = fit(config, train_source, val_source, workdir, lung)
+    _draw_results(workdir, history, val_set, lung, task)
+    logger.info("done: %s", workdir)
+    return history
+
+
+def versions() -> dict[str, str]:
+    """Python, packages, machine and device, to write beside results."""
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        "machine": f"{platform.system()} {platform.machine()}",
+        "device": f"{device.platform} {device.device_kind} × {jax.device_count()}",
+    }
+
+
+def _load_lung(config: Config, task: Task, lung_checkpoint: Path | None) -> tuple[LoadedModel | None, Config]:
+    if not task.uses_lung:
+        return None, config
+    if lung_checkpoint is None:
+        raise InputError(
+            "infection training needs the lung model: give its workdir with --lung_checkpoint, or --ct_only"
+        )
+    lung = load_model_for(lung_checkpoint, "lung", "--lung_checkpoint")
+    if lung.config.preprocess != config.preprocess:
+        raise InputError(
+            f"{lung_checkpoint}: its slices were prepared by {lung.config.preprocess}, this training asks for "
+            f"{config.preprocess}; use the same --image_size and --normalization"
+        )
+    return lung, dataclasses.replace(config, lung_fingerprint=fingerprint(lung.variables))
+
+
+def _comparable(config: Config) -> dict[str, Any]:
+    values = to_dict(config)
+    for name in _MAY_CHANGE:
+        del values["train"][name]
+    return values
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name, value in new.items():
+        if isinstance(value, dict):
+            found += _differences(old[name], value, f"{prefix}{name}.")
+        elif old[name] != value:
+            found.append(f"{prefix}{name} was {old[name]}, is {value}")
+    return found
+
+
+def _check_resumable(workdir: Path, config: Config, split: Split) -> None:
+    """Refuses a workdir that holds another run."""
+    file = workdir / "config.json"
+    if (workdir / CHECKPOINTS).is_dir() and file.is_file():
+        try:
+            old = from_dict(json.loads(file.read_text(encoding="utf-8")), str(file))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file}: cannot be read ({error}); choose a new --workdir") from error
+        differences = _differences(_comparable(old), _comparable(config))
+        if differences:
+            raise InputError(f"{workdir} holds another run ({'; '.join(differences)}); choose a new --workdir")
+        if read_split(workdir / "split.json") != split:
+            raise InputError(f"{workdir} holds a run on another split; choose a new --workdir")
+
+
+def _write_settings(workdir: Path, config: Config, split: Split) -> None:
+    make_output_dir(workdir / "figures")
+    for name, values in (("config", to_dict(config)), ("versions", versions())):
+        write_text(workdir / f"{name}.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    write_split(workdir / "split.json", split)
+
+
+def _draw_inputs(
+    workdir: Path, config: Config, train_set: Sequence[PreparedCase], source: SliceSource, task: Task
+) -> None:
+    """The steps of the region of interest for a scan of each source, and an augmented batch."""
+    by_source = {prepared.case.source: prepared.case for prepared in reversed(train_set)}
+    volumes = {case.id: read_volume(case.ct) for case in by_source.values()}
+    figures.save_roi_steps(workdir / "figures" / "roi_steps.png", volumes, config.preprocess)
+    picks = np.random.default_rng(config.train.seed).permutation(len(source))[:8]
+    slices = [source[int(i)] for i in picks]
+    image, mask = jax.jit(augment, static_argnames="config")(
+        jax.random.key(config.train.seed),
+        np.stack([s["image"] for s in slices]),
+        np.stack([s["mask"] for s in slices]).astype(np.float32),
+        config=config.augment,
+    )
+    figures.save_batch(workdir / "figures" / "augmented_batch.png", np.asarray(image), np.asarray(mask), task.target)
+
+
+def _draw_results(
+    workdir: Path, history: History, val_set: Sequence[PreparedCase], lung: LoadedModel | None, task: Task
+) -> None:
+    """Loss curves, and the best model on the validation slices with most of the target."""
+    figures.save_loss_curves(workdir / "figures" / "loss_curves.png", history)
+    predict = _make_predict(load_model(workdir), lung)
+    overlays = []
+    for prepared in val_set[:3]:
+        targets = getattr(prepared, task.target)
+        areas = targets.sum(axis=(1, 2))
+        for k in sorted({int(np.argmax(areas)), len(areas) // 2}):
+            title = f"{prepared.case.id} slice {k}"
+            image, reference = prepared.images[k], {str(task.target): targets[k]}
+            overlays.append(figures.Overlay(title, image, reference, {task.target: predict(image) > 0.5}))
+    figures.save_overlays(workdir / "figures" / "validation_samples.png", overlays)
+
+
+def _make_predict(best: LoadedModel, lung: LoadedModel | None) -> Callable[[FloatArray], FloatArray]:
+    """A function from a prepared slice (S, S) to its probability (S, S)."""
+
+    def probability(loaded: LoadedModel, x: jax.Array) -> jax.Array:
+        return predict_probability(loaded.model, loaded.variables, x, patch_factor=loaded.config.train.patch_factor)
+
+    @jax.jit
+    def predict(image: jax.Array) -> jax.Array:
+        x = image[None, :, :, None]
+        stacked = infection_input(best.model, x, probability(lung, x) if lung else None)
+        return probability(best, stacked)[0, ..., 0]
+
+    return lambda image: np.asarray(predict(image))

@@ -1,0 +1,159 @@
+"""The training and evaluation step: pure functions from state and batch to state and numbers."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from resunet_jax.config import Config
+from resunet_jax.data.pipeline import Batch
+from resunet_jax.model.cascade import apply_logits, infection_input, predict_probability
+from resunet_jax.model.resunet import ResUnet, Variables, init_variables
+from resunet_jax.training.augment import augment
+from resunet_jax.training.losses import LOSSES
+from resunet_jax.training.tasks import TASKS, build_model
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that a step changes.
+
+    Attributes:
+      step: int32 scalar, steps taken.
+      variables: {"params": ..., "batch_stats": ...}.
+      opt_state: of the optax optimizer.
+    """
+
+    step: jax.Array
+    variables: Variables
+    opt_state: Any
+
+
+class FrozenLung(NamedTuple):
+    """The lung model that feeds an infection training.
+
+    Attributes:
+      model: the module.
+      patch_factor: see `TrainConfig`.
+    """
+
+    model: ResUnet
+    patch_factor: int
+
+
+TrainStep = Callable[[TrainState, Batch, jax.Array, Variables | None], tuple[TrainState, dict[str, jax.Array]]]
+EvalStep = Callable[[Variables, Batch, Variables | None], dict[str, jax.Array]]
+
+
+def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
+    """Adam whose learning rate falls by `decay_factor` every `decay_epochs`, as the original's."""
+    train = config.train
+    schedule = optax.schedules.exponential_decay(
+        train.learning_rate, train.decay_epochs * steps_per_epoch, train.decay_factor, staircase=True
+    )
+    return optax.adam(schedule)
+
+
+def create_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step, decided by the config's seed."""
+    key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
+    variables = init_variables(build_model(config), key)
+    return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables["params"]))
+
+
+def confusion_counts(logits: jax.Array, target: jax.Array) -> dict[str, jax.Array]:
+    """Hard counts at probability 0.5 of each example: (N,) float32 "tp", "fp", "fn" and "tn", in pixels."""
+    predicted, actual = logits > 0, target > 0.5
+
+    def count(where: jax.Array) -> jax.Array:
+        return jnp.sum(where, axis=(1, 2, 3), dtype=jnp.float32)
+
+    return {
+        "tp": count(predicted & actual),
+        "fp": count(predicted & ~actual),
+        "fn": count(~predicted & actual),
+        "tn": count(~predicted & ~actual),
+    }
+
+
+def make_train_step(
+    config: Config, optimizer: optax.GradientTransformation, frozen: FrozenLung | None = None
+) -> TrainStep:
+    """The pure step of a config; jit it, donate the state, vmap or shard it.
+
+    Args:
+      config: which task, loss and augmentation.
+      optimizer: from `make_optimizer`, or any other.
+      frozen: the lung model, for task "infection".
+
+    Returns:
+      `step(state, batch, key, lung_variables) -> (state, metrics)`. Randomness is `fold_in(key, state.step)`;
+      `lung_variables` is None except for task "infection"; metrics are the scalar "loss" and the summed counts.
+    """
+    model, loss_fn, patches = build_model(config), LOSSES[config.train.loss], config.train.patch_factor
+
+    def step(
+        state: TrainState, batch: Batch, key: jax.Array, lung_variables: Variables | None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        image, target = augment(
+            jax.random.fold_in(key, state.step),
+            batch["image"],
+            batch["mask"].astype(jnp.float32),
+            config.augment,
+        )
+        x = _model_input(model, image, frozen, lung_variables)
+
+        def loss(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+            variables = {**state.variables, "params": params}
+            logits, batch_stats = apply_logits(model, variables, x, train=True, patch_factor=patches)
+            return jnp.mean(loss_fn(logits, target)), (logits, batch_stats)
+
+        params = state.variables["params"]
+        (value, (logits, batch_stats)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, params)
+        variables = {"params": optax.apply_updates(params, updates), "batch_stats": batch_stats}
+        counts = jax.tree.map(jnp.sum, confusion_counts(logits, target))
+        return TrainState(state.step + 1, variables, opt_state), {"loss": value, **counts}
+
+    return step
+
+
+def make_eval_step(config: Config, frozen: FrozenLung | None = None) -> EvalStep:
+    """The pure evaluation step: sums over the valid slices of a batch, which add up over batches.
+
+    Args:
+      config: which task and loss.
+      frozen: the lung model, for task "infection".
+
+    Returns:
+      `step(variables, batch, lung_variables) -> {"loss", "tp", "fp", "fn", "tn", "slices"}`, scalars.
+    """
+    model, loss_fn, patches = build_model(config), LOSSES[config.train.loss], config.train.patch_factor
+
+    def step(variables: Variables, batch: Batch, lung_variables: Variables | None) -> dict[str, jax.Array]:
+        target = batch["mask"].astype(jnp.float32)
+        x = _model_input(model, batch["image"], frozen, lung_variables)
+        logits, _ = apply_logits(model, variables, x, train=False, patch_factor=patches)
+        valid = batch["valid"].astype(jnp.float32)
+        values = {"loss": loss_fn(logits, target), **confusion_counts(logits, target), "slices": valid}
+        return {name: jnp.sum(value * valid) for name, value in values.items()}
+
+    return step
+
+
+def _model_input(
+    model: ResUnet, image: jax.Array, frozen: FrozenLung | None, lung_variables: Variables | None
+) -> jax.Array:
+    if frozen is None or lung_variables is None:
+        return infection_input(model, image, None)
+    lung = predict_probability(frozen.model, lung_variables, image, patch_factor=frozen.patch_factor)
+    return infection_input(model, image, lung)
+
+
+def frozen_lung(config: Config) -> FrozenLung:
+    """The part of a lung model's config that a step needs."""
+    if TASKS[config.task].target != "lung":
+        raise ValueError(f"a lung model is wanted, this is one for {config.task}")
+    return FrozenLung(build_model(config), config.train.patch_factor)

@@ -1,0 +1,43 @@
+"""What lung and infection training differ in, as a value."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from resunet_jax.config import Config, TaskName
+from resunet_jax.data.pipeline import Target
+from resunet_jax.model.resunet import ResUnet
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What goes in, and which mask is the target.
+
+    Attributes:
+      target: the mask to learn.
+      uses_lung: whether the frozen lung model's probability is stacked onto the CT.
+    """
+
+    target: Target
+    uses_lung: bool
+
+    @property
+    def in_channels(self) -> int:
+        """Channels that the model sees."""
+        return 2 if self.uses_lung else 1
+
+
+TASKS: dict[TaskName, Task] = {
+    "lung": Task(target="lung", uses_lung=False),
+    "infection": Task(target="infection", uses_lung=True),
+    "infection_ct": Task(target="infection", uses_lung=False),
+}
+
+
+def build_model(config: Config) -> ResUnet:
+    """The module that a config describes."""
+    return ResUnet(
+        in_channels=TASKS[config.task].in_channels,
+        filters=config.model.filters,
+        dtype=jnp.dtype(config.model.dtype),
+    )

@@ -1,0 +1,190 @@
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+
+from resunet_jax.data.cases import KNOWN_CASES, find_cases, identify, require_infection_masks
+from resunet_jax.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("coronacases_org_001.nii", ("coronacases_001", "coronacases", "coronacases_001")),
+        ("coronacases_010.nii.gz", ("coronacases_010", "coronacases", "coronacases_010")),
+        ("coronacases_org_case007.nii", ("coronacases_007", "coronacases", "coronacases_007")),
+        (
+            "radiopaedia_org_covid-19-pneumonia-10_85902_3-dcm.nii",
+            ("radiopaedia_10_85902_3", "radiopaedia", "radiopaedia_10"),
+        ),
+        ("radiopaedia_10_85902_1.nii", ("radiopaedia_10_85902_1", "radiopaedia", "radiopaedia_10")),
+        ("radiopaedia_29_86491_1.nii.gz", ("radiopaedia_29_86491_1", "radiopaedia", "radiopaedia_29")),
+        ("hospital_7.nii.gz", ("hospital_7", "other", "hospital_7")),
+    ],
+)
+def test_names(name: str, expected: tuple[str, str, str]) -> None:
+    assert identify(name) == expected
+
+
+def test_the_full_set_has_eighteen_patients() -> None:
+    assert len(KNOWN_CASES) == 20
+    assert len({identify(case)[2] for case in KNOWN_CASES}) == 18
+
+
+def touch(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+
+
+@pytest.fixture
+def kaggle(tmp_path: Path) -> Path:
+    """Empty files in Kaggle's layout, sorted differently in the two folders."""
+    touch(tmp_path / "ct_scans", "coronacases_org_001.nii", "radiopaedia_org_covid-19-pneumonia-7_85703_0-dcm.nii")
+    for folder in ("lung_mask", "infection_mask"):
+        touch(tmp_path / folder, "coronacases_001.nii", "radiopaedia_7_85703_0.nii")
+    return tmp_path
+
+
+def write_csv(folder: Path, *rows: tuple[str, str, str], columns=("ct_scan", "lung_mask", "infection_mask")) -> None:
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+ROWS = (
+    (
+        "../input/covid19-ct-scans/ct_scans/radiopaedia_org_covid-19-pneumonia-7_85703_0-dcm.nii",
+        "../input/covid19-ct-scans/lung_mask/radiopaedia_7_85703_0.nii",
+        "../input/covid19-ct-scans/infection_mask/radiopaedia_7_85703_0.nii",
+    ),
+    (
+        "../input/covid19-ct-scans/ct_scans/coronacases_org_001.nii",
+        "../input/covid19-ct-scans/lung_mask/coronacases_001.nii",
+        "../input/covid19-ct-scans/infection_mask/coronacases_001.nii",
+    ),
+)
+
+
+def test_csv_order_and_prefix(kaggle: Path) -> None:
+    write_csv(kaggle, *ROWS)
+    first, second = find_cases(kaggle)
+    assert (first.id, second.id) == ("radiopaedia_7_85703_0", "coronacases_001")
+    assert first.ct == kaggle / "ct_scans" / "radiopaedia_org_covid-19-pneumonia-7_85703_0-dcm.nii"
+    assert second.infection_mask == kaggle / "infection_mask" / "coronacases_001.nii"
+
+
+def test_csv_takes_gzipped_files_for_plain_ones(kaggle: Path) -> None:
+    write_csv(kaggle, *ROWS)
+    ct = kaggle / "ct_scans" / "coronacases_org_001.nii"
+    ct.rename(ct.with_name("coronacases_org_001.nii.gz"))
+    assert find_cases(kaggle)[1].ct.name == "coronacases_org_001.nii.gz"
+
+
+def test_csv_without_infection_mask_still_serves_the_lung(kaggle: Path) -> None:
+    write_csv(kaggle, (*ROWS[0][:2], ""), ROWS[1])
+    cases = find_cases(kaggle)
+    assert cases[0].infection_mask is None
+    with pytest.raises(InputError, match="radiopaedia_7_85703_0: no infection mask"):
+        require_infection_masks(cases)
+
+
+def test_csv_may_name_patients(kaggle: Path) -> None:
+    rows = [(*row, "one person") for row in ROWS]
+    write_csv(kaggle, *rows, columns=("ct_scan", "lung_mask", "infection_mask", "patient"))
+    assert {case.patient for case in find_cases(kaggle)} == {"one person"}
+
+
+def test_folders_are_matched_by_name(kaggle: Path) -> None:
+    first, second = find_cases(kaggle)
+    assert (first.id, first.lung_mask.name) == ("coronacases_001", "coronacases_001.nii")
+    assert (second.id, second.lung_mask.name) == ("radiopaedia_7_85703_0", "radiopaedia_7_85703_0.nii")
+
+
+def test_zenodo_folders(tmp_path: Path) -> None:
+    for folder in ("COVID-19-CT-Seg_20cases", "Lung_Mask", "Infection_Mask", "Lung_and_Infection_Mask"):
+        touch(
+            tmp_path / folder, "coronacases_001.nii.gz", "radiopaedia_4_85506_1.nii.gz", "radiopaedia_40_86625_0.nii.gz"
+        )
+    # As in metadata.csv, 40 stands before 4.
+    assert [case.id for case in find_cases(tmp_path)] == [
+        "coronacases_001",
+        "radiopaedia_40_86625_0",
+        "radiopaedia_4_85506_1",
+    ]
+
+
+def test_known_order_is_the_sorted_order() -> None:
+    assert tuple(sorted(KNOWN_CASES)) == KNOWN_CASES
+
+
+def bad_missing_folder(root: Path) -> str:
+    shutil.rmtree(root)
+    return "no such folder"
+
+
+def bad_empty_folder(root: Path) -> str:
+    shutil.rmtree(root)
+    root.mkdir()
+    return "neither metadata.csv nor a folder"
+
+
+def bad_no_scans(root: Path) -> str:
+    for path in (root / "ct_scans").iterdir():
+        path.unlink()
+    return "no scan in it"
+
+
+def bad_columns(root: Path) -> str:
+    write_csv(root, columns=("ct_scan", "infection_mask", "other"))
+    return "no column lung_mask"
+
+
+def bad_missing_mask(root: Path) -> str:
+    (root / "lung_mask" / "coronacases_001.nii").unlink()
+    return r"coronacases_org_001\.nii: no lung mask"
+
+
+def bad_double_mask(root: Path) -> str:
+    touch(root / "lung_mask", "coronacases_001.nii.gz")
+    return "both match case coronacases_001"
+
+
+def bad_csv_missing_file(root: Path) -> str:
+    write_csv(root, *ROWS)
+    (root / "infection_mask" / "coronacases_001.nii").unlink()
+    return r"coronacases_001\.nii: no such file, though .*line 3"
+
+
+def bad_csv_double(root: Path) -> str:
+    write_csv(root, ROWS[0], ROWS[0])
+    return "is there twice"
+
+
+def bad_csv_mixed_up(root: Path) -> str:
+    write_csv(root, (ROWS[0][0], ROWS[1][1], ROWS[1][2]))
+    return "does not belong to"
+
+
+def bad_csv_outside(root: Path) -> str:
+    write_csv(root, (ROWS[0][0], "../../etc/passwd", ""))
+    return "lies outside"
+
+
+def bad_csv_absolute(root: Path) -> str:
+    write_csv(root, (ROWS[0][0], "/etc/passwd", ""))
+    return "lies outside"
+
+
+def bad_csv_binary(root: Path) -> str:
+    (root / "metadata.csv").write_bytes(b"\xff\xfe\x00\x01")
+    return "not a CSV file"
+
+
+@pytest.mark.parametrize("spoil", [v for k, v in list(globals().items()) if k.startswith("bad_")])
+def test_bad_folders_are_refused_by_name(kaggle: Path, spoil) -> None:
+    message = spoil(kaggle)
+    with pytest.raises(InputError, match=message):
+        find_cases(kaggle)

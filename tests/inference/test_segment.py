@@ -1,0 +1,129 @@
+import dataclasses
+from pathlib import Path
+
+import jax
+import nibabel as nib
+import numpy as np
+import pytest
+
+from resunet_jax import Config, LoadedModel, Segmenter, init_variables, load_model, load_segmenter, segment_scan
+from resunet_jax.data.cases import find_cases
+from resunet_jax.data.prepared import prepare_volume
+from resunet_jax.data.volumes import read_volume
+from resunet_jax.errors import InputError
+from resunet_jax.inference.segment import find_scans, native_slices
+from resunet_jax.training.tasks import build_model
+from tests.conftest import TINY, Trained
+
+
+@pytest.fixture(scope="module")
+def segmenter(trained: Trained) -> Segmenter:
+    return load_segmenter(trained.lung, trained.infection)
+
+
+@pytest.fixture(scope="module")
+def scan(trained: Trained) -> Path:
+    return find_cases(trained.data)[-1].ct  # the one that is not square
+
+
+def data(path: Path) -> np.ndarray:
+    return np.asarray(nib.load(path).dataobj)
+
+
+def test_masks_have_the_scans_grid(segmenter: Segmenter, scan: Path, tmp_path: Path) -> None:
+    written = segment_scan(scan, tmp_path, segmenter)
+    stem = scan.name.removesuffix(".nii")
+    assert [path.name for path in written] == [f"{stem}_lung.nii.gz", f"{stem}_infection.nii.gz"]
+    original = nib.load(scan)
+    for path in written:
+        mask = nib.load(path)
+        assert mask.get_data_dtype() == np.uint8
+        assert mask.shape == original.shape
+        assert mask.affine.tobytes() == original.affine.tobytes()
+        assert set(np.unique(data(path))) <= {0, 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in written)
+
+
+@pytest.mark.parametrize(
+    ("axes", "flips"), [((2, 0, 1), (1, -1, 1)), ((1, 0, 2), (-1, 1, -1)), ((0, 2, 1), (-1, -1, -1))]
+)
+def test_permuted_and_flipped_scans_give_the_same_anatomy(
+    segmenter: Segmenter, scan: Path, tmp_path: Path, axes, flips
+) -> None:
+    orientation = np.stack([axes, flips], axis=1)
+    moved = tmp_path / "moved.nii.gz"
+    nib.save(nib.load(scan).as_reoriented(orientation), moved)
+    plain = segment_scan(scan, tmp_path / "plain", segmenter, save_probabilities=True)
+    turned = segment_scan(moved, tmp_path / "turned", segmenter, save_probabilities=True)
+    for a, b in zip(plain, turned, strict=True):
+        reoriented = nib.load(a).as_reoriented(orientation)
+        np.testing.assert_array_equal(np.asarray(reoriented.dataobj), data(b))
+        np.testing.assert_allclose(reoriented.affine, nib.load(b).affine, atol=1e-4)
+    assert any(data(path).any() for path in plain)
+
+
+def test_batch_size_changes_nothing(trained: Trained, scan: Path) -> None:
+    one, seven = (load_segmenter(trained.lung, trained.infection, batch_size=n) for n in (1, 7))
+    images, _ = prepare_volume(read_volume(scan), one.preprocess)
+    for name, probability in one.probabilities(images).items():
+        np.testing.assert_allclose(probability, seven.probabilities(images)[name], atol=1e-6)
+
+
+def test_probabilities_are_what_the_masks_threshold(segmenter: Segmenter, scan: Path, tmp_path: Path) -> None:
+    lung, lung_probability, *_ = segment_scan(scan, tmp_path, segmenter, save_probabilities=True)
+    assert lung_probability.name.endswith("_lung_probability.nii.gz")
+    probability = data(lung_probability)
+    assert probability.dtype == np.float32
+    assert 0 <= probability.min() <= probability.max() <= 1
+    np.testing.assert_array_equal(data(lung), probability > 0.5)
+
+
+def test_paste_puts_each_slice_in_its_place() -> None:
+    ones = np.ones((2, 8, 8), np.float32)
+    boxes = np.array([[1, 2, 5, 6], [0, 0, 3, 3]], np.int32)
+    first, second = native_slices(ones, boxes, (10, 12))
+    assert first.sum() == 30
+    assert first[1:6, 2:8].all()
+    assert second.sum() == 9
+    assert second[:3, :3].all()
+
+
+def test_each_model_alone(trained: Trained, scan: Path, tmp_path: Path) -> None:
+    written = segment_scan(scan, tmp_path, load_segmenter(trained.lung, None))
+    assert [path.name.rsplit("_", 1)[1] for path in written] == ["lung.nii.gz"]
+    with pytest.raises(InputError, match="give --lung_checkpoint too"):
+        load_segmenter(None, trained.infection)
+    with pytest.raises(InputError, match="no model"):
+        load_segmenter(None, None)
+
+
+def test_infection_on_ct_alone_and_by_patches(trained: Trained, scan: Path) -> None:
+    """A model on CT alone needs no lung model and is not fed by one; its patches are seen apart."""
+    train = dataclasses.replace(TINY["train"], patch_factor=2)
+    config = Config(task="infection_ct", **{**TINY, "train": train})
+    model = build_model(config)
+    loaded = LoadedModel(model, init_variables(model, jax.random.key(0)), config)
+    lung = load_model(trained.lung)
+    images, _ = prepare_volume(read_volume(scan), config.preprocess)
+    alone = Segmenter(None, loaded).probabilities(images)
+    beside = Segmenter(lung, loaded).probabilities(images)
+    assert (set(alone), set(beside)) == ({"infection"}, {"lung", "infection"})
+    np.testing.assert_allclose(alone["infection"], beside["infection"], atol=1e-6)
+    whole = LoadedModel(model, loaded.variables, dataclasses.replace(config, train=TINY["train"]))
+    quadrant = Segmenter(None, whole).probabilities(np.ascontiguousarray(images[:, :16, 16:]))
+    np.testing.assert_allclose(alone["infection"][:, :16, 16:], quadrant["infection"], atol=1e-6)
+    assert not np.allclose(alone["infection"], Segmenter(None, whole).probabilities(images)["infection"], atol=1e-3)
+
+
+def test_find_scans(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file or folder"):
+        find_scans(tmp_path / "none")
+    with pytest.raises(InputError, match=r"no \.nii"):
+        find_scans(tmp_path)
+    for name in ("b.nii.gz", "a.nii", ".hidden.nii", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in find_scans(tmp_path)] == ["a.nii", "b.nii.gz"]
+    assert find_scans(tmp_path / "a.nii") == [tmp_path / "a.nii"]
+    (tmp_path / "a.nii.gz").touch()
+    with pytest.raises(InputError, match="the same masks"):
+        find_scans(tmp_path)

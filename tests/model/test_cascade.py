@@ -1,0 +1,86 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from resunet_jax import ResUnet, cascade, init_variables, predict_probability
+from resunet_jax.model.cascade import infection_input, join_patches, split_patches
+
+FILTERS = (2, 4, 4, 8)
+jitted = jax.jit(cascade, static_argnums=(0, 1))
+
+
+@pytest.fixture(scope="module")
+def models():
+    lung, infection = ResUnet(1, FILTERS), ResUnet(2, FILTERS)
+    return lung, infection, init_variables(lung, jax.random.key(0)), init_variables(infection, jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def image():
+    return jax.random.uniform(jax.random.key(2), (4, 16, 24, 1))
+
+
+def test_is_lung_then_infection_on_ct_and_lung(models, image) -> None:
+    lung_model, infection_model, lung_variables, infection_variables = models
+    lung, infection = jitted(*models, image)
+    apply = jax.jit(
+        lambda model, variables, x: jax.nn.sigmoid(model.apply(variables, x, train=False)), static_argnums=0
+    )
+    np.testing.assert_allclose(lung, apply(lung_model, lung_variables, image), atol=1e-6)
+    expected = apply(infection_model, infection_variables, jnp.concatenate([image, lung], axis=-1))
+    np.testing.assert_allclose(infection, expected, atol=1e-6)
+    assert lung.shape == infection.shape == image.shape
+    assert 0 <= float(infection.min()) <= float(infection.max()) <= 1
+
+
+def test_vmap_and_batching_change_nothing(models, image) -> None:
+    batched = jitted(*models, image)
+    mapped = jax.jit(jax.vmap(lambda one: cascade(*models, one[None])))(image)
+    for a, b in zip(batched, mapped, strict=True):
+        np.testing.assert_allclose(a, b[:, 0], atol=1e-6)
+
+
+def test_gradient_reaches_both_models(models, image) -> None:
+    lung_model, infection_model, *variables = models
+
+    def mean_infection(lung_variables, infection_variables):
+        return cascade(lung_model, infection_model, lung_variables, infection_variables, image)[1].mean()
+
+    for gradient in jax.jit(jax.grad(mean_infection, argnums=(0, 1)))(*variables):
+        assert float(jnp.abs(gradient["params"]["output_conv"]["kernel"]).max()) > 0
+
+
+def test_directional_derivative_is_the_gradient(models, image) -> None:
+    model, _, variables, _ = models
+
+    def mean(x):
+        return predict_probability(model, variables, x).mean()
+
+    tangent = jax.random.normal(jax.random.key(3), image.shape)
+    _, forward = jax.jit(lambda x, t: jax.jvp(mean, (x,), (t,)))(image, tangent)
+    np.testing.assert_allclose(forward, jnp.sum(jax.jit(jax.grad(mean))(image) * tangent), rtol=1e-4)
+
+
+def test_patches_are_an_exact_partition() -> None:
+    x = jnp.arange(2 * 4 * 6 * 1.0).reshape(2, 4, 6, 1)
+    patches = split_patches(x, 2)
+    np.testing.assert_array_equal(patches[0], x[0, :2, :3])
+    np.testing.assert_array_equal(patches[1], x[0, :2, 3:])
+    np.testing.assert_array_equal(patches[6], x[1, 2:, :3])
+    np.testing.assert_array_equal(join_patches(patches, 2), x)
+
+
+def test_patches_are_seen_apart(models, image) -> None:
+    model, _, variables, _ = models
+    image = image[:, :, :16]
+    predict = jax.jit(predict_probability, static_argnums=0, static_argnames="patch_factor")
+    whole = predict(model, variables, image, patch_factor=2)
+    corner = predict(model, variables, image[:, :8, :8], patch_factor=1)
+    np.testing.assert_allclose(whole[:, :8, :8], corner, atol=1e-6)
+
+
+def test_infection_model_without_lung_is_refused(models, image) -> None:
+    with pytest.raises(ValueError, match="lung"):
+        infection_input(models[1], image, None)
+    np.testing.assert_array_equal(infection_input(models[0], image, None), image)

@@ -1,0 +1,51 @@
+import dataclasses
+import json
+
+import pytest
+
+from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TrainConfig, from_dict, to_dict
+from resunet_jax.errors import InputError
+
+
+def test_json_round_trip() -> None:
+    config = Config(
+        task="infection",
+        preprocess=PreprocessConfig(image_size=64, normalization="minmax", body_threshold_hu=-300),
+        model=ModelConfig(filters=(1, 2, 3, 4), dtype="bfloat16"),
+        train=TrainConfig(learning_rate=1e-3, loss="bce_dice"),
+        lung_fingerprint="abc",
+    )
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_missing_fields_take_their_defaults() -> None:
+    values = to_dict(Config())
+    del values["augment"], values["train"]["patience"]
+    assert from_dict(values) == Config()
+
+
+def test_configs_are_frozen_and_hashable() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().task = "infection"  # type: ignore[misc]
+    assert hash(Config()) == hash(Config())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"surprise": 1}, "surprise"),
+        ({"preprocess": {"image_size": 100}}, "multiple of 8"),
+        ({"preprocess": {"image_size": "128"}}, "expected int"),
+        ({"preprocess": {"image_size": True}}, "expected int"),
+        ({"preprocess": 3}, "JSON object"),
+        ({"model": {"filters": [1, 2, 3]}}, "four positive numbers"),
+        ({"train": {"patch_factor": 3}}, "multiple of 24"),
+        ({"train": {"epochs": 0}}, "epochs"),
+        ({"train": {"loss": "mse"}}, "loss"),
+        ({"augment": {"rotation": 1.5}}, "probability"),
+        ({"task": "liver"}, "task"),
+    ],
+)
+def test_bad_values_are_named(change: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        from_dict(change, "config.json")

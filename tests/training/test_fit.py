@@ -1,0 +1,198 @@
+import contextlib
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from resunet_jax.config import Config
+from resunet_jax.data.cases import find_cases
+from resunet_jax.data.pipeline import SliceSource
+from resunet_jax.data.prepared import prepare_cases
+from resunet_jax.errors import InputError
+from resunet_jax.training import fit as module
+from resunet_jax.training import run as run_module
+from resunet_jax.training.checkpoints import (
+    Checkpoints,
+    fingerprint,
+    load_model,
+    load_model_for,
+    save_model,
+)
+from resunet_jax.training.fit import finished, fit
+from resunet_jax.training.run import train
+from tests.conftest import TINY, Trained
+
+
+def tiny(epochs: int, **train_changes) -> Config:
+    return Config(**{**TINY, "train": dataclasses.replace(TINY["train"], epochs=epochs, **train_changes)})
+
+
+@pytest.fixture(scope="module")
+def sources(trained: Trained):
+    cases = {case.id: case for case in find_cases(trained.data)}
+    names = ("radiopaedia_10_85902_1", "coronacases_002")
+    prepared = prepare_cases([cases[name] for name in names], TINY["preprocess"], trained.cache)
+    return [SliceSource([one], "lung") for one in prepared]
+
+
+def parameters(workdir: Path) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(load_model(workdir).variables)]
+
+
+def without_times(path: Path) -> list[dict]:
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if "second" not in k} for record in records]
+
+
+def test_resumed_ends_where_uninterrupted_does(sources, tmp_path: Path) -> None:
+    fit(tiny(3), *sources, tmp_path / "whole")
+    fit(tiny(1), *sources, tmp_path / "parts")
+    fit(tiny(3), *sources, tmp_path / "parts")
+    assert without_times(tmp_path / "whole") == without_times(tmp_path / "parts")
+    assert [record["epoch"] for record in without_times(tmp_path / "parts")] == [1, 2, 3]
+    for a, b in zip(parameters(tmp_path / "whole"), parameters(tmp_path / "parts"), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_best_and_latest_are_kept_and_the_best_is_loaded(
+    sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    val_losses = iter([3.0, 1.0, 2.0, 2.5])
+    real = module.evaluate_sums
+    monkeypatch.setattr(module, "evaluate_sums", lambda *args: {**real(*args), "loss": next(val_losses), "slices": 1.0})
+    fit(tiny(4), *sources, tmp_path)
+    steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    per_epoch = steps[-1] // 4
+    assert steps == [2 * per_epoch, 4 * per_epoch]
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints._manager.best_step() == 2 * per_epoch
+
+
+def test_stops_after_patience() -> None:
+    def history(*losses: float):
+        return [{"val_loss": loss} for loss in losses]
+
+    config = tiny(100, patience=2)
+    assert not finished(config, [])
+    assert not finished(config, history(3, 2, 2.5))
+    assert finished(config, history(3, 2, 2.5, 2.1))
+    assert not finished(config, history(3, 2, 2.5, 1.9))
+    assert finished(tiny(2, patience=5), history(3, 2))
+
+
+def test_non_finite_loss_stops_and_leaves_the_last_checkpoint(sources, tmp_path: Path) -> None:
+    fit(tiny(1), *sources, tmp_path)
+    before, lines = parameters(tmp_path), (tmp_path / "metrics.jsonl").read_text()
+
+    class Spoilt(SliceSource):
+        def __getitem__(self, index: int):
+            record = super().__getitem__(index)
+            return {**record, "image": record["image"] * np.float32(np.nan)}
+
+    spoilt = Spoilt.__new__(Spoilt)
+    spoilt.__dict__ = sources[0].__dict__
+    with pytest.raises(InputError, match=r"the loss is nan at step \d+ \(epoch 2\).*--learning_rate"):
+        fit(tiny(2), spoilt, sources[1], tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == lines
+    for a, b in zip(before, parameters(tmp_path), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_run_folder_explains_itself(trained: Trained) -> None:
+    for workdir, task in ((trained.lung, "lung"), (trained.infection, "infection")):
+        names = {str(path.relative_to(workdir)) for path in workdir.rglob("*") if "checkpoints" not in str(path)}
+        assert names >= {
+            "config.json",
+            "split.json",
+            "versions.json",
+            "metrics.jsonl",
+            "figures/loss_curves.png",
+            "figures/validation_samples.png",
+            "figures/augmented_batch.png",
+            "figures/roi_steps.png",
+        }
+        assert json.loads((workdir / "config.json").read_text())["task"] == task
+        assert json.loads((workdir / "split.json").read_text()) == json.loads(trained.split_file.read_text())
+        assert json.loads((workdir / "versions.json").read_text())["jax"] == jax.__version__
+
+
+def test_another_run_in_the_same_folder_is_refused(trained: Trained) -> None:
+    def again(config: Config, **changes) -> None:
+        train(config, trained.data, trained.lung, trained.cache, **{"split_file": trained.split_file, **changes})
+
+    with pytest.raises(InputError, match=r"train\.loss was bce, is dice"):
+        again(tiny(2, loss="dice"))
+    with pytest.raises(InputError, match="another split"):
+        again(tiny(2), split_file=None, split_seed=1)
+    again(tiny(2))  # the same command: nothing left to do
+
+
+class StopError(Exception):
+    """Ends a training before it begins."""
+
+
+def test_another_split_than_the_lungs_is_told(
+    trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "split.json"
+    other.write_text('{"train": ["coronacases_002"], "val": ["coronacases_001"], "test": []}')
+    monkeypatch.setattr(run_module, "fit", lambda *_: (_ for _ in ()).throw(StopError))
+    monkeypatch.setattr(run_module, "_draw_inputs", lambda *_: None)
+    config = dataclasses.replace(tiny(1), task="infection")
+    for split_file, told in ((trained.split_file, False), (other, True)):
+        caplog.clear()
+        with contextlib.suppress(StopError), caplog.at_level("WARNING", logger="resunet_jax"):
+            paths = (trained.data, tmp_path / "run", trained.cache)
+            train(config, *paths, split_file=split_file, lung_checkpoint=trained.lung)
+        assert ("differs from this split" in caplog.text) == told
+
+
+def test_models_restore_from_their_folder_alone(trained: Trained, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(trained.infection, moved)
+    model, variables, config = load_model(moved)
+    assert config.task == "infection"
+    assert config.preprocess.image_size == 32
+    assert config.lung_fingerprint == fingerprint(load_model(trained.lung).variables)
+    logits = model.apply(variables, np.zeros((1, 32, 32, 2), np.float32), train=False)
+    assert logits.shape == (1, 32, 32, 1)
+
+
+def test_export_round_trip(trained: Trained, tmp_path: Path) -> None:
+    loaded = load_model(trained.lung)
+    save_model(tmp_path / "model", loaded.variables, loaded.config)
+    again = load_model(tmp_path / "model")
+    assert again.config == loaded.config
+    assert fingerprint(again.variables) == fingerprint(loaded.variables)
+    with pytest.raises(InputError, match="exists already"):
+        save_model(tmp_path / "model", loaded.variables, loaded.config)
+
+
+def test_unfit_checkpoints_are_refused(trained: Trained, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such checkpoint folder"):
+        load_model(tmp_path / "none")
+    with pytest.raises(InputError, match="neither a training workdir nor an exported model"):
+        load_model(tmp_path)
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match="no checkpoint in it yet"):
+        load_model(tmp_path / "empty")
+    with pytest.raises(InputError, match="--lung_checkpoint wants a lung model, this one segments infection"):
+        load_model_for(trained.infection, "lung", "--lung_checkpoint")
+
+
+def test_another_architecture_is_refused(trained: Trained, tmp_path: Path) -> None:
+    loaded = load_model(trained.lung)
+    save_model(tmp_path / "model", loaded.variables, loaded.config)
+    config_file = tmp_path / "model" / "config.json"
+    values = json.loads(config_file.read_text())
+    values["model"]["filters"] = [8, 8, 16, 32]
+    config_file.write_text(json.dumps(values))
+    with pytest.raises(InputError, match="another architecture"):
+        load_model(tmp_path / "model")
+    config_file.write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_model(tmp_path / "model")

@@ -1,0 +1,166 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from resunet_jax.config import AugmentConfig, Config, ModelConfig, PreprocessConfig, TrainConfig
+from resunet_jax.model.resunet import init_variables
+from resunet_jax.training.steps import (
+    confusion_counts,
+    create_state,
+    frozen_lung,
+    make_eval_step,
+    make_optimizer,
+    make_train_step,
+)
+from resunet_jax.training.tasks import build_model
+
+STILL = AugmentConfig(0, 0, 0, 0)
+CONFIG = Config(
+    preprocess=PreprocessConfig(image_size=16),
+    model=ModelConfig(filters=(2, 4, 4, 8)),
+    augment=STILL,
+    train=TrainConfig(batch_size=4, learning_rate=1e-2),
+)
+KEY = jax.random.key(7)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    image = jax.random.uniform(jax.random.key(1), (4, 16, 16, 1))
+    mask = (image > 0.6).astype(jnp.uint8)
+    return {"image": image, "mask": mask, "valid": jnp.ones(4, bool), "index": jnp.arange(4)}
+
+
+@pytest.fixture(scope="module")
+def step():
+    optimizer = make_optimizer(CONFIG, 10)
+    return jax.jit(make_train_step(CONFIG, optimizer)), create_state(CONFIG, optimizer)
+
+
+def test_one_step_is_adam_on_the_mean_loss(step, batch) -> None:
+    train_step, state = step
+    after, metrics = train_step(state, batch, KEY, None)
+    model, target = build_model(CONFIG), batch["mask"].astype(jnp.float32)
+
+    def loss(params):
+        variables = {**state.variables, "params": params}
+        logits, _ = model.apply(variables, batch["image"], train=True, mutable=["batch_stats"])
+        return optax.sigmoid_binary_cross_entropy(logits, target).mean()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(state.variables["params"])
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
+    optimizer = optax.adam(1e-2)
+    updates, _ = optimizer.update(gradient, optimizer.init(state.variables["params"]))
+    expected = optax.apply_updates(state.variables["params"], updates)["output_conv"]["kernel"]
+    np.testing.assert_allclose(after.variables["params"]["output_conv"]["kernel"], expected, atol=1e-6)
+    assert int(after.step) == 1
+    assert sum(float(metrics[name]) for name in ("tp", "fp", "fn", "tn")) == 4 * 16 * 16
+
+
+def test_learns(step, batch) -> None:
+    train_step, state = step
+    losses = []
+    for _ in range(30):
+        state, metrics = train_step(state, batch, KEY, None)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_same_state_same_key_same_bytes(step, batch) -> None:
+    train_step, state = step
+    first, again = (train_step(state, batch, KEY, None)[0] for _ in range(2))
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_randomness_comes_from_key_and_step(batch) -> None:
+    config = dataclasses.replace(CONFIG, augment=AugmentConfig(1, 0, 0.5, 0.5))
+    optimizer = make_optimizer(config, 10)
+    train_step, state = jax.jit(make_train_step(config, optimizer)), create_state(config, optimizer)
+    losses = {
+        (key, at): float(train_step(state.replace(step=jnp.int32(at)), batch, jax.random.key(key), None)[1]["loss"])
+        for key in (0, 1)
+        for at in (0, 1)
+    }
+    assert len(set(losses.values())) == 4
+    assert losses[0, 1] == float(
+        train_step(state.replace(step=jnp.int32(1)), batch, jax.random.key(0), None)[1]["loss"]
+    )
+
+
+def test_vmap_over_stacked_states_is_the_members_one_by_one(batch) -> None:
+    optimizer = make_optimizer(CONFIG, 10)
+    states = [
+        create_state(dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, seed=s)), optimizer)
+        for s in (0, 1)
+    ]
+    train_step = make_train_step(CONFIG, optimizer)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    together, metrics = jax.jit(jax.vmap(train_step, in_axes=(0, None, None, None)))(stacked, batch, KEY, None)
+    for member, state in enumerate(states):
+        alone, alone_metrics = jax.jit(train_step)(state, batch, KEY, None)
+        np.testing.assert_allclose(metrics["loss"][member], alone_metrics["loss"], rtol=1e-5)
+        # Statistics, not parameters: Adam's first step turns the rounding of a zero gradient into a whole step.
+        for a, b in zip(
+            jax.tree.leaves(together.variables["batch_stats"]),
+            jax.tree.leaves(alone.variables["batch_stats"]),
+            strict=True,
+        ):
+            np.testing.assert_allclose(a[member], b, atol=1e-5)
+
+
+def test_learning_rate_falls_by_epochs() -> None:
+    config = dataclasses.replace(CONFIG, train=TrainConfig(learning_rate=1.0, decay_epochs=2, decay_factor=0.1))
+    optimizer = make_optimizer(config, steps_per_epoch=3)
+    params, gradient = {"w": jnp.zeros(())}, {"w": jnp.ones(())}
+    state, sizes = optimizer.init(params), []
+    for _ in range(13):
+        update, state = optimizer.update(gradient, state, params)
+        sizes.append(abs(float(update["w"])))
+    np.testing.assert_allclose(sizes, [1.0] * 6 + [0.1] * 6 + [0.01], rtol=1e-3)
+
+
+def test_confusion_counts_closed_form() -> None:
+    logits = jnp.array([1.0, 1.0, -1.0, -1.0, 0.0]).reshape(1, 1, 5, 1)
+    target = jnp.array([1.0, 0.0, 1.0, 0.0, 0.0]).reshape(1, 1, 5, 1)
+    counts = {name: value.tolist() for name, value in confusion_counts(logits, target).items()}
+    assert counts == {"tp": [1], "fp": [1], "fn": [1], "tn": [2]}
+
+
+def test_evaluation_ignores_padding(batch) -> None:
+    eval_step = jax.jit(make_eval_step(CONFIG))
+    variables = init_variables(build_model(CONFIG), jax.random.key(0))
+    padded = {**batch, "image": batch["image"].at[3].set(9.0), "valid": jnp.array([True, True, True, False])}
+    sums = eval_step(variables, padded, None)
+    one_by_one = [eval_step(variables, {**batch, "valid": jnp.arange(4) == i}, None) for i in range(3)]
+    for name, value in sums.items():
+        np.testing.assert_allclose(value, sum(float(s[name]) for s in one_by_one), rtol=1e-5)
+    assert float(sums["slices"]) == 3
+
+
+def test_infection_step_sees_lung_probability_and_leaves_the_lung_alone(batch) -> None:
+    config = dataclasses.replace(CONFIG, task="infection")
+    optimizer = make_optimizer(config, 10)
+    lung_variables = init_variables(build_model(CONFIG), jax.random.key(3))
+    other_lung = init_variables(build_model(CONFIG), jax.random.key(4))
+    train_step = jax.jit(make_train_step(config, optimizer, frozen_lung(CONFIG)))
+    state = create_state(config, optimizer)
+    after, metrics = train_step(state, batch, KEY, lung_variables)
+    assert after.variables["params"]["input_conv1"]["kernel"].shape == (3, 3, 2, 2)
+    assert float(metrics["loss"]) != float(train_step(state, batch, KEY, other_lung)[1]["loss"])
+    with pytest.raises(ValueError, match="lung"):
+        train_step(state, batch, KEY, None)
+    with pytest.raises(ValueError, match="lung"):
+        frozen_lung(config)
+
+
+def test_training_on_patches_counts_every_pixel_once(batch) -> None:
+    config = dataclasses.replace(CONFIG, task="infection_ct", train=TrainConfig(patch_factor=2))
+    optimizer = make_optimizer(config, 10)
+    _, metrics = jax.jit(make_train_step(config, optimizer))(create_state(config, optimizer), batch, KEY, None)
+    assert np.isfinite(metrics["loss"])
+    assert sum(float(metrics[name]) for name in ("tp", "fp", "fn", "tn")) == 4 * 16 * 16
