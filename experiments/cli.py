@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from absl import app, flags
 
 from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TaskName, TrainConfig
 from resunet_jax.data.prepared import default_cache_dir
+from resunet_jax.data.splits import FOLDS, Protocol, SplitRequest
 from resunet_jax.errors import InputError
 
 
@@ -70,8 +72,8 @@ def cache_dir() -> Path:
     return Path(flags.FLAGS.cache_dir).expanduser()
 
 
-def define_training_flags() -> None:
-    """Flags of both training scripts; the defaults are those of `Config`."""
+def define_recipe_flags() -> None:
+    """Flags of every script that trains; the defaults are those of `Config`."""
     preprocess, model, train = PreprocessConfig(), ModelConfig(), TrainConfig()
     flags.DEFINE_string("data_dir", None, "Folder of the data set, in Kaggle's or Zenodo's layout.", required=True)
     flags.DEFINE_string("workdir", None, "Folder of this run; the same command goes on with it.", required=True)
@@ -85,9 +87,40 @@ def define_training_flags() -> None:
     flags.DEFINE_integer("patience", train.patience, "Epochs without a lower validation loss before it stops.")
     flags.DEFINE_integer("patch_factor", train.patch_factor, "2 cuts slices into 2×2 patches seen apart, and so on.")
     flags.DEFINE_integer("seed", train.seed, "Of initial parameters, order of slices and augmentation.", lower_bound=0)
-    path_flag("split_file", 'JSON {"train": [ids], "val": [ids], "test": [ids]}.')
-    flags.DEFINE_integer("split_seed", None, "Splits patients by proportions with this seed.", lower_bound=0)
+    flags.DEFINE_bool("allow_missing", False, "Forms a protocol of the full set from the cases that are there.")
     define_cache_flag()
+
+
+def define_split_flags() -> None:
+    """Flags of both training scripts that choose the cases."""
+    path_flag("split_file", 'JSON {"train": [ids], "val": [ids], "test": [ids]}.')
+    flags.DEFINE_integer("split_seed", None, "Of --protocol=ratio.", lower_bound=0)
+    flags.DEFINE_enum(
+        "protocol",
+        None,
+        typing.get_args(Protocol),
+        "How cases are shared out; by default original where the full set is there, otherwise ratio.",
+    )
+    flags.DEFINE_integer("fold", None, f"Of a protocol with folds, 0 to {FOLDS - 1}.", lower_bound=0)
+
+
+def split_request() -> SplitRequest:
+    """The split that the flags ask for."""
+    values = flags.FLAGS
+    return SplitRequest(
+        split_file=to_path(values["split_file"]),
+        protocol=values.protocol,
+        fold=values.fold,
+        seed=values.split_seed,
+        allow_missing=values.allow_missing,
+    )
+
+
+def define_threshold_flag() -> None:
+    """--threshold, for every script that makes masks."""
+    flags.DEFINE_enum(
+        "threshold", "0.5", ["0.5", "validated"], "Of the masks: 0.5, or what each training chose on validation cases."
+    )
 
 
 def config_from_flags(task: TaskName) -> Config:

@@ -9,17 +9,21 @@ from pathlib import Path
 import cli
 from absl import flags
 
+from resunet_jax.evaluation.evaluate import TOLERANCE_MM
 from resunet_jax.evaluation.report import print_table, write_report
 from resunet_jax.evaluation.run import evaluate
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder of the data set, in Kaggle's or Zenodo's layout.", required=True)
-flags.DEFINE_string("output_dir", None, "Gets metrics.json, metrics.csv and pictures.", required=True)
+flags.DEFINE_string("output_dir", None, "Gets metrics.json, volumes.csv, slices.csv and pictures.", required=True)
 cli.path_flag("lung_checkpoint", "Lung model: a training workdir (its best checkpoint) or an exported model.")
 cli.path_flag("infection_checkpoint", "Infection model, the same.")
 flags.DEFINE_enum("split", "test", ["train", "val", "test", "all"], "Which part of the split to evaluate.")
 cli.path_flag("split_file", "The split; by default the one in the workdir of the models.")
 flags.DEFINE_integer("batch_size", 8, "Slices at a time; it does not change the result.", lower_bound=1)
+cli.define_threshold_flag()
+for structure, default in TOLERANCE_MM.items():
+    flags.DEFINE_float(f"{structure}_tolerance_mm", default, f"Of the surface Dice of the {structure}, in mm.")
 cli.define_cache_flag()
 flags.adopt_module_key_flags(cli)  # so that --help shows them
 
@@ -36,6 +40,8 @@ def main() -> None:
         split_file=cli.to_path(FLAGS["split_file"]),
         batch_size=FLAGS.batch_size,
         output_dir=output_dir,
+        validated_threshold=FLAGS.threshold == "validated",
+        tolerance_mm={structure: FLAGS[f"{structure}_tolerance_mm"].value for structure in TOLERANCE_MM},
     )
     write_report(evaluation, output_dir)
     print_table(evaluation)

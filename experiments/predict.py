@@ -21,6 +21,7 @@ flags.DEFINE_string("output_dir", None, "Gets <scan>_lung.nii.gz and <scan>_infe
 cli.path_flag("lung_checkpoint", "Lung model: a training workdir (its best checkpoint) or an exported model.")
 cli.path_flag("infection_checkpoint", "Infection model, the same.")
 flags.DEFINE_bool("probabilities", False, "Also writes the probabilities, as <scan>_lung_probability.nii.gz and so on.")
+cli.define_threshold_flag()
 flags.DEFINE_integer("batch_size", 8, "Slices at a time; it does not change the result.", lower_bound=1)
 flags.adopt_module_key_flags(cli)  # so that --help shows them
 
@@ -33,7 +34,10 @@ def main() -> None:
         raise InputError(f"--output_dir={output_dir} is the input folder; choose another, or masks would become scans")
     check_output_dir(output_dir)
     segmenter = load_segmenter(
-        cli.to_path(FLAGS["lung_checkpoint"]), cli.to_path(FLAGS["infection_checkpoint"]), FLAGS.batch_size
+        cli.to_path(FLAGS["lung_checkpoint"]),
+        cli.to_path(FLAGS["infection_checkpoint"]),
+        FLAGS.batch_size,
+        validated_threshold=FLAGS.threshold == "validated",
     )
     failures = []
     with progress("segmenting", len(scans)) as advance:

@@ -11,7 +11,7 @@ from absl import flags
 from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TrainConfig
 from resunet_jax.data.cases import find_cases
 from resunet_jax.data.phantom import SMALL, PhantomConfig, make_phantom
-from resunet_jax.data.splits import Split, write_split
+from resunet_jax.data.splits import Split, SplitRequest, write_split
 from resunet_jax.evaluation.report import print_table, write_report
 from resunet_jax.evaluation.run import evaluate
 from resunet_jax.inference.segment import load_segmenter, segment_scan
@@ -64,7 +64,7 @@ def main() -> None:
             ),
         )
         lung = workdirs["lung"] if task == "infection" else None
-        train(config, data, workdir, cache, split_file=split_file, lung_checkpoint=lung)
+        train(config, data, workdir, cache, split=SplitRequest(split_file), lung_checkpoint=lung)
 
     checkpoints = {f"{task}_checkpoint": workdir for task, workdir in workdirs.items()}
     report = root / "report"

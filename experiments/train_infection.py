@@ -12,7 +12,8 @@ from resunet_jax.errors import InputError
 from resunet_jax.training.run import train
 
 FLAGS = flags.FLAGS
-cli.define_training_flags()
+cli.define_recipe_flags()
+cli.define_split_flags()
 cli.path_flag("lung_checkpoint", "Lung model: a training workdir (its best checkpoint) or an exported model.")
 flags.DEFINE_bool("ct_only", False, "Train on CT alone, without a lung model.")
 flags.adopt_module_key_flags(cli)  # so that --help shows them
@@ -27,8 +28,7 @@ def main() -> None:
         Path(FLAGS.data_dir),
         Path(FLAGS.workdir),
         cli.cache_dir(),
-        split_file=cli.to_path(FLAGS["split_file"]),
-        split_seed=FLAGS.split_seed,
+        split=cli.split_request(),
         lung_checkpoint=cli.to_path(FLAGS["lung_checkpoint"]),
     )
 

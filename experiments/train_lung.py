@@ -11,7 +11,8 @@ from absl import flags
 from resunet_jax.training.run import train
 
 FLAGS = flags.FLAGS
-cli.define_training_flags()
+cli.define_recipe_flags()
+cli.define_split_flags()
 flags.adopt_module_key_flags(cli)  # so that --help shows them
 
 
@@ -22,8 +23,7 @@ def main() -> None:
         Path(FLAGS.data_dir),
         Path(FLAGS.workdir),
         cli.cache_dir(),
-        split_file=cli.to_path(FLAGS["split_file"]),
-        split_seed=FLAGS.split_seed,
+        split=cli.split_request(),
     )
 
 

@@ -53,9 +53,10 @@ def _tint(axes: Axes, masks: Mapping[str, Array]) -> None:
         axes.imshow(rgba, interpolation="nearest")
 
 
-def save_overlays(path: Path, overlays: Sequence[Overlay]) -> None:
-    """A row a slice: CT, reference, prediction; lungs in cyan, infection in red."""
+def save_overlays(path: Path, overlays: Sequence[Overlay], note: str = "") -> None:
+    """A row a slice: CT, reference, prediction; lungs in cyan, infection in red; `note` above it all."""
     figure, axes = _grid(len(overlays), 3)
+    figure.suptitle(note, fontsize=8)
     for row, overlay in zip(axes, overlays, strict=True):
         for column, masks, title in zip(
             row,
@@ -69,12 +70,13 @@ def save_overlays(path: Path, overlays: Sequence[Overlay]) -> None:
 
 
 def save_loss_curves(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """Training and validation loss and Dice by epoch, with the best values marked."""
+    """Training and, where there is one, validation loss and Dice by epoch, with the chosen epoch's values marked."""
     figure, axes = _grid(1, 2, cell=4.5)
     epochs = [record["epoch"] for record in history]
-    best = int(np.argmin([record["val_loss"] for record in history]))
+    validated = history[-1]["val_loss"] is not None
+    best = int(np.argmin([record["val_loss"] for record in history])) if validated else len(history) - 1
     for axis, metric, label in zip(axes[0], ("loss", "dice"), ("loss", "pooled Dice"), strict=True):
-        for part in ("train", "val"):
+        for part in ("train", "val") if validated else ("train",):
             values = [
                 np.nan if record[f"{part}_{metric}"] is None else record[f"{part}_{metric}"] for record in history
             ]
@@ -125,22 +127,66 @@ def _spread(volume: Volume) -> list[int]:
     return sorted({slices // 6, slices // 2, slices * 5 // 6})
 
 
-def save_bars(path: Path, values: Mapping[str, Mapping[str, float]], label: str) -> None:
-    """A bar a case and structure.
+def save_boxes(path: Path, rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], note: str = "") -> None:
+    """Box plots by structure, a panel a metric, each volume a point.
 
     Args:
       path: PNG to write.
-      values: {structure: {case: value in [0, 1], NaN where undefined}}.
-      label: what the value is.
+      rows: as in `Evaluation.volumes`; undefined values are left out and counted under the box.
+      metrics: in [0, 1].
+      note: above it all.
     """
-    figure, axes = _grid(1, len(values), cell=4.5)
-    for axis, (structure, by_case) in zip(axes[0], values.items(), strict=True):
-        heights = np.nan_to_num(np.array(list(by_case.values()), float))
-        names = [case if np.isfinite(value) else f"{case} (undefined)" for case, value in by_case.items()]
-        axis.barh(names, heights, color=COLORS[structure])
-        axis.set_xlim(0, 1)
-        axis.invert_yaxis()
-        axis.set_title(structure)
-        axis.set_xlabel(label)
+    figure, axes = _grid(1, len(metrics), cell=4.5)
+    figure.suptitle(note, fontsize=8)
+    structures = list(dict.fromkeys(row["structure"] for row in rows))
+    for axis, metric in zip(axes[0], metrics, strict=True):
+        values = [np.array([row[metric] for row in rows if row["structure"] == s], float) for s in structures]
+        defined = [v[np.isfinite(v)] for v in values]
+        names = [f"{s}\n{len(d)} of {len(v)}" for s, d, v in zip(structures, defined, values, strict=True)]
+        axis.boxplot(defined, tick_labels=names, showfliers=False)
+        for place, points in enumerate(defined, start=1):
+            axis.plot(np.full(len(points), place), points, ".", color=_color(structures[place - 1]), alpha=0.6)
+        axis.set_ylim(-0.02, 1.02)
+        axis.set_title(metric)
         axis.tick_params(labelsize=7)
     figure.savefig(path, dpi=110)
+
+
+def save_volumes(path: Path, rows: Sequence[Mapping[str, Any]], note: str = "") -> None:
+    """Predicted against reference volume in ml, with the identity line, a panel a structure."""
+    structures = list(dict.fromkeys(row["structure"] for row in rows))
+    figure, axes = _grid(1, len(structures), cell=4)
+    figure.suptitle(note, fontsize=8)
+    for axis, structure in zip(axes[0], structures, strict=True):
+        pairs = np.array([(r["reference_ml"], r["volume_ml"]) for r in rows if r["structure"] == structure])
+        top = float(pairs.max()) * 1.05 or 1.0
+        axis.plot((0, top), (0, top), color="gray", linewidth=0.8)
+        axis.plot(*pairs.T, "o", color=_color(structure), alpha=0.7)
+        axis.set_title(structure)
+        axis.set_xlabel("reference, ml")
+        axis.set_ylabel("predicted, ml")
+    figure.savefig(path, dpi=110)
+
+
+def save_reliability(path: Path, calibration: Mapping[str, Mapping[str, Any]], note: str = "") -> None:
+    """Reliability diagrams: how often a probability is right, against the probability.
+
+    Args:
+      path: PNG to write.
+      calibration: {structure: `Calibration.to_dict()`}.
+      note: above it all.
+    """
+    figure, axes = _grid(1, len(calibration), cell=4)
+    figure.suptitle(note, fontsize=8)
+    for axis, (structure, values) in zip(axes[0], calibration.items(), strict=True):
+        axis.plot((0, 1), (0, 1), color="gray", linewidth=0.8)
+        means = [bin_["mean_probability"] for bin_ in values["bins"]]
+        axis.plot(means, [bin_["frequency"] for bin_ in values["bins"]], "o-", color=_color(structure))
+        axis.set_title(f"{structure}: expected error {values['ece']:.4f}, Brier {values['brier']:.4f}", fontsize=9)
+        axis.set_xlabel("probability, mean of the bin")
+        axis.set_ylabel("share of pixels in the structure")
+    figure.savefig(path, dpi=110)
+
+
+def _color(structure: str) -> str:
+    return COLORS["infection" if structure == "infection" else "lung"]

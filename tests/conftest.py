@@ -11,6 +11,7 @@ import pytest
 
 from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TrainConfig
 from resunet_jax.data.phantom import SMALL, make_phantom
+from resunet_jax.data.splits import SplitRequest
 from resunet_jax.training.run import train
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -64,7 +65,8 @@ def trained(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     )
     paths = Trained(phantom, root / "cache", split_file, root / "lung", root / "infection")
     for task, workdir, lung in (("lung", paths.lung, None), ("infection", paths.infection, paths.lung)):
-        train(Config(task=task, **TINY), phantom, workdir, paths.cache, split_file=split_file, lung_checkpoint=lung)
+        config = Config(task=task, **TINY)
+        train(config, phantom, workdir, paths.cache, split=SplitRequest(split_file), lung_checkpoint=lung)
     return paths
 
 

@@ -17,7 +17,7 @@ from tests.conftest import ROOT, TINY_FLAGS, Trained, run_script
 
 TRAINING = (
     "image_size batch_size filters epochs learning_rate seed loss split_seed split_file normalization patience "
-    "patch_factor data_dir workdir cache_dir"
+    "patch_factor data_dir workdir cache_dir protocol fold allow_missing"
 )
 
 
@@ -44,7 +44,7 @@ def test_the_whole_way(phantom: Path, tmp_path: Path) -> None:
     metrics = json.loads((report / "metrics.json").read_text())
     test_cases = json.loads((tmp_path / "lung" / "split.json").read_text())["test"]
     assert [(row["case"], row["structure"]) for row in metrics["volumes"]] == [
-        (case, structure) for case in test_cases for structure in ("lung", "infection")
+        (case, structure) for case in test_cases for structure in ("lung", "left_lung", "right_lung", "infection")
     ]
     assert all(case in result.stdout for case in test_cases)
 
@@ -84,8 +84,8 @@ def test_make_phantom_refuses_an_existing_folder(tmp_path: Path) -> None:
     [
         ("train_lung", TRAINING),
         ("train_infection", f"{TRAINING} lung_checkpoint ct_only"),
-        ("evaluate", "data_dir output_dir lung_checkpoint infection_checkpoint split split_file cache_dir"),
-        ("predict", "input output_dir lung_checkpoint infection_checkpoint probabilities"),
+        ("evaluate", "data_dir output_dir lung_checkpoint split split_file cache_dir threshold infection_tolerance_mm"),
+        ("predict", "input output_dir lung_checkpoint infection_checkpoint probabilities threshold"),
     ],
 )
 def test_help_explains_every_flag(script: str, names: str) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -12,15 +13,37 @@ from resunet_jax.errors import InputError
 from resunet_jax.files import write_text
 
 PARTS = ("train", "val", "test")
+Protocol = Literal["original", "few_shot", "five_fold", "patient_five_fold", "ratio"]
+FOLDED: tuple[Protocol, ...] = ("few_shot", "five_fold", "patient_five_fold")
+FOLDS = 5
+"""Of every protocol in `FOLDED`."""
+
+_BENCHMARK = ("few_shot", "five_fold")
+_GROUPS = (
+    ("coronacases_008", "coronacases_007", "radiopaedia_36_86526_0", "radiopaedia_4_85506_1"),
+    ("coronacases_009", "coronacases_004", "radiopaedia_14_85914_0", "radiopaedia_7_85703_0"),
+    ("coronacases_010", "coronacases_001", "radiopaedia_10_85902_1", "radiopaedia_29_86491_1"),
+    ("coronacases_003", "coronacases_005", "radiopaedia_40_86625_0", "radiopaedia_27_86410_0"),
+    ("coronacases_002", "coronacases_006", "radiopaedia_10_85902_3", "radiopaedia_29_86490_1"),
+)
+"""The benchmark's groups, which part two patients (Ma et al., Medical Physics 48(3), 2021)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Case ids of each part; every part is sorted as the cases are."""
+    """Case ids of each part; every part is sorted as the cases are.
+
+    Attributes:
+      train: to learn from.
+      val: to choose the best epoch and the threshold; may be empty.
+      test: to report.
+      protocol: how the parts were chosen, in words, with what is missing; empty for a split file of the user's.
+    """
 
     train: tuple[str, ...]
     val: tuple[str, ...]
     test: tuple[str, ...]
+    protocol: str = ""
 
     def cases(self, part: str, cases: Sequence[Case]) -> list[Case]:
         """The cases of a part: "train", "val" or "test".
@@ -38,32 +61,153 @@ class Split:
         return [known[case_id] for case_id in dict.fromkeys(ids)]
 
 
-def make_split(cases: Sequence[Case], split_file: Path | None = None, split_seed: int | None = None) -> Split:
-    """The split of a file; else, of the full set, the original's; else by proportions.
+@dataclasses.dataclass(frozen=True)
+class SplitRequest:
+    """What the flags ask for.
+
+    Attributes:
+      split_file: JSON, {"train": [ids], "val": [ids], "test": [ids]}; decides alone.
+      protocol: by its name; None is "original" where the full set is there, otherwise "ratio".
+      fold: 0 to 4, for the protocols that have folds.
+      seed: of "ratio"; given without a protocol it asks for "ratio".
+      allow_missing: forms "original", "few_shot" and "five_fold" from what is there of the full set.
+    """
+
+    split_file: Path | None = None
+    protocol: Protocol | None = None
+    fold: int | None = None
+    seed: int | None = None
+    allow_missing: bool = False
+
+
+DEFAULT_SPLIT = SplitRequest()
+
+
+def make_split(cases: Sequence[Case], request: SplitRequest = DEFAULT_SPLIT) -> Split:
+    """The split of a file, or by a protocol.
 
     Args:
       cases: all cases.
-      split_file: JSON, {"train": [ids], "val": [ids], "test": [ids]}.
-      split_seed: asks for a split by proportions even of the full set.
+      request: which split.
 
     Raises:
-      InputError: see `read_split`, `original_split` and `ratio_split`.
+      InputError: the request contradicts itself, or the split cannot be formed from these cases.
     """
-    if split_file is not None:
-        return read_split(split_file, cases)
-    if split_seed is None and set(KNOWN_CASES) <= {case.id for case in cases}:
-        return original_split(cases)
-    return ratio_split(cases, split_seed or 0)
+    protocol, fold = request.protocol, request.fold
+    if request.split_file is not None:
+        if protocol is not None or fold is not None or request.seed is not None:
+            raise InputError("--split_file decides alone; drop --protocol, --fold and --split_seed")
+        return read_split(request.split_file, cases)
+    if protocol is None:
+        whole = set(KNOWN_CASES) <= {case.id for case in cases}
+        protocol = "original" if whole and request.seed is None else "ratio"
+    _check_request(request, protocol)
+    match protocol:
+        case "original":
+            return original_split(cases, allow_missing=request.allow_missing)
+        case "ratio":
+            return ratio_split(cases, request.seed or 0)
+        case "patient_five_fold":
+            return patient_five_fold_split(cases, fold or 0)
+        case "few_shot" | "five_fold":
+            return benchmark_split(cases, protocol, fold or 0, allow_missing=request.allow_missing)
 
 
-def original_split(cases: Sequence[Case]) -> Split:
-    """Of each source the first 8 cases train, the 9th validates, the 10th tests, as in the original project."""
-    known = [case_id for case_id in KNOWN_CASES if case_id in {case.id for case in cases}]
-    if len(known) < len(KNOWN_CASES):
-        missing = sorted(set(KNOWN_CASES) - set(known))
-        raise InputError(f"the original split needs the full set; {', '.join(missing)} are missing")
-    first, second = known[:10], known[10:]
-    return Split((*first[:8], *second[:8]), (first[8], second[8]), (first[9], second[9]))
+def _check_request(request: SplitRequest, protocol: Protocol) -> None:
+    if request.seed is not None and protocol != "ratio":
+        raise InputError(f"--protocol={protocol} has no seed; drop --split_seed")
+    if protocol in FOLDED:
+        if request.fold is None or not 0 <= request.fold < FOLDS:
+            raise InputError(f"--protocol={protocol} needs --fold, from 0 to {FOLDS - 1}; got {request.fold}")
+    elif request.fold is not None:
+        raise InputError(f"--protocol={protocol} has no folds; drop --fold, or choose one of {', '.join(FOLDED)}")
+
+
+def original_split(cases: Sequence[Case], *, allow_missing: bool = False) -> Split:
+    """Of each source the first 8 cases train, the 9th validates, the 10th tests, as in the original project.
+
+    Args:
+      cases: all cases.
+      allow_missing: leaves out what is not there, and says so in the protocol.
+
+    Raises:
+      InputError: cases are missing, or a part would be empty.
+    """
+    first, second = KNOWN_CASES[:10], KNOWN_CASES[10:]
+    parts = ((*first[:8], *second[:8]), (first[8], second[8]), (first[9], second[9]))
+    return _known_split(cases, "original", parts, allow_missing)
+
+
+def benchmark_split(
+    cases: Sequence[Case], protocol: Literal["few_shot", "five_fold"], fold: int, *, allow_missing: bool = False
+) -> Split:
+    """The benchmark's folds: no validation cases, as all epochs are trained there.
+
+    Args:
+      cases: all cases.
+      protocol: "few_shot" trains on one group and tests on the other four; "five_fold" the other way round.
+      fold: 0 to 4, the group that trains or tests alone.
+      allow_missing: leaves out what is not there, and says so in the protocol.
+
+    Raises:
+      InputError: cases are missing, or a part would be empty.
+    """
+    alone = _GROUPS[fold]
+    others = tuple(case for case in KNOWN_CASES if case not in alone)
+    parts = (alone, (), others) if protocol == "few_shot" else (others, (), alone)
+    return _known_split(cases, f"{protocol}, fold {fold} of {FOLDS}; folds part patients", parts, allow_missing)
+
+
+def _known_split(
+    cases: Sequence[Case], protocol: str, parts: tuple[tuple[str, ...], ...], allow_missing: bool
+) -> Split:
+    there = [case.id for case in cases]
+    missing = [case_id for case_id in KNOWN_CASES if case_id not in there]
+    if missing and not allow_missing:
+        raise InputError(
+            f"protocol {protocol} needs the full set; {', '.join(missing)} are missing: add them, or form it from what "
+            "is there with --allow_missing"
+        )
+    train, val, test = (tuple(case_id for case_id in there if case_id in part) for part in parts)
+    for name, part in (("training", train), ("test", test)):
+        if not part:
+            raise InputError(f"protocol {protocol}: no {name} case of it is in the data; there are {', '.join(there)}")
+    note = f"; {len(missing)} of {len(KNOWN_CASES)} cases missing: {', '.join(missing)}" if missing else ""
+    return Split(train, val, test, protocol + note)
+
+
+def patient_five_fold_split(cases: Sequence[Case], fold: int) -> Split:
+    """Five folds that never part a patient and share out each source evenly; one tests, the others train.
+
+    Formed from whatever cases there are: patients of each source, those with most scans first, go one by one to the
+    fold with fewest scans of that source, of equals to the one with fewest scans.
+
+    Args:
+      cases: all cases.
+      fold: 0 to 4, the fold that tests.
+
+    Raises:
+      InputError: fewer patients than folds.
+    """
+    patients: dict[str, list[Case]] = {}
+    for case in sorted(cases, key=lambda case: case.id):
+        patients.setdefault(case.patient, []).append(case)
+    if len(patients) < FOLDS:
+        raise InputError(
+            f"{len(patients)} patient(s) are too few for {FOLDS} folds; add scans, or use --protocol=ratio"
+        )
+    folds: list[list[str]] = [[] for _ in range(FOLDS)]
+    of_source: dict[str, list[int]] = {}
+    for scans in sorted(patients.values(), key=lambda scans: (scans[0].source, -len(scans), scans[0].id)):
+        counts = of_source.setdefault(scans[0].source, [0] * FOLDS)
+        chosen = min(range(FOLDS), key=lambda i: (counts[i], len(folds[i]), i))
+        counts[chosen] += len(scans)
+        folds[chosen] += [case.id for case in scans]
+    test = tuple(case.id for case in cases if case.id in folds[fold])
+    train = tuple(case.id for case in cases if case.id not in folds[fold])
+    known = sum(case.id in KNOWN_CASES for case in cases)
+    note = f"; only {known} of the full set's {len(KNOWN_CASES)} cases" if 0 < known < len(KNOWN_CASES) else ""
+    return Split(train, (), test, f"patient_five_fold, fold {fold} of {FOLDS}{note}")
 
 
 def ratio_split(cases: Sequence[Case], seed: int, val: float = 0.2, test: float = 0.2) -> Split:
@@ -87,14 +231,15 @@ def ratio_split(cases: Sequence[Case], seed: int, val: float = 0.2, test: float 
     patients = [patients[i] for i in np.random.default_rng(seed).permutation(len(patients))]
     n_test, n_val = (max(1, round(share * len(patients))) for share in (test, val))
     parts = (patients[n_test + n_val :], patients[n_test : n_test + n_val], patients[:n_test])
-    return Split(*(tuple(case.id for case in cases if case.patient in part) for part in parts))
+    train_ids, val_ids, test_ids = (tuple(case.id for case in cases if case.patient in part) for part in parts)
+    return Split(train_ids, val_ids, test_ids, f"ratio, seed {seed}")
 
 
 def read_split(path: Path, cases: Sequence[Case] | None = None) -> Split:
     """Reads a split from JSON; a part that is not named is empty.
 
     Args:
-      path: JSON, {"train": [ids], "val": [ids], "test": [ids]}.
+      path: JSON, {"train": [ids], "val": [ids], "test": [ids]}, and "protocol" where a training wrote it.
       cases: if given, ids are checked against them and no patient may be in two parts.
 
     Raises:
@@ -108,15 +253,27 @@ def read_split(path: Path, cases: Sequence[Case] | None = None) -> Split:
         raise InputError(
             f"{path}: not JSON ({error}); wanted {{'train': [ids], 'val': [ids], 'test': [ids]}}"
         ) from error
-    good = isinstance(values, dict) and set(values) <= set(PARTS) and "train" in values
+    protocol = values.pop("protocol", "") if isinstance(values, dict) else ""
+    good = isinstance(values, dict) and set(values) <= set(PARTS) and "train" in values and isinstance(protocol, str)
     if not good or not all(
         isinstance(ids, list) and all(isinstance(case_id, str) for case_id in ids) for ids in values.values()
     ):
         raise InputError(f'{path}: wanted {{"train": [ids], "val": [ids], "test": [ids]}}')
-    split = Split(*(tuple(values.get(part, ())) for part in PARTS))
+    train, val, test = (tuple(values.get(part, ())) for part in PARTS)
+    split = Split(train, val, test, protocol)
     if cases is not None:
+        _check_ids(path, split, cases)
+    # The benchmark's folds part patients, and say so.
+    if cases is not None and not protocol.startswith(_BENCHMARK):
         _check_patients(path, split, cases)
     return split
+
+
+def _check_ids(path: Path, split: Split, cases: Sequence[Case]) -> None:
+    known = [case.id for case in cases]
+    for case_id in (*split.train, *split.val, *split.test):
+        if case_id not in known:
+            raise InputError(f"{path}: no case {case_id} in the data; there are {', '.join(known)}")
 
 
 def _check_patients(path: Path, split: Split, cases: Sequence[Case]) -> None:
@@ -124,8 +281,6 @@ def _check_patients(path: Path, split: Split, cases: Sequence[Case]) -> None:
     seen: dict[str, tuple[str, str]] = {}
     for part in PARTS:
         for case_id in getattr(split, part):
-            if case_id not in patients:
-                raise InputError(f"{path}: no case {case_id} in the data; there are {', '.join(patients)}")
             other_part, other = seen.setdefault(patients[case_id], (part, case_id))
             if other_part != part:
                 raise InputError(
@@ -135,4 +290,5 @@ def _check_patients(path: Path, split: Split, cases: Sequence[Case]) -> None:
 
 def write_split(path: Path, split: Split) -> None:
     """Writes the form that `read_split` reads."""
-    write_text(path, json.dumps(dataclasses.asdict(split), indent=2) + "\n")
+    values = {name: value for name, value in dataclasses.asdict(split).items() if name in PARTS or value}
+    write_text(path, json.dumps(values, indent=2) + "\n")

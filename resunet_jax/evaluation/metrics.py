@@ -1,13 +1,16 @@
 """Numbers from counts: hard metrics, and the original project's soft ones under their own name."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 COUNTS = ("tp", "fp", "fn", "tn")
-HARD_METRICS = ("dice", "precision", "recall", "specificity", "accuracy")
+HARD_METRICS = ("dice", "iou", "precision", "recall", "specificity", "accuracy")
+SOFT_METRICS = ("dice", "precision", "recall", "specificity", "accuracy")
+THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
+"""Those that `choose_threshold` chooses from."""
 _SOFT_EPSILON = 1e-5
 
 
@@ -20,16 +23,18 @@ def count(predicted: npt.NDArray[np.bool_], actual: npt.NDArray[np.bool_]) -> di
 
 
 def hard_metrics(counts: Mapping[str, float]) -> dict[str, float]:
-    """Dice, precision, recall, specificity and accuracy from pooled counts, each in [0, 1].
+    """Dice, IoU, precision, recall, specificity and accuracy from pooled counts, each in [0, 1].
 
     A metric whose denominator is 0 is undefined, and NaN: precision where nothing is predicted, recall where the
-    reference is empty, Dice where both are, specificity where the reference is everything. Dice is 0, not NaN, where
-    just one of the two is empty.
+    reference is empty, Dice and IoU where both are, specificity where the reference is everything. Dice and IoU are 0,
+    not NaN, where just one of the two is empty.
 
     Args:
       counts: "tp", "fp", "fn" and "tn", ≥ 0.
     """
-    return _ratios(*(float(counts[name]) for name in COUNTS), epsilon=0.0)
+    tp, fp, fn, tn = (float(counts[name]) for name in COUNTS)
+    values = {**_ratios(tp, fp, fn, tn, epsilon=0.0), "iou": _ratio(tp, tp + fp + fn, 0.0)}
+    return {name: values[name] for name in HARD_METRICS}
 
 
 def emptiness(counts: Mapping[str, float]) -> str:
@@ -55,15 +60,36 @@ def soft_metrics(probability: npt.NDArray[Any], target: npt.NDArray[Any]) -> dic
     return _ratios(tp, fp, fn, tn, epsilon=_SOFT_EPSILON)
 
 
-def _ratios(tp: float, fp: float, fn: float, tn: float, *, epsilon: float) -> dict[str, float]:
-    def ratio(numerator: float, denominator: float) -> float:
-        denominator += epsilon
-        return (numerator + epsilon) / denominator if denominator else float("nan")
+def choose_threshold(volumes: Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any]]]) -> tuple[float, float] | None:
+    """The threshold with the highest mean Dice over volumes, out of `THRESHOLDS`; of equals the one nearest to 0.5.
 
+    Args:
+      volumes: (probability in [0, 1], target 0 or 1) of each validation volume, equal shapes.
+
+    Returns:
+      (threshold, its mean Dice), or None where no volume has the structure.
+    """
+    with_structure = [(p, np.asarray(t) > 0) for p, t in volumes if np.any(t)]
+    if not with_structure:
+        return None
+    dice = {
+        threshold: float(np.mean([hard_metrics(count(p > threshold, t))["dice"] for p, t in with_structure]))
+        for threshold in THRESHOLDS
+    }
+    best = max(THRESHOLDS, key=lambda threshold: (dice[threshold], -abs(threshold - 0.5)))
+    return best, dice[best]
+
+
+def _ratio(numerator: float, denominator: float, epsilon: float) -> float:
+    denominator += epsilon
+    return (numerator + epsilon) / denominator if denominator else float("nan")
+
+
+def _ratios(tp: float, fp: float, fn: float, tn: float, *, epsilon: float) -> dict[str, float]:
     return {
-        "dice": ratio(2 * tp, 2 * tp + fp + fn),
-        "precision": ratio(tp, tp + fp),
-        "recall": ratio(tp, tp + fn),
-        "specificity": ratio(tn, tn + fp),
-        "accuracy": ratio(tp + tn, tp + fp + fn + tn),
+        "dice": _ratio(2 * tp, 2 * tp + fp + fn, epsilon),
+        "precision": _ratio(tp, tp + fp, epsilon),
+        "recall": _ratio(tp, tp + fn, epsilon),
+        "specificity": _ratio(tn, tn + fp, epsilon),
+        "accuracy": _ratio(tp + tn, tp + fp + fn + tn, epsilon),
     }

@@ -1,12 +1,13 @@
 """One evaluation from checkpoints and data folder to numbers."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from resunet_jax.data.cases import find_cases, require_infection_masks
 from resunet_jax.data.prepared import prepare_cases
 from resunet_jax.data.splits import read_split
 from resunet_jax.errors import InputError
-from resunet_jax.evaluation.evaluate import Evaluation, evaluate_cases
+from resunet_jax.evaluation.evaluate import TOLERANCE_MM, Evaluation, evaluate_cases
 from resunet_jax.files import check_output_dir
 from resunet_jax.inference.segment import load_segmenter
 from resunet_jax.progress import logger
@@ -22,6 +23,8 @@ def evaluate(
     part: str = "test",
     split_file: Path | None = None,
     batch_size: int = 8,
+    validated_threshold: bool = False,
+    tolerance_mm: Mapping[str, float] = TOLERANCE_MM,
 ) -> Evaluation:
     """Evaluates one or both models of the cascade on a part of a split.
 
@@ -34,13 +37,21 @@ def evaluate(
       part: "train", "val", "test", or "all" for every case of the data folder.
       split_file: see `read_split`; by default the split that the models were trained on.
       batch_size: slices at a time.
+      validated_threshold: see `load_segmenter`.
+      tolerance_mm: see `evaluate_cases`.
 
     Raises:
       InputError: models, data or split are not fit for it.
     """
     check_output_dir(output_dir)
-    segmenter = load_segmenter(lung_checkpoint, infection_checkpoint, batch_size)
+    for structure, value in tolerance_mm.items():
+        if not value > 0:
+            raise InputError(f"--{structure}_tolerance_mm={value:g}: more than 0 mm is wanted")
+    segmenter = load_segmenter(
+        lung_checkpoint, infection_checkpoint, batch_size, validated_threshold=validated_threshold
+    )
     cases = find_cases(data_dir)
+    protocol = "all cases of the folder, those of the training among them"
     if part != "all":
         own = [path / "split.json" for path in (infection_checkpoint, lung_checkpoint) if path is not None]
         files = [split_file] if split_file else [path for path in own if path.is_file()]
@@ -50,6 +61,8 @@ def evaluate(
         if any(split != splits[0] for split in splits):
             logger.warning("%s and %s differ: a case may have trained one of the models; using the first", *files)
         cases = splits[0].cases(part, cases)
+        protocol = f"{part} part of {splits[0].protocol or 'a split file'}"
     if segmenter.infection is not None:
         require_infection_masks(cases)
-    return evaluate_cases(segmenter, prepare_cases(cases, segmenter.preprocess, cache_dir))
+    prepared = prepare_cases(cases, segmenter.preprocess, cache_dir)
+    return evaluate_cases(segmenter, prepared, tolerance_mm=tolerance_mm, protocol=protocol)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -18,10 +18,10 @@ from resunet_jax.files import make_output_dir
 from resunet_jax.model.cascade import cascade, predict_probability
 from resunet_jax.model.resunet import Variables
 from resunet_jax.progress import logger
-from resunet_jax.training.checkpoints import LoadedModel, fingerprint, load_model_for
+from resunet_jax.training.checkpoints import LoadedModel, fingerprint, load_model_for, load_threshold
 
 THRESHOLD = 0.5
-"""A voxel whose probability is above it belongs to the mask."""
+"""A voxel whose probability is above it belongs to the mask, unless another threshold is asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +32,13 @@ class Segmenter:
       lung: on CT, or None.
       infection: on CT or on [CT, lung probability], or None.
       batch_size: slices at a time.
+      thresholds: by structure, in (0, 1); `THRESHOLD` where there is none.
     """
 
     lung: LoadedModel | None
     infection: LoadedModel | None
     batch_size: int = 8
+    thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def structures(self) -> tuple[str, ...]:
@@ -48,6 +50,10 @@ class Segmenter:
     def preprocess(self) -> PreprocessConfig:
         """How slices have to be prepared."""
         return next(model.config.preprocess for model in (self.lung, self.infection) if model is not None)
+
+    def threshold(self, structure: str) -> float:
+        """A voxel belongs to the structure where its probability is above this."""
+        return self.thresholds.get(structure, THRESHOLD)
 
     def probabilities(self, images: FloatArray) -> dict[str, FloatArray]:
         """Runs the models over prepared slices.
@@ -90,7 +96,11 @@ class Segmenter:
 
 
 def load_segmenter(
-    lung_checkpoint: str | Path | None, infection_checkpoint: str | Path | None, batch_size: int = 8
+    lung_checkpoint: str | Path | None,
+    infection_checkpoint: str | Path | None,
+    batch_size: int = 8,
+    *,
+    validated_threshold: bool = False,
 ) -> Segmenter:
     """Restores one or both models of the cascade.
 
@@ -98,9 +108,10 @@ def load_segmenter(
       lung_checkpoint: for `load_model`, or None to segment no lungs.
       infection_checkpoint: for `load_model`, or None to segment no infection.
       batch_size: slices at a time.
+      validated_threshold: takes the thresholds that the trainings chose on their validation cases, instead of 0.5.
 
     Raises:
-      InputError: neither is given, a folder holds no such model, or the two do not belong together.
+      InputError: neither is given, a folder holds no such model or threshold, or the two do not belong together.
     """
     lung = load_model_for(lung_checkpoint, "lung", "--lung_checkpoint") if lung_checkpoint else None
     infection = (
@@ -124,7 +135,9 @@ def load_segmenter(
             f"{lung_checkpoint} and {infection_checkpoint} were trained on slices prepared differently "
             f"({lung.config.preprocess}, {infection.config.preprocess}); use models trained alike"
         )
-    return Segmenter(lung, infection, batch_size)
+    paths = {"lung": lung_checkpoint, "infection": infection_checkpoint}
+    chosen = {name: load_threshold(path) for name, path in paths.items() if path} if validated_threshold else {}
+    return Segmenter(lung, infection, batch_size, chosen)
 
 
 def native_slices(
@@ -165,7 +178,7 @@ def segment_scan(scan: Path, output_dir: Path, segmenter: Segmenter, *, save_pro
         mask = np.empty(shape, np.uint8)
         native = np.empty(shape, np.float32) if save_probabilities else None
         for k, probability in enumerate(native_slices(probabilities, boxes, shape[:2])):
-            mask[..., k] = probability > THRESHOLD
+            mask[..., k] = probability > segmenter.threshold(name)
             if native is not None:
                 native[..., k] = probability
         outputs: dict[str, Array] = {f"{scan_name(scan)}_{name}.nii.gz": mask}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -20,6 +21,9 @@ from resunet_jax.training.tasks import TASKS, build_model
 
 CHECKPOINTS = "checkpoints"
 """Folder of a workdir that holds its checkpoints."""
+
+THRESHOLD_FILE = "threshold.json"
+"""File of a workdir with the threshold chosen on its validation cases."""
 
 _CONFIG = "config.json"
 _VARIABLES = "variables"
@@ -42,23 +46,27 @@ class LoadedModel(NamedTuple):
     config: Config
 
 
-def validation_loss(metrics: dict[str, Any]) -> float:
-    """What the best checkpoint has least of."""
-    return float(metrics["val_loss"])
+def rank(record: dict[str, Any]) -> float:
+    """What the best checkpoint has least of: the validation loss; without one, a later epoch is better."""
+    return float(-record["epoch"] if record["val_loss"] is None else record["val_loss"])
+
+
+def _saved_rank(metrics: dict[str, Any]) -> float:
+    return float(metrics["rank"])
 
 
 class Checkpoints:
-    """The checkpoints of one workdir: the latest, and the best by validation loss. Use as a context manager."""
+    """The checkpoints of one workdir: the latest, and the best (see `rank`). Use as a context manager."""
 
     def __init__(self, workdir: Path, *, read_only: bool = False) -> None:
         """Opens them; makes the folder unless `read_only`."""
         self._manager = ocp.CheckpointManager(
             (workdir / CHECKPOINTS).absolute(),
             options=ocp.CheckpointManagerOptions(
-                best_fn=validation_loss,
+                best_fn=_saved_rank,
                 best_mode="min",
                 preservation_policy=AnyPreservationPolicy(
-                    [LatestN(1), BestN(get_metric_fn=validation_loss, reverse=True, n=1)]
+                    [LatestN(1), BestN(get_metric_fn=_saved_rank, reverse=True, n=1)]
                 ),
                 read_only=read_only,
             ),
@@ -77,7 +85,7 @@ class Checkpoints:
           state: after the last epoch of `history`.
           batches: the iterator of the training batches.
           config: of the run.
-          history: all epochs so far; the last one's finite "val_loss" decides which checkpoint is best.
+          history: all epochs so far; the last one's `rank`, which is finite, decides whether it is the best.
         """
         args = ocp.args.Composite(
             variables=ocp.args.StandardSave(state.variables),
@@ -86,7 +94,7 @@ class Checkpoints:
             config=ocp.args.JsonSave(to_dict(config)),
             history=ocp.args.JsonSave({"epochs": history}),
         )
-        metrics = {"val_loss": float(history[-1]["val_loss"])}
+        metrics = {"rank": rank(history[-1])}
         self._manager.save(int(state.step), args=args, metrics=metrics)
 
     def restore_latest(self, state: TrainState, batches: Any) -> tuple[TrainState, History] | None:
@@ -207,6 +215,33 @@ def _load_variables(folder: Path, config: Config) -> LoadedModel:
                 "use the config that it was saved with"
             )
         return LoadedModel(model, checkpointer.restore(folder, _abstract(expected)), config)
+
+
+def save_threshold(workdir: Path, threshold: float, dice: float, cases: Sequence[str]) -> None:
+    """Writes threshold.json beside a model: the threshold, and on which cases it reached which mean Dice."""
+    values = {"threshold": threshold, "mean_dice": dice, "chosen_on": list(cases)}
+    write_text(workdir / THRESHOLD_FILE, json.dumps(values, indent=2) + "\n")
+
+
+def load_threshold(path: str | Path) -> float:
+    """The threshold that a training chose on its validation cases, in (0, 1).
+
+    Raises:
+      InputError: there is none, or it makes no sense.
+    """
+    file = Path(path) / THRESHOLD_FILE
+    try:
+        threshold = json.loads(file.read_text(encoding="utf-8"))["threshold"]
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold {threshold}")
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{file}: no such file: the training had no validation case to choose a threshold on, or is not done; "
+            "use --threshold=0.5"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: holds no threshold in (0, 1) ({first_line(error)}); use --threshold=0.5") from error
+    return float(threshold)
 
 
 def fingerprint(variables: Variables) -> str:

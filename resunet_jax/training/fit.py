@@ -14,7 +14,7 @@ import numpy as np
 from resunet_jax.config import Config
 from resunet_jax.data.pipeline import SliceSource, eval_batches, train_batches
 from resunet_jax.errors import InputError
-from resunet_jax.evaluation.metrics import hard_metrics
+from resunet_jax.evaluation.metrics import HARD_METRICS, hard_metrics
 from resunet_jax.files import write_text
 from resunet_jax.progress import logger, progress
 from resunet_jax.training.checkpoints import Checkpoints, History, LoadedModel
@@ -34,19 +34,20 @@ _STEPS_AHEAD = 2  # how far the host may run before the device; enough to keep i
 
 
 def fit(
-    config: Config, train: SliceSource, val: SliceSource, workdir: Path, lung: LoadedModel | None = None
+    config: Config, train: SliceSource, val: SliceSource | None, workdir: Path, lung: LoadedModel | None = None
 ) -> History:
     """Trains until `epochs` or `patience` ends it, from where the workdir's latest checkpoint left off.
 
     Args:
       config: of the run.
       train: slices to learn from.
-      val: slices whose loss chooses the best checkpoint.
+      val: slices whose loss chooses the best checkpoint and ends the training; None trains all `epochs` and keeps the
+        last.
       workdir: gets checkpoints/ and metrics.jsonl.
       lung: the frozen lung model, for task "infection".
 
     Returns:
-      one record an epoch; "val_loss" and the counts are pooled over all validation slices.
+      one record an epoch; "val_loss" and the counts are pooled over all validation slices, and None without them.
 
     Raises:
       InputError: the loss is not finite; the last good checkpoint stays.
@@ -75,18 +76,22 @@ def fit(
                 step = partial(train_step, key=key, lung_variables=lung_variables)
                 state, losses, counts = _train_epoch(step, state, batches, steps_per_epoch, epoch)
                 seconds = time.monotonic() - start
-                sums = evaluate_sums(eval_step, state.variables, val, config.train.batch_size, lung_variables)
+                validation = (
+                    _validate(eval_step, state.variables, val, config.train.batch_size, lung_variables) if val else {}
+                )
                 record = {
                     "epoch": epoch,
                     "step": int(state.step),
                     "train_loss": float(np.mean(losses)),
-                    "val_loss": sums["loss"] / sums["slices"],
+                    "val_loss": None,
                     **{f"train_{name}": value for name, value in hard_metrics(counts).items()},
-                    **{f"val_{name}": value for name, value in hard_metrics(sums).items()},
+                    **dict.fromkeys((f"val_{name}" for name in HARD_METRICS), None),
+                    **{f"val_{name}": value for name, value in validation.items()},
                     "seconds": round(seconds, 3),
                     "steps_per_second": round(steps_per_epoch / seconds, 3),
                 }
-                _refuse_non_finite(record["val_loss"], f"validation of epoch {epoch}")
+                if val:
+                    _refuse_non_finite(validation["loss"], f"validation of epoch {epoch}")
                 history.append(_without_nan(record))
                 checkpoints.save(state, batches, config, history)
                 write_history(workdir, history)
@@ -101,6 +106,8 @@ def finished(config: Config, history: History) -> bool:
     if len(history) >= config.train.epochs:
         return True
     losses = [record["val_loss"] for record in history]
+    if None in losses:
+        return False
     return bool(losses) and len(losses) - 1 - int(np.argmin(losses)) >= config.train.patience
 
 
@@ -115,6 +122,13 @@ def evaluate_sums(
     """What `eval_step` returns, added up over all slices."""
     sums = [eval_step(variables, batch, lung_variables) for batch in eval_batches(source, batch_size)]
     return _add_up(sums)
+
+
+def _validate(
+    eval_step: Any, variables: Any, source: SliceSource, batch_size: int, lung_variables: Any
+) -> dict[str, float]:
+    sums = evaluate_sums(eval_step, variables, source, batch_size, lung_variables)
+    return {"loss": sums["loss"] / sums["slices"], **hard_metrics(sums)}
 
 
 def _train_epoch(
@@ -154,8 +168,6 @@ def _without_nan(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _summary(config: Config, record: dict[str, Any]) -> str:
-    return (
-        f"epoch {record['epoch']}/{config.train.epochs}: train loss {record['train_loss']:.4f}, "
-        f"val loss {record['val_loss']:.4f}, val Dice {record['val_dice']:.4f}, "
-        f"{record['steps_per_second']:.2f} steps/s"
-    )
+    shown = {"train loss": "train_loss", "val loss": "val_loss", "val Dice": "val_dice"}
+    numbers = "".join(f"{label} {record[name]:.4f}, " for label, name in shown.items() if record[name] is not None)
+    return f"epoch {record['epoch']}/{config.train.epochs}: {numbers}{record['steps_per_second']:.2f} steps/s"

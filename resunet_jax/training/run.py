@@ -16,9 +16,10 @@ from resunet_jax.config import Config, from_dict, to_dict
 from resunet_jax.data.cases import find_cases, require_infection_masks
 from resunet_jax.data.pipeline import SliceSource
 from resunet_jax.data.prepared import PreparedCase, prepare_cases
-from resunet_jax.data.splits import Split, make_split, read_split, write_split
-from resunet_jax.data.volumes import FloatArray, read_volume
+from resunet_jax.data.splits import DEFAULT_SPLIT, Split, SplitRequest, make_split, read_split, write_split
+from resunet_jax.data.volumes import Array, FloatArray, read_volume
 from resunet_jax.errors import InputError
+from resunet_jax.evaluation.metrics import choose_threshold
 from resunet_jax.files import check_output_dir, make_output_dir, write_text
 from resunet_jax.model.cascade import infection_input, predict_probability
 from resunet_jax.progress import logger
@@ -30,6 +31,7 @@ from resunet_jax.training.checkpoints import (
     fingerprint,
     load_model,
     load_model_for,
+    save_threshold,
 )
 from resunet_jax.training.fit import fit
 from resunet_jax.training.tasks import TASKS, Task
@@ -46,6 +48,7 @@ _PACKAGES = (
     "nibabel",
     "scipy",
 )
+_MAX_OVERLAYS = 6
 _MAY_CHANGE = ("epochs", "patience")  # on resuming
 
 
@@ -55,8 +58,7 @@ def train(
     workdir: Path,
     cache_dir: Path,
     *,
-    split_file: Path | None = None,
-    split_seed: int | None = None,
+    split: SplitRequest = DEFAULT_SPLIT,
     lung_checkpoint: Path | None = None,
 ) -> History:
     """Trains a model, or goes on where the workdir's latest checkpoint left off.
@@ -64,10 +66,9 @@ def train(
     Args:
       config: what to train and how; `lung_fingerprint` is filled in here.
       data_dir: see `find_cases`.
-      workdir: gets config.json, split.json, versions.json, metrics.jsonl, checkpoints/ and figures/.
+      workdir: gets config.json, split.json, versions.json, metrics.jsonl, threshold.json, checkpoints/ and figures/.
       cache_dir: see `prepare_cases`.
-      split_file: see `make_split`.
-      split_seed: see `make_split`.
+      split: see `make_split`; without validation cases all epochs are trained and the last is kept.
       lung_checkpoint: for task "infection", the lung model that feeds it.
 
     Returns:
@@ -80,25 +81,30 @@ def train(
     check_output_dir(workdir)
     lung, config = _load_lung(config, task, lung_checkpoint)
     cases = find_cases(data_dir)
-    split = make_split(cases, split_file, split_seed)
-    train_cases, val_cases = split.cases("train", cases), split.cases("val", cases)
+    parts = make_split(cases, split)
+    train_cases, val_cases = parts.cases("train", cases), parts.cases("val", cases) if parts.val else []
     if task.target == "infection":
         require_infection_masks([*train_cases, *val_cases])
-    _check_resumable(workdir, config, split)
+    _check_resumable(workdir, config, parts)
     lung_split = lung_checkpoint / "split.json" if lung_checkpoint else None
-    if lung_split and lung_split.is_file() and read_split(lung_split) != split:
+    if lung_split and lung_split.is_file() and read_split(lung_split) != parts:
         logger.warning(
-            "%s differs from this split: the lung model may have seen this run's validation cases", lung_split
+            "%s differs from this split: the lung model may have seen this run's validation or test cases", lung_split
         )
 
     prepared = prepare_cases([*train_cases, *val_cases], config.preprocess, cache_dir)
     train_set, val_set = prepared[: len(train_cases)], prepared[len(train_cases) :]
-    train_source, val_source = SliceSource(train_set, task.target), SliceSource(val_set, task.target)
-    logger.info("%s: %d training and %d validation slices", config.task, len(train_source), len(val_source))
-    _write_settings(workdir, config, split)
+    train_source = SliceSource(train_set, task.target)
+    val_source = SliceSource(val_set, task.target) if val_set else None
+    logger.info("%s: %d training and %d validation slices", config.task, len(train_source), len(val_source or ()))
+    if not val_set:
+        logger.info("no validation cases: all epochs are trained, and the last is kept")
+    _write_settings(workdir, config, parts)
     _draw_inputs(workdir, config, train_set, train_source, task)
     history = fit(config, train_source, val_source, workdir, lung)
-    _draw_results(workdir, history, val_set, lung, task)
+    figures.save_loss_curves(workdir / "figures" / "loss_curves.png", history)
+    if val_set:
+        _use_validation(workdir, val_set, lung, task)
     logger.info("done: %s", workdir)
     return history
 
@@ -187,21 +193,22 @@ def _draw_inputs(
     figures.save_batch(workdir / "figures" / "augmented_batch.png", np.asarray(image), np.asarray(mask), task.target)
 
 
-def _draw_results(
-    workdir: Path, history: History, val_set: Sequence[PreparedCase], lung: LoadedModel | None, task: Task
-) -> None:
-    """Loss curves, and the best model on the validation slices with most of the target."""
-    figures.save_loss_curves(workdir / "figures" / "loss_curves.png", history)
+def _use_validation(workdir: Path, val_set: Sequence[PreparedCase], lung: LoadedModel | None, task: Task) -> None:
+    """Chooses the best model's threshold, and draws it on the validation slices with most of the target."""
     predict = _make_predict(load_model(workdir), lung)
-    overlays = []
-    for prepared in val_set[:3]:
+    volumes: list[tuple[FloatArray, Array]] = []
+    overlays: list[figures.Overlay] = []
+    for prepared in val_set:
         targets = getattr(prepared, task.target)
+        probabilities = np.stack([predict(image) for image in prepared.images])
+        volumes.append((probabilities, targets))
         areas = targets.sum(axis=(1, 2))
-        for k in sorted({int(np.argmax(areas)), len(areas) // 2}):
-            title = f"{prepared.case.id} slice {k}"
-            image, reference = prepared.images[k], {str(task.target): targets[k]}
-            overlays.append(figures.Overlay(title, image, reference, {task.target: predict(image) > 0.5}))
+        for k in sorted({int(np.argmax(areas)), len(areas) // 2}) if len(overlays) < _MAX_OVERLAYS else ():
+            masks = {str(task.target): targets[k]}, {str(task.target): probabilities[k] > 0.5}
+            overlays.append(figures.Overlay(f"{prepared.case.id} slice {k}", prepared.images[k], *masks))
     figures.save_overlays(workdir / "figures" / "validation_samples.png", overlays)
+    if chosen := choose_threshold(volumes):
+        save_threshold(workdir, *chosen, [prepared.case.id for prepared in val_set])
 
 
 def _make_predict(best: LoadedModel, lung: LoadedModel | None) -> Callable[[FloatArray], FloatArray]:

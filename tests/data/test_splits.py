@@ -1,10 +1,21 @@
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from resunet_jax.data.cases import KNOWN_CASES, Case, identify
-from resunet_jax.data.splits import Split, make_split, original_split, ratio_split, read_split, write_split
+from resunet_jax.data.splits import (
+    FOLDED,
+    FOLDS,
+    Split,
+    SplitRequest,
+    make_split,
+    original_split,
+    ratio_split,
+    read_split,
+    write_split,
+)
 from resunet_jax.errors import InputError
 
 
@@ -28,6 +39,90 @@ def test_original_needs_the_full_set() -> None:
         original_split(FULL[1:])
 
 
+def short(ids: tuple[str, ...]) -> set[str]:
+    """Names as the data set's description abbreviates them."""
+    names = {f"coronacases_{n:03d}": f"c{n:03d}" for n in range(1, 11)}
+    doubles = ("radiopaedia_10_", "radiopaedia_29_")
+    return {names.get(i) or "r" + (i.split("_", 1)[1] if i.startswith(doubles) else i.split("_")[1]) for i in ids}
+
+
+def test_benchmark_groups_are_the_published_ones() -> None:
+    published = (
+        "c008 c007 r36 r4",
+        "c009 c004 r14 r7",
+        "c010 c001 r10_85902_1 r29_86491_1",
+        "c003 c005 r40 r27",
+        "c002 c006 r10_85902_3 r29_86490_1",
+    )
+    for fold, names in enumerate(published):
+        few = make_split(FULL, SplitRequest(protocol="few_shot", fold=fold))
+        five = make_split(FULL, SplitRequest(protocol="five_fold", fold=fold))
+        assert short(few.train) == short(five.test) == set(names.split())
+        assert (few.test, few.val) == (five.train, five.val) == (few.test, ())
+        assert len(few.test) == 16
+        assert f"fold {fold} of 5; folds part patients" in few.protocol
+
+
+def test_patient_folds_part_nobody_and_balance_the_sources() -> None:
+    splits = [make_split(FULL, SplitRequest(protocol="patient_five_fold", fold=fold)) for fold in range(FOLDS)]
+    assert sorted(case for split in splits for case in split.test) == sorted(KNOWN_CASES)
+    for split in splits:
+        assert {identify(i)[2] for i in split.train}.isdisjoint(identify(i)[2] for i in split.test)
+        assert sorted(split.train + split.test) == sorted(KNOWN_CASES)
+        assert [sum(i.startswith(source) for i in split.test) for source in ("coronacases", "radiopaedia")] == [2, 2]
+
+
+def test_patient_folds_of_a_part_of_the_set_say_so() -> None:
+    cases = [case for case in FULL if case.source == "radiopaedia"]
+    request = SplitRequest(protocol="patient_five_fold")
+    splits = [make_split(cases[2:8], dataclasses.replace(request, fold=fold)) for fold in range(FOLDS)]
+    assert sorted(len(split.test) for split in splits) == [1, 1, 1, 1, 2]
+    assert all("only 6 of the full set's 20 cases" in split.protocol for split in splits)
+    with pytest.raises(InputError, match=r"4 patient\(s\) are too few for 5 folds"):
+        make_split(cases[:6], dataclasses.replace(request, fold=0))
+
+
+@pytest.mark.parametrize("protocol", ["original", "few_shot", "five_fold"])
+def test_missing_cases_are_named_or_marked(protocol) -> None:
+    cases = [case for case in FULL if case.id not in ("coronacases_008", "radiopaedia_40_86625_0")]
+    request = SplitRequest(protocol=protocol, fold=0 if protocol in FOLDED else None)
+    with pytest.raises(InputError, match=r"coronacases_008, radiopaedia_40_86625_0 are missing.*--allow_missing"):
+        make_split(cases, request)
+    whole = make_split(FULL, request)
+    split = make_split(cases, dataclasses.replace(request, allow_missing=True))
+    there = {case.id for case in cases}
+    for part in ("train", "val", "test"):
+        assert set(getattr(split, part)) == set(getattr(whole, part)) & there
+    assert "2 of 20 cases missing: coronacases_008, radiopaedia_40_86625_0" in split.protocol
+
+
+def test_a_part_that_would_be_empty_is_refused() -> None:
+    with pytest.raises(InputError, match="no test case"):
+        make_split(FULL[:3], SplitRequest(protocol="original", allow_missing=True))
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (SplitRequest(protocol="five_fold"), "needs --fold"),
+        (SplitRequest(protocol="five_fold", fold=5), "from 0 to 4; got 5"),
+        (SplitRequest(protocol="original", fold=1), "has no folds"),
+        (SplitRequest(protocol="five_fold", fold=1, seed=3), "drop --split_seed"),
+        (SplitRequest(Path("split.json"), protocol="ratio"), "--split_file decides alone"),
+    ],
+)
+def test_contradictions_are_refused(request_: SplitRequest, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_split(FULL, request_)
+
+
+@pytest.mark.parametrize("protocol", FOLDED)
+def test_protocol_travels_with_the_file(protocol, tmp_path: Path) -> None:
+    split = make_split(FULL, SplitRequest(protocol=protocol, fold=2))
+    write_split(tmp_path / "split.json", split)
+    assert read_split(tmp_path / "split.json", FULL) == split
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_ratio_never_parts_a_patient_and_loses_nobody(seed: int) -> None:
     split = ratio_split(FULL, seed)
@@ -39,10 +134,10 @@ def test_ratio_never_parts_a_patient_and_loses_nobody(seed: int) -> None:
 
 def test_ratio_is_decided_by_its_seed() -> None:
     split = ratio_split(FULL, 3)
-    for part, other in zip(vars(split).values(), vars(ratio_split(FULL[::-1], 3)).values(), strict=True):
-        assert sorted(part) == sorted(other)
+    other = ratio_split(FULL[::-1], 3)
+    assert all(sorted(getattr(split, part)) == sorted(getattr(other, part)) for part in ("train", "val", "test"))
     assert len({ratio_split(FULL, seed) for seed in range(5)}) > 1
-    assert make_split(FULL, split_seed=3) == split
+    assert make_split(FULL, SplitRequest(seed=3)) == split
 
 
 def test_too_few_patients() -> None:

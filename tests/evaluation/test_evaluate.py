@@ -1,9 +1,11 @@
 import csv
 import json
 import math
+import shutil
 from operator import itemgetter
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -11,9 +13,9 @@ from resunet_jax.data.cases import find_cases
 from resunet_jax.data.prepared import prepare_cases
 from resunet_jax.data.volumes import read_mask, read_volume
 from resunet_jax.errors import InputError
-from resunet_jax.evaluation.evaluate import Evaluation, evaluate_cases
+from resunet_jax.evaluation.evaluate import METRICS, Evaluation, evaluate_cases, summarize
 from resunet_jax.evaluation.metrics import soft_metrics
-from resunet_jax.evaluation.report import print_table, write_report
+from resunet_jax.evaluation.report import best_median_worst, print_table, write_report
 from resunet_jax.evaluation.run import evaluate
 from resunet_jax.inference.segment import load_segmenter, segment_scan
 from tests.conftest import TINY, Trained
@@ -34,8 +36,9 @@ def test_counts_are_those_of_the_written_masks(evaluation: Evaluation, trained: 
     """Evaluation and prediction agree voxel for voxel, so the native Dice is the Dice of the files."""
     segmenter = load_segmenter(trained.lung, trained.infection, batch_size=3)
     cases = {case.id: case for case in find_cases(trained.data)}
-    assert len(evaluation.volumes) == 4
-    for row in evaluation.volumes:
+    rows = [row for row in evaluation.volumes if row["structure"] in ("lung", "infection")]
+    assert len(rows) == 4
+    for row in rows:
         case = cases[row["case"]]
         volume = read_volume(case.ct)
         paths = dict(zip(("lung", "infection"), segment_scan(case.ct, tmp_path, segmenter), strict=True))
@@ -67,48 +70,137 @@ def test_soft_numbers_are_means_over_batches_of_four(evaluation: Evaluation, tra
     np.testing.assert_allclose(evaluation.soft_batch["lung"]["dice"], expected, rtol=1e-5)
 
 
+def test_volumes_and_errors_follow_from_the_counts(evaluation: Evaluation, trained: Trained) -> None:
+    cases = {case.id: case for case in find_cases(trained.data)}
+    for row in evaluation.volumes:
+        voxel_ml = float(np.prod(nib.load(cases[row["case"]].ct).header.get_zooms())) / 1000
+        np.testing.assert_allclose(row["volume_ml"], (row["tp"] + row["fp"]) * voxel_ml, rtol=1e-5)
+        np.testing.assert_allclose(row["reference_ml"], (row["tp"] + row["fn"]) * voxel_ml, rtol=1e-5)
+        assert row["volume_error_ml"] == row["volume_ml"] - row["reference_ml"]
+        assert math.isnan(row["lung_part"]) == (row["structure"] != "infection")
+        if row["structure"] == "infection":
+            lung = nib.load(cases[row["case"]].lung_mask).get_fdata() > 0
+            infection = nib.load(cases[row["case"]].infection_mask).get_fdata() > 0
+            assert row["reference_lung_part"] == pytest.approx((infection & lung).sum() / lung.sum())
+
+
+def test_sides_add_up_to_the_lung(evaluation: Evaluation) -> None:
+    rows = {(row["case"], row["structure"]): row for row in evaluation.volumes}
+    for case in {row["case"] for row in evaluation.volumes}:
+        left, right, lung = (rows[case, s] for s in ("left_lung", "right_lung", "lung"))
+        assert left["volume_ml"] + right["volume_ml"] == pytest.approx(lung["volume_ml"])
+        assert left["reference_ml"] + right["reference_ml"] == pytest.approx(lung["reference_ml"])
+        assert min(left["reference_ml"], right["reference_ml"]) > 0.3 * lung["reference_ml"]
+
+
+def test_slices_add_up_to_volumes(evaluation: Evaluation) -> None:
+    for row in evaluation.volumes:
+        slices = [s for s in evaluation.slices if (s["case"], s["structure"]) == (row["case"], row["structure"])]
+        assert [s["slice"] for s in slices] == list(range(len(slices)))
+        for name in ("tp", "fp", "fn", "tn"):
+            assert sum(s[name] for s in slices) == row[name]
+
+
+def test_threshold_of_the_validation_cases_is_used(trained: Trained, tmp_path: Path) -> None:
+    values = json.loads((trained.lung / "threshold.json").read_text())
+    assert values["chosen_on"] == ["coronacases_002"]
+    shutil.copytree(trained.lung, tmp_path / "lung")
+    (tmp_path / "lung" / "threshold.json").write_text(json.dumps({**values, "threshold": 0.05}))
+    segmenter = load_segmenter(tmp_path / "lung", None, validated_threshold=True)
+    assert segmenter.threshold("lung") == 0.05
+    (case,) = [case for case in find_cases(trained.data) if case.id == "coronacases_003"]
+    prepared = prepare_cases([case], TINY["preprocess"], trained.cache)
+    low, half = (evaluate_cases(s, prepared).volumes[0] for s in (segmenter, load_segmenter(trained.lung, None)))
+    assert low["tp"] + low["fp"] > half["tp"] + half["fp"]
+    (mask,) = segment_scan(case.ct, tmp_path / "masks", segmenter)
+    assert np.count_nonzero(nib.load(mask).dataobj) == low["tp"] + low["fp"]
+    (tmp_path / "lung" / "threshold.json").unlink()
+    with pytest.raises(InputError, match=r"threshold\.json: no such file.*--threshold=0\.5"):
+        load_segmenter(tmp_path / "lung", None, validated_threshold=True)
+    for text in ("{}", "[]", '{"threshold": 1.5}', '{"threshold": "a"}', "x"):
+        (tmp_path / "lung" / "threshold.json").write_text(text)
+        with pytest.raises(InputError, match="holds no threshold"):
+            load_segmenter(tmp_path / "lung", None, validated_threshold=True)
+
+
 def row(case: str, dice: float) -> dict:
-    metrics = dict.fromkeys(("precision", "recall", "specificity", "accuracy"), 1.0)
-    return {"case": case, "structure": "lung", "dice": dice, **metrics, "empty": "neither"}
+    return {**dict.fromkeys(METRICS, 1.0), "case": case, "patient": case, "structure": "lung", "dice": dice}
 
 
 def test_summary_leaves_out_what_is_undefined_and_says_so() -> None:
-    rows = [row("a", 0.5), row("b", 1.0), row("c", 0.9), row("d", math.nan)]
-    summary = Evaluation(rows, [], {}, []).summary()["lung"]["dice"]
+    summary = summarize([row("a", 0.5), row("b", 1.0), row("c", 0.9), row("d", math.nan)])["lung"]["dice"]
     assert summary["mean"] == pytest.approx(0.8)
-    assert summary["sd"] == pytest.approx(np.std([0.5, 1.0, 0.9], ddof=1))
-    assert summary["median"] == 0.9
     assert (summary["volumes"], summary["undefined"]) == (4, 1)
 
 
 def test_json_has_null_for_undefined() -> None:
-    values = json.loads(Evaluation([row("a", math.nan)], [], {}, []).to_json())
+    evaluation = Evaluation([row("a", math.nan)], [], [], {}, {}, [], {})
+    values = json.loads(evaluation.to_json())
     assert values["volumes"][0]["dice"] is None
     assert values["summary"]["lung"]["dice"]["mean"] is None
 
 
 def test_report_files(evaluation: Evaluation, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_report(evaluation, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "metrics.csv", "dice.png", "overlays.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "metrics.json",
+        "volumes.csv",
+        "slices.csv",
+        "boxes.png",
+        "volumes.png",
+        "calibration.png",
+        "overlays.png",
+    }
     values = json.loads((tmp_path / "metrics.json").read_text())
-    assert set(values) == {"volumes", "summary", "model_grid", "soft_batch"}
+    assert set(values) == {"settings", "volumes", "summary", "model_grid", "calibration", "soft_batch"}
+    assert values["settings"] == {
+        "protocol": "test part of a split file",
+        "threshold": {"lung": 0.5, "infection": 0.5},
+        "tolerance_mm": {"lung": 1.0, "infection": 3.0},
+    }
     assert {(r["case"], r["structure"]) for r in values["volumes"]} == {
         (case, structure)
         for case in ("coronacases_003", "radiopaedia_14_85914_0")
-        for structure in ("lung", "infection")
+        for structure in ("lung", "left_lung", "right_lung", "infection")
     }
-    with (tmp_path / "metrics.csv").open() as file:
+    with (tmp_path / "volumes.csv").open() as file:
         assert [r["case"] for r in csv.DictReader(file)] == [r["case"] for r in evaluation.volumes]
     print_table(evaluation)
     out = capsys.readouterr().out
     assert "radiopaedia_14_85914_0" in out
-    assert "not comparable" in out
+    assert "never with the Dice of volumes" in " ".join(out.split())
+    assert out.count("undefined") >= 4
+
+
+def test_best_median_and_worst_are_shown(evaluation: Evaluation) -> None:
+    overlay = evaluation.overlays[0][1]
+    cases = [
+        (dice, overlay._replace(title=name)) for name, dice in zip("abcde", (0.3, math.nan, 0.9, 0.5, 0.7), strict=True)
+    ]
+    titles = [shown.title for shown in best_median_worst(cases)]
+    assert [title[-1] for title in titles] == ["c", "d", "a"]
+    assert [title.split(",")[0] for title in titles] == ["best", "median", "worst"]
+    assert [shown.title[-1] for shown in best_median_worst(cases[:2])] == ["a"]
+    assert [shown.title for shown in best_median_worst(cases[1:2])] == ["b"]
+
+
+def test_protocol_with_missing_cases_marks_the_numbers(trained: Trained, tmp_path: Path) -> None:
+    protocol = "original; 14 of 20 cases missing: some"
+    split_file = tmp_path / "split.json"
+    split_file.write_text(json.dumps({"train": [], "val": [], "test": ["coronacases_001"], "protocol": protocol}))
+    evaluation = evaluate(
+        trained.data, trained.cache, output_dir=tmp_path, lung_checkpoint=trained.lung, split_file=split_file
+    )
+    assert evaluation.settings["protocol"] == f"test part of {protocol}"
+    write_report(evaluation, tmp_path / "report")
+    assert protocol in (tmp_path / "report" / "volumes.csv").read_text().splitlines()[1]
 
 
 def test_split_comes_from_the_models_or_a_file(trained: Trained, tmp_path: Path) -> None:
     def run(**changes) -> list[str]:
         arguments = {"output_dir": tmp_path, "lung_checkpoint": trained.lung, **changes}
-        return [row["case"] for row in evaluate(trained.data, trained.cache, **arguments).volumes]
+        volumes = evaluate(trained.data, trained.cache, **arguments).volumes
+        return [row["case"] for row in volumes if row["structure"] == "lung"]
 
     assert run(part="val") == ["coronacases_002"]
     assert len(run(part="all")) == 6

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from resunet_jax.evaluation.metrics import count, emptiness, hard_metrics, soft_metrics
+from resunet_jax.evaluation.metrics import THRESHOLDS, choose_threshold, count, emptiness, hard_metrics, soft_metrics
 from tests.conftest import REFERENCE
 
 
@@ -18,7 +18,7 @@ def test_counts_against_a_naive_loop(rng: np.random.Generator) -> None:
 def test_closed_form() -> None:
     metrics = hard_metrics({"tp": 3, "fp": 1, "fn": 2, "tn": 4})
     assert metrics == pytest.approx(
-        {"dice": 6 / 9, "precision": 3 / 4, "recall": 3 / 5, "specificity": 4 / 5, "accuracy": 7 / 10}
+        {"dice": 6 / 9, "iou": 3 / 6, "precision": 3 / 4, "recall": 3 / 5, "specificity": 4 / 5, "accuracy": 7 / 10}
     )
 
 
@@ -34,7 +34,8 @@ def test_closed_form() -> None:
 def test_empty_masks_have_a_stated_answer(counts, empty, dice, precision, recall) -> None:
     metrics = hard_metrics(counts)
     assert emptiness(counts) == empty
-    np.testing.assert_equal([metrics[m] for m in ("dice", "precision", "recall")], [dice, precision, recall])
+    names = ("dice", "iou", "precision", "recall")  # where just one is empty, and where both agree, Dice equals IoU
+    np.testing.assert_equal([metrics[m] for m in names], [dice, dice, precision, recall])
 
 
 def test_full_reference_has_no_specificity() -> None:
@@ -50,3 +51,26 @@ def test_soft_metrics_are_the_originals() -> None:
                 *((name, name) for name in ("dice", "precision", "recall", "specificity")),
             ):
                 np.testing.assert_allclose(metrics[ours], reference[theirs][i], atol=1e-6, rtol=0)
+
+
+def test_threshold_is_the_best_of_a_naive_search(rng: np.random.Generator) -> None:
+    volumes = [((0.3 * rng.random((3, 8, 8)) + 0.5 * (t := rng.random((3, 8, 8)) > 0.7)), t) for _ in range(3)]
+    threshold, dice = choose_threshold(volumes)
+    naive = {
+        value: np.mean([2 * ((p > value) & t).sum() / ((p > value).sum() + t.sum()) for p, t in volumes])
+        for value in THRESHOLDS
+    }
+    assert dice == pytest.approx(max(naive.values()))
+    assert naive[threshold] == pytest.approx(dice)
+    assert all(abs(threshold - 0.5) <= abs(value - 0.5) for value in THRESHOLDS if naive[value] == naive[threshold])
+
+
+def test_threshold_weighs_volumes_alike_and_leaves_out_empty_ones() -> None:
+    """One big volume wants 0.2, two small ones 0.8: each volume has one vote, an empty one none."""
+    big = np.repeat([0.25, 0.1], 500), np.repeat([1, 0], 500)
+    small = np.array([0.9, 0.7]), np.array([1, 0])
+    assert choose_threshold([big])[0] < 0.25
+    assert choose_threshold([big, small, small])[0] < 0.25  # else the big one is missed whole
+    empty = np.full(4, 0.9), np.zeros(4)
+    assert choose_threshold([small, empty]) == (0.7, 1.0)
+    assert choose_threshold([empty]) is None

@@ -12,6 +12,7 @@ from resunet_jax.config import Config
 from resunet_jax.data.cases import find_cases
 from resunet_jax.data.pipeline import SliceSource
 from resunet_jax.data.prepared import prepare_cases
+from resunet_jax.data.splits import SplitRequest
 from resunet_jax.errors import InputError
 from resunet_jax.training import fit as module
 from resunet_jax.training import run as run_module
@@ -72,8 +73,19 @@ def test_best_and_latest_are_kept_and_the_best_is_loaded(
         assert checkpoints._manager.best_step() == 2 * per_epoch
 
 
+def test_without_validation_the_last_epoch_is_kept(sources, tmp_path: Path) -> None:
+    with_validation, without = tmp_path / "with", tmp_path / "without"
+    history = fit(tiny(2, patience=1), sources[0], None, without)
+    assert [record["val_loss"] for record in history] == [None, None]
+    assert [record["val_dice"] for record in history] == [None, None]
+    with Checkpoints(without, read_only=True) as checkpoints:
+        assert checkpoints._manager.best_step() == checkpoints._manager.latest_step() == history[-1]["step"]
+    losses = [record["train_loss"] for record in fit(tiny(2), *sources, with_validation)]
+    assert [record["train_loss"] for record in history] == losses
+
+
 def test_stops_after_patience() -> None:
-    def history(*losses: float):
+    def history(*losses: float | None):
         return [{"val_loss": loss} for loss in losses]
 
     config = tiny(100, patience=2)
@@ -82,6 +94,7 @@ def test_stops_after_patience() -> None:
     assert finished(config, history(3, 2, 2.5, 2.1))
     assert not finished(config, history(3, 2, 2.5, 1.9))
     assert finished(tiny(2, patience=5), history(3, 2))
+    assert not finished(config, history(None, None, None, None))
 
 
 def test_non_finite_loss_stops_and_leaves_the_last_checkpoint(sources, tmp_path: Path) -> None:
@@ -110,6 +123,7 @@ def test_run_folder_explains_itself(trained: Trained) -> None:
             "split.json",
             "versions.json",
             "metrics.jsonl",
+            "threshold.json",
             "figures/loss_curves.png",
             "figures/validation_samples.png",
             "figures/augmented_batch.png",
@@ -122,12 +136,14 @@ def test_run_folder_explains_itself(trained: Trained) -> None:
 
 def test_another_run_in_the_same_folder_is_refused(trained: Trained) -> None:
     def again(config: Config, **changes) -> None:
-        train(config, trained.data, trained.lung, trained.cache, **{"split_file": trained.split_file, **changes})
+        train(
+            config, trained.data, trained.lung, trained.cache, **{"split": SplitRequest(trained.split_file), **changes}
+        )
 
     with pytest.raises(InputError, match=r"train\.loss was bce, is dice"):
         again(tiny(2, loss="dice"))
     with pytest.raises(InputError, match="another split"):
-        again(tiny(2), split_file=None, split_seed=1)
+        again(tiny(2), split=SplitRequest(seed=1))
     again(tiny(2))  # the same command: nothing left to do
 
 
@@ -147,7 +163,7 @@ def test_another_split_than_the_lungs_is_told(
         caplog.clear()
         with contextlib.suppress(StopError), caplog.at_level("WARNING", logger="resunet_jax"):
             paths = (trained.data, tmp_path / "run", trained.cache)
-            train(config, *paths, split_file=split_file, lung_checkpoint=trained.lung)
+            train(config, *paths, split=SplitRequest(split_file), lung_checkpoint=trained.lung)
         assert ("differs from this split" in caplog.text) == told
 
 
