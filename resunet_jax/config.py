@@ -25,12 +25,15 @@ class PreprocessConfig:
       image_size: side of the square slice, in pixels.
       normalization: "window" maps HU [-1250, 250] to [0, 1]; "minmax" maps each slice's own range to [0, 1].
       body_threshold_hu: what is above it counts as body, in HU.
+      body_thresholds_minmax: where given, two thresholds on each slice's own range as [0, 1] take the place of
+        `body_threshold_hu`: for scans in HU, and for windowed ones. The original's are 50/255 and 175/255.
       body_dilation: iterations by which the body is dilated before its bounding box is taken, in pixels.
     """
 
     image_size: int = 128
     normalization: Normalization = "window"
     body_threshold_hu: float = -220.0
+    body_thresholds_minmax: tuple[float, ...] = ()
     body_dilation: int = 5
 
 
@@ -147,6 +150,13 @@ def check(config: Config) -> None:
         "image_size",
         preprocess.image_size,
         f"a positive multiple of {multiple} (the model halves the resolution three times in each patch)",
+    )
+    thresholds = preprocess.body_thresholds_minmax
+    _require(
+        len(thresholds) in (0, 2) and all(0 < t < 1 for t in thresholds),
+        "body_thresholds_minmax",
+        thresholds,
+        "empty, or two numbers between 0 and 1",
     )
     _require(preprocess.body_dilation >= 0, "body_dilation", preprocess.body_dilation, "0 or more")
     _require(

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from resunet_jax.config import PreprocessConfig
-from resunet_jax.data.prepared import prepare_slice, slice_box
+from resunet_jax.data.prepared import body_scale, prepare_slice, slice_box
 from resunet_jax.data.roi import body_mask
-from resunet_jax.data.volumes import Array, FloatArray, Volume, hu_to_window
+from resunet_jax.data.volumes import Array, FloatArray, Volume
 
 COLORS = {"lung": "tab:cyan", "infection": "tab:red"}
 
@@ -109,11 +109,10 @@ def save_roi_steps(path: Path, volumes: Mapping[str, Volume], config: Preprocess
     """
     picks = [(f"{title} slice {k}", volume, k) for title, volume in volumes.items() for k in _spread(volume)]
     figure, axes = _grid(len(picks), 5)
-    threshold = hu_to_window(config.body_threshold_hu)
     for row, (title, volume, k) in zip(axes, picks, strict=True):
-        image, box = volume.window(k), slice_box(volume, k, config)
+        (image, threshold), box = body_scale(volume, k, config), slice_box(volume, k, config)
         _show(row[0], image, title)
-        _show(row[1], body_mask(image, threshold, 0), f"above {config.body_threshold_hu:g} HU")
+        _show(row[1], body_mask(image, threshold, 0), f"above {threshold:.3f} of the range")
         _show(row[2], body_mask(image, threshold, config.body_dilation), f"dilated {config.body_dilation} times")
         _show(row[3], image, "box of the largest component")
         corner = (box.column - 0.5, box.row - 0.5)

@@ -46,9 +46,17 @@ class PreparedCase:
     infection: npt.NDArray[np.uint8] | None
 
 
+def body_scale(volume: Volume, k: int, config: PreprocessConfig) -> tuple[FloatArray, float]:
+    """Slice k on the scale on which the body is told from air, and the threshold on it."""
+    if config.body_thresholds_minmax:
+        hu, windowed = config.body_thresholds_minmax
+        return volume.minmax(k), hu if volume.encoding == "hu" else windowed
+    return volume.window(k), hu_to_window(config.body_threshold_hu)
+
+
 def slice_box(volume: Volume, k: int, config: PreprocessConfig) -> Box:
     """The body's bounding box in slice k."""
-    return bounding_box(body_mask(volume.window(k), hu_to_window(config.body_threshold_hu), config.body_dilation))
+    return bounding_box(body_mask(*body_scale(volume, k, config), config.body_dilation))
 
 
 def prepare_slice(volume: Volume, k: int, config: PreprocessConfig) -> tuple[FloatArray, Box]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -174,13 +174,14 @@ def load_model_for(path: str | Path, target: str, flag: str) -> LoadedModel:
     return loaded
 
 
-def save_model(path: str | Path, variables: Variables, config: Config) -> None:
+def save_model(path: str | Path, variables: Variables, config: Config, files: Mapping[str, str] | None = None) -> None:
     """Exports a model to a new folder that `load_model` takes: config.json and variables/.
 
     Args:
       path: must not exist.
       variables: {"params": ..., "batch_stats": ...}.
       config: how the model is to be used.
+      files: further text files to lay beside it, by name.
 
     Raises:
       InputError: the folder exists or cannot be written.
@@ -189,7 +190,8 @@ def save_model(path: str | Path, variables: Variables, config: Config) -> None:
     if path.exists():
         raise InputError(f"{path}: exists already; choose a new folder")
     with whole_folder(path) as partial:
-        write_text(partial / _CONFIG, json.dumps(to_dict(config), indent=2) + "\n")
+        for name, text in {_CONFIG: json.dumps(to_dict(config), indent=2) + "\n", **(files or {})}.items():
+            write_text(partial / name, text)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(partial / _VARIABLES, variables)
 
@@ -205,7 +207,7 @@ def _load_exported(path: Path) -> LoadedModel:
 
 def _load_variables(folder: Path, config: Config) -> LoadedModel:
     model = build_model(config)
-    expected = _shapes(model)
+    expected = variable_shapes(model)
     with ocp.StandardCheckpointer() as checkpointer:
         saved = checkpointer.metadata(folder).item_metadata.tree
         if jax.tree.map(lambda x: tuple(x.shape), saved) != jax.tree.map(lambda x: x.shape, expected):
@@ -253,7 +255,8 @@ def fingerprint(variables: Variables) -> str:
     return digest.hexdigest()[:16]
 
 
-def _shapes(model: ResUnet) -> Any:
+def variable_shapes(model: ResUnet) -> Any:
+    """Shapes and types of a model's variables, without making them."""
     dummy = jax.ShapeDtypeStruct((1, 8, 8, model.in_channels), np.float32)
     return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), dummy)
 

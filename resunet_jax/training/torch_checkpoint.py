@@ -1,0 +1,164 @@
+"""Checkpoints of the original PyTorch project to ours, and back."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TaskName
+from resunet_jax.errors import InputError, first_line
+from resunet_jax.files import whole_file
+from resunet_jax.model.torch_names import LAYERS, torch_from_tree, tree_from_torch
+from resunet_jax.training.checkpoints import load_model, save_model, variable_shapes
+from resunet_jax.training.tasks import build_model
+
+STATE_DICT = "model_state_dict"
+"""Key of the original's checkpoints that holds the weights."""
+
+ORIGINAL_BODY_THRESHOLDS = (50 / 255, 175 / 255)
+"""On each slice's own range: for Coronacases, which are in HU, and for Radiopaedia, which are windowed."""
+
+_COUNTERS = "num_batches_tracked"
+_COUNTERS_FILE = "torch_counters.json"
+
+
+def original_preprocess(image_size: int) -> PreprocessConfig:
+    """How the original prepared its slices: per-slice min–max, and two thresholds for the body."""
+    return PreprocessConfig(
+        image_size=image_size, normalization="minmax", body_thresholds_minmax=ORIGINAL_BODY_THRESHOLDS
+    )
+
+
+def from_torch(path: Path, output_dir: Path, target: Literal["lung", "infection"], image_size: int = 128) -> Config:
+    """Converts a checkpoint of the original project to a folder that `load_model` takes.
+
+    Architecture (filters, input channels) is read from the weights. Nothing in the file is executed.
+
+    Args:
+      path: PyTorch file, a dict with "model_state_dict".
+      output_dir: must not exist.
+      target: what the model segments.
+      image_size: side of the slices that it was trained on, in pixels.
+
+    Returns:
+      the config that the model got.
+
+    Raises:
+      InputError: PyTorch is not installed, the file is no such checkpoint, or the folder exists or cannot be written.
+    """
+    torch = _import_torch()
+    if output_dir.exists():
+        raise InputError(f"{output_dir}: exists already; choose a new folder")
+    arrays, counters = _read(torch, path)
+    variables = tree_from_torch(arrays)
+    config = _config(path, variables, target, image_size)
+    expected = jax.tree.map(lambda x: x.shape, variable_shapes(build_model(config)))
+    if jax.tree.map(np.shape, variables) != expected or len(arrays) != len(torch_from_tree(variables)):
+        raise InputError(f"{path}: its weights are not those of the original's ResUnet; convert that project's file")
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):
+        raise InputError(f"{path}: some of its weights are NaN or infinite; use a checkpoint from before")
+    save_model(output_dir, variables, config, {_COUNTERS_FILE: json.dumps(counters, indent=2) + "\n"})
+    return config
+
+
+def to_torch(path: Path, output_file: Path) -> None:
+    """Writes a model as a checkpoint that the original project loads, whole or not at all.
+
+    Args:
+      path: for `load_model`.
+      output_file: must not exist.
+
+    Raises:
+      InputError: PyTorch is not installed, there is no model, or the file exists or cannot be written.
+    """
+    torch = _import_torch()
+    if output_file.exists():
+        raise InputError(f"{output_file}: exists already; choose a new file")
+    loaded = load_model(path)
+    arrays = torch_from_tree(loaded.variables)
+    counters = _read_counters(path)
+    state: dict[str, Any] = {}
+    for name, array in arrays.items():
+        state[name] = torch.from_numpy(np.array(array))
+        if name.endswith(".running_var"):
+            counter = name.replace("running_var", _COUNTERS)
+            state[counter] = torch.tensor(counters.get(counter, 0), dtype=torch.int64)
+    with whole_file(output_file) as partial:
+        torch.save({STATE_DICT: state}, partial)
+
+
+def _import_torch() -> ModuleType:
+    try:
+        import torch  # noqa: PLC0415 (an optional extra)
+    except ImportError as error:
+        raise InputError("this needs PyTorch; install it with: pip install 'resunet-jax[torch]'") from error
+    module: ModuleType = torch
+    return module
+
+
+def _read(torch: ModuleType, path: Path) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """The float arrays and the counters of a file, which is not trusted."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; check --input") from error
+    except Exception as error:  # torch has no common base for what a wrong or hostile file makes it raise
+        raise InputError(f"{path}: refused, not a plain PyTorch checkpoint ({first_line(error)})") from error
+    state = content.get(STATE_DICT) if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise InputError(f"{path}: no dict with {STATE_DICT!r} in it; give a checkpoint of the original project")
+    arrays: dict[str, np.ndarray] = {}
+    counters: dict[str, int] = {}
+    for name, value in state.items():
+        plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+        if plain and name.endswith(_COUNTERS) and value.ndim == 0 and value.dtype == torch.int64:
+            counters[name] = int(value)
+        elif plain and value.dtype == torch.float32 and value.is_contiguous():
+            arrays[name] = value.detach().numpy()
+        else:
+            raise InputError(f"{path}: {name} is not a plain float32 tensor; give a checkpoint of the original project")
+    known = {
+        f"{prefix}.{kind}" for prefix in LAYERS.values() for kind in ("weight", "bias", "running_mean", "running_var")
+    }
+    unknown = sorted(set(arrays) - known)
+    if unknown:
+        raise InputError(f"{path}: {unknown[0]} is not in the original's ResUnet; convert that project's file")
+    return arrays, counters
+
+
+def _config(path: Path, variables: Mapping[str, Any], target: str, image_size: int) -> Config:
+    params = variables["params"]
+    channels = params["input_conv1"]["kernel"].shape[-2]
+    tasks: dict[tuple[str, int], TaskName] = {
+        ("lung", 1): "lung",
+        ("infection", 1): "infection_ct",
+        ("infection", 2): "infection",
+    }
+    if (target, channels) not in tasks:
+        raise InputError(f"{path}: a model on {channels} channel(s), which is no {target} model; check --task")
+    convolutions = (
+        params["input_conv1"],
+        *(params[name]["conv1"] for name in ("residual_conv_1", "residual_conv_2", "bridge")),
+    )
+    first, second, third, fourth = (int(convolution["kernel"].shape[-1]) for convolution in convolutions)
+    return Config(
+        task=tasks[target, channels],
+        preprocess=original_preprocess(image_size),
+        model=ModelConfig(filters=(first, second, third, fourth)),
+    )
+
+
+def _read_counters(path: Path) -> dict[str, int]:
+    """What PyTorch's batch normalisation counts and nothing uses, kept so that the way there and back loses nothing."""
+    file = path / _COUNTERS_FILE
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return {str(name): int(value) for name, value in values.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"{file}: cannot be read ({first_line(error)}); delete it, nothing depends on it") from error
