@@ -79,6 +79,24 @@ def test_make_phantom_refuses_an_existing_folder(tmp_path: Path) -> None:
     assert_one_clear_line(result, "exists already")
 
 
+def test_check_data(phantom: Path, tmp_path: Path) -> None:
+    result = run_script("check_data", f"--data_dir={phantom}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("lung (1, 2)") == 6
+    assert result.stdout.endswith("training can start\n")
+
+    shutil.copytree(phantom, tmp_path / "set")
+    bad = tmp_path / "set" / "lung_mask" / "coronacases_001.nii"
+    bad.write_bytes(bad.read_bytes()[:1000])
+    result = run_script("check_data", f"--data_dir={tmp_path / 'set'}", "--json")
+    assert result.returncode == 1, result.stderr
+    check = json.loads(result.stdout)
+    assert not check["can_train"]
+    assert str(bad) in check["findings"][0]["text"]
+
+    assert_one_clear_line(run_script("check_data", f"--data_dir={tmp_path / 'none'}"), "no such folder")
+
+
 @pytest.mark.parametrize(
     ("script", "names"),
     [
@@ -86,6 +104,9 @@ def test_make_phantom_refuses_an_existing_folder(tmp_path: Path) -> None:
         ("train_infection", f"{TRAINING} lung_checkpoint ct_only"),
         ("evaluate", "data_dir output_dir lung_checkpoint split split_file cache_dir threshold infection_tolerance_mm"),
         ("predict", "input output_dir lung_checkpoint infection_checkpoint probabilities threshold"),
+        ("cross_validate", "data_dir workdir cache_dir protocol allow_missing filters epochs"),
+        ("convert_torch", "task input output_dir output_file"),
+        ("check_data", "data_dir json"),
     ],
 )
 def test_help_explains_every_flag(script: str, names: str) -> None:

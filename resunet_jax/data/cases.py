@@ -12,9 +12,13 @@ from resunet_jax.errors import InputError
 Source = Literal["coronacases", "radiopaedia", "other"]
 
 COLUMNS = ("ct_scan", "lung_mask", "infection_mask")
-_SUFFIXES = (".nii", ".nii.gz")
-_KAGGLE_FOLDERS = ("ct_scans", "lung_mask", "infection_mask")
-_ZENODO_FOLDERS = ("COVID-19-CT-Seg_20cases", "Lung_Mask", "Infection_Mask")
+SUFFIXES = (".nii", ".nii.gz")
+LAYOUTS = (
+    ("ct_scans", "lung_mask", "infection_mask"),
+    ("COVID-19-CT-Seg_20cases", "Lung_Mask", "Infection_Mask"),
+)
+"""Folders of Kaggle's and of Zenodo's layout, in the order of `COLUMNS`."""
+
 _CORONACASES = re.compile(r"coronacases_(?:org_)?(?:case)?0*(\d+)", re.IGNORECASE)
 _RADIOPAEDIA = re.compile(r"radiopaedia_(?:org_covid-19-pneumonia-)?((\d+)_\d+_\d+)(?:-dcm)?", re.IGNORECASE)
 
@@ -75,25 +79,37 @@ def find_cases(data_dir: Path) -> list[Case]:
     Raises:
       InputError: no such folder, no scan in it, columns or files missing, doubly matched, or outside the folder.
     """
+    cases, problems = list_cases(data_dir)
+    if problems:
+        raise problems[0]
+    return cases
+
+
+def list_cases(data_dir: Path) -> tuple[list[Case], list[InputError]]:
+    """As `find_cases`, but with every problem that concerns single cases beside the cases that are good.
+
+    Raises:
+      InputError: nothing can be listed: no such folder, no scan in it, columns missing.
+    """
     if not data_dir.is_dir():
         raise InputError(f"{data_dir}: no such folder; give the data set's folder with --data_dir")
     metadata = data_dir / "metadata.csv"
+    problems: list[InputError] = []
     if metadata.is_file():
-        cases = _from_csv(metadata)
+        cases = _from_csv(metadata, problems)
     else:
-        for folders in (_KAGGLE_FOLDERS, _ZENODO_FOLDERS):
+        for folders in LAYOUTS:
             if (data_dir / folders[0]).is_dir():
-                cases = _from_folders(data_dir, folders)
+                cases = _from_folders(data_dir, folders, problems)
                 break
         else:
             raise InputError(
-                f"{data_dir}: neither metadata.csv nor a folder {_KAGGLE_FOLDERS[0]}/ or {_ZENODO_FOLDERS[0]}/ in it; "
+                f"{data_dir}: neither metadata.csv nor a folder {LAYOUTS[0][0]}/ or {LAYOUTS[1][0]}/ in it; "
                 "lay the scans out as the Kaggle set does (README, 'Your own data')"
             )
-    if not cases:
+    if not cases and not problems:
         raise InputError(f"{data_dir}: no scan in it; put .nii or .nii.gz files there (README, 'Your own data')")
-    _refuse_doubles(data_dir, (case.id for case in cases))
-    return cases
+    return _without_doubles(data_dir, cases, problems), problems
 
 
 def require_infection_masks(cases: Iterable[Case]) -> None:
@@ -120,15 +136,17 @@ def _stem(name: str) -> str:
     return name.removesuffix(".gz").removesuffix(".nii")
 
 
-def _refuse_doubles(where: Path, ids: Iterable[str]) -> None:
-    seen: set[str] = set()
-    for case_id in ids:
-        if case_id in seen:
-            raise InputError(f"{where}: case {case_id} is there twice; remove or rename one of its files")
-        seen.add(case_id)
+def _without_doubles(where: Path, cases: Iterable[Case], problems: list[InputError]) -> list[Case]:
+    found: dict[str, Case] = {}
+    for case in cases:
+        if case.id in found:
+            problems.append(InputError(f"{where}: case {case.id} is there twice; remove or rename one of its files"))
+        else:
+            found[case.id] = case
+    return list(found.values())
 
 
-def _from_csv(metadata: Path) -> list[Case]:
+def _from_csv(metadata: Path, problems: list[InputError]) -> list[Case]:
     try:
         with metadata.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -139,7 +157,13 @@ def _from_csv(metadata: Path) -> list[Case]:
     missing = [column for column in COLUMNS if column not in columns]
     if missing:
         raise InputError(f"{metadata}: no column {missing[0]}; it must have {', '.join(COLUMNS)}")
-    return [_from_row(metadata, line, row) for line, row in enumerate(rows, start=2)]
+    cases = []
+    for line, row in enumerate(rows, start=2):
+        try:
+            cases.append(_from_row(metadata, line, row))
+        except InputError as problem:
+            problems.append(problem)
+    return cases
 
 
 def _from_row(metadata: Path, line: int, row: dict[str, str | None]) -> Case:
@@ -166,34 +190,36 @@ def _resolve(metadata: Path, line: int, text: str | None) -> Path | None:
     path = data_dir.joinpath(*parts)
     if not path.resolve().is_relative_to(data_dir.resolve()):
         raise InputError(f"{metadata}, line {line}: {text} lies outside {data_dir}; only files inside are read")
-    candidates = [path, *(path.with_name(_stem(path.name) + suffix) for suffix in _SUFFIXES)]
+    candidates = [path, *(path.with_name(_stem(path.name) + suffix) for suffix in SUFFIXES)]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
     raise InputError(f"{path}: no such file, though {metadata} names it in line {line}; add it or mend the row")
 
 
-def _from_folders(data_dir: Path, folders: Sequence[str]) -> list[Case]:
+def _from_folders(data_dir: Path, folders: Sequence[str], problems: list[InputError]) -> list[Case]:
     ct_dir, lung_dir, infection_dir = (data_dir / folder for folder in folders)
-    lung_masks, infection_masks = _by_id(lung_dir), _by_id(infection_dir)
+    lung_masks, infection_masks = _by_id(lung_dir, problems), _by_id(infection_dir, problems)
     cases = []
-    for case_id, ct in sorted(_by_id(ct_dir).items()):
-        if case_id not in lung_masks:
-            raise InputError(f"{ct}: no lung mask for it in {lung_dir}; its name should begin {case_id}.nii")
-        _, source, patient = identify(ct.name)
-        cases.append(Case(case_id, source, patient, ct, lung_masks[case_id], infection_masks.get(case_id)))
+    for case_id, ct in sorted(_by_id(ct_dir, problems).items()):
+        if case_id in lung_masks:
+            _, source, patient = identify(ct.name)
+            cases.append(Case(case_id, source, patient, ct, lung_masks[case_id], infection_masks.get(case_id)))
+        else:
+            problems.append(InputError(f"{ct}: no lung mask for it in {lung_dir}; its name should begin {case_id}.nii"))
     return cases
 
 
-def _by_id(folder: Path) -> dict[str, Path]:
+def _by_id(folder: Path, problems: list[InputError]) -> dict[str, Path]:
     """Scans or masks of a folder by case id; an absent folder has none."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     found: dict[str, Path] = {}
     for path in files:
-        if not path.name.endswith(_SUFFIXES) or path.name.startswith("."):
+        if not path.name.endswith(SUFFIXES) or path.name.startswith("."):
             continue
         case_id = identify(path.name)[0]
         if case_id in found:
-            raise InputError(f"{found[case_id]} and {path} both match case {case_id}; remove one of them")
-        found[case_id] = path
+            problems.append(InputError(f"{found[case_id]} and {path} both match case {case_id}; remove one of them"))
+        else:
+            found[case_id] = path
     return found

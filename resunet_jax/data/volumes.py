@@ -158,7 +158,7 @@ def read_mask(path: Path, scan: Path, scan_grid: Grid) -> npt.NDArray[np.uint8]:
     if low < 0 or high > 255 or not np.array_equal(values, np.rint(values)):
         raise InputError(f"{path}: values in [{low:g}, {high:g}]; a mask has whole labels from 0 to 255")
     grid = _grid(path, image)
-    if _displacement_mm(grid, scan_grid) > 0.5 * min(scan_grid.spacing_mm):
+    if displacement_mm(grid, scan_grid) > 0.5 * min(scan_grid.spacing_mm):
         raise InputError(f"{path}: its affine differs from that of {scan}; export the mask on the scan's grid")
     return grid.orient(values).astype(np.uint8)
 
@@ -256,7 +256,7 @@ def _grid(path: Path, image: Any) -> Grid:
     return Grid(image.header.copy(), image.shape, affine)
 
 
-def _displacement_mm(grid: Grid, other: Grid) -> float:
+def displacement_mm(grid: Grid, other: Grid) -> float:
     """The farthest that a corner of the volume lies apart on two grids of the same shape, in mm."""
     corners = np.stack(np.meshgrid(*[(0, n - 1) for n in grid.shape], [1], indexing="ij"), axis=-1).reshape(-1, 4)
     apart = corners @ (grid.affine - other.affine).T

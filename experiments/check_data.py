@@ -1,0 +1,59 @@
+"""Looks a data set over: a line a scan, a line a finding with its remedy; exit code 1 where training cannot start.
+
+python experiments/check_data.py --data_dir=DATA
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import cli
+from absl import flags
+
+from resunet_jax.data.cases import KNOWN_CASES
+from resunet_jax.data.check import DataCheck, check_data
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("data_dir", None, "Folder of the data set, in Kaggle's or Zenodo's layout.", required=True)
+flags.DEFINE_bool("json", False, "Prints JSON instead: {cases, findings, missing, whole, can_train}.")
+
+
+def main() -> None:
+    """Checks by the flags."""
+    check = check_data(Path(FLAGS.data_dir).expanduser())
+    if FLAGS.json:
+        print(json.dumps(check.to_dict(), indent=2))
+    else:
+        _print(check)
+    if not check.can_train:
+        sys.exit(1)
+
+
+def _print(check: DataCheck) -> None:
+    for fact in check.cases:
+        infected = "–" if fact.infected_slices is None else fact.infected_slices
+        lung = "–" if fact.lung_hu is None else f"{fact.lung_hu:.0f} HU"
+        print(
+            f"{fact.case}: {'×'.join(map(str, fact.shape))} {fact.axes}, sform {fact.codes[0]} qform {fact.codes[1]}, "
+            f"{' × '.join(f'{mm:.3g}' for mm in fact.spacing_mm)} mm, {fact.encoding} {fact.low:g}..{fact.high:g}, "
+            f"lung {fact.lung_labels} {lung}, infection {fact.infection_labels}, "
+            f"infected slices {infected} of {fact.slices}"
+        )
+    for finding in check.findings:
+        print(f"{finding.severity}: {finding.text}")
+    slices = sum(fact.slices for fact in check.cases)
+    infected_slices = sum(fact.infected_slices or 0 for fact in check.cases)
+    patients = len({fact.patient for fact in check.cases})
+    print(f"{len(check.cases)} scans of {patients} patients, {slices:,} slices, {infected_slices:,} with infection")
+    if check.whole:
+        print("the full set of 20 is there")
+    elif check.missing:
+        print(
+            f"of the full set's {len(KNOWN_CASES)} cases {len(check.missing)} are missing: {', '.join(check.missing)}"
+        )
+    errors = sum(finding.severity == "error" for finding in check.findings)
+    print("training can start" if check.can_train else f"training cannot start: {errors} error(s)")
+
+
+if __name__ == "__main__":
+    cli.run(main)
