@@ -81,6 +81,9 @@ class TrainConfig:
       decay_factor: see `decay_epochs`.
       loss: "bce", "dice" or "bce_dice" (their sum).
       patience: epochs without a lower validation loss after which training stops.
+      accumulate_steps: k > 1 updates the parameters every k-th step, by the mean of k gradients: the effective batch
+        is k · batch_size slices, in the memory of batch_size. Batch statistics are of each step's slices.
+      remat: see `ResUnet`; less memory for a third more computation.
       patch_factor: 1 for whole slices; f > 1 cuts each slice into f × f patches that the model sees apart.
       seed: of the initial parameters, the order of slices and the augmentation.
     """
@@ -92,6 +95,8 @@ class TrainConfig:
     decay_factor: float = 0.1
     loss: LossName = "bce"
     patience: int = 10
+    accumulate_steps: int = 1
+    remat: bool = False
     patch_factor: int = 1
     seed: int = 0
 
@@ -165,7 +170,8 @@ def check(config: Config) -> None:
         ",".join(map(str, model.filters)),
         "four positive numbers, as in 64,128,256,512",
     )
-    for field in ("batch_size", "epochs", "learning_rate", "decay_epochs", "decay_factor", "patience"):
+    positive = ("batch_size", "epochs", "learning_rate", "decay_epochs", "decay_factor", "patience", "accumulate_steps")
+    for field in positive:
         _require(getattr(train, field) > 0, field, getattr(train, field), "more than 0")
     for field in ("vertical_flip", "horizontal_flip", "quarter_turn", "rotation"):
         _require(0 <= getattr(augment, field) <= 1, field, getattr(augment, field), "a probability in [0, 1]")
@@ -206,7 +212,7 @@ def _convert(kind: Any, value: Any, where: str, origin: str) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if wanted is float and number:
         return float(value)
-    if isinstance(value, wanted) and not isinstance(value, bool):
+    if isinstance(value, wanted) and isinstance(value, bool) == (wanted is bool):
         return value
     raise InputError(f"{origin}: {where} is {value!r}; expected {wanted.__name__}")
 

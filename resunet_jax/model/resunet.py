@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
+
+from resunet_jax.model.conv import Convolution
 
 Variables = dict[str, Any]
 """Flax variables: {"params": ..., "batch_stats": ...}."""
@@ -32,6 +35,7 @@ class Layers(NamedTuple):
 
     dtype: Any
     train: bool
+    convolution: Convolution
 
     def conv(self, x: jax.Array, features: int, name: str, *, size: int = 3, stride: int = 1) -> jax.Array:
         """A convolution with PyTorch's padding and initialisation."""
@@ -43,6 +47,7 @@ class Layers(NamedTuple):
             dtype=self.dtype,
             kernel_init=_kernel_init,
             bias_init=_bias_init(size * size * x.shape[-1]),
+            conv_general_dilated=self.convolution,
             name=name,
         )(x)
 
@@ -86,16 +91,18 @@ class ResidualBlock(nn.Module):
       features: output channels.
       stride: of the first convolution and of the skip.
       dtype: type of the computation.
+      convolution: see `ResUnet`.
     """
 
     features: int
     stride: int = 1
     dtype: Any = jnp.float32
+    convolution: Convolution = lax.conv_general_dilated
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps (N, H, W, C) to (N, H/stride, W/stride, features)."""
-        layers = Layers(self.dtype, train)
+        layers = Layers(self.dtype, train, self.convolution)
         skip = layers.conv(x, self.features, "skip_conv", stride=self.stride)
         skip = layers.norm(skip, "skip_norm")
         x = nn.relu(layers.norm(x, "norm1"))
@@ -114,11 +121,16 @@ class ResUnet(nn.Module):
       in_channels: 1 for CT, 2 for CT and lung probability.
       filters: channels of the four levels, from full to an eighth of the resolution.
       dtype: type of the computation; parameters, batch statistics and logits are float32.
+      remat: computes each residual block again when its gradient is taken, instead of keeping what lies within.
+      convolution: `jax.lax.conv_general_dilated` or a drop-in for it; `fastest_convolution()` of `model/conv.py` is
+        faster on CPUs, in reverse mode only.
     """
 
     in_channels: int = 1
     filters: tuple[int, int, int, int] = (64, 128, 256, 512)
     dtype: Any = jnp.float32
+    remat: bool = False
+    convolution: Convolution = lax.conv_general_dilated
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -137,10 +149,15 @@ class ResUnet(nn.Module):
         """
         self._check(x.shape)
         f1, f2, f3, f4 = self.filters
-        layers = Layers(self.dtype, train)
+        layers = Layers(self.dtype, train, self.convolution)
+
+        def apply_block(module: ResidualBlock, x: jax.Array) -> jax.Array:
+            return module(x, train=train)
 
         def block(x: jax.Array, features: int, name: str, *, stride: int = 1) -> jax.Array:
-            return ResidualBlock(features, stride, self.dtype, name=name)(x, train=train)
+            module = ResidualBlock(features, stride, self.dtype, self.convolution, name=name)
+            apply = nn.remat(apply_block) if self.remat else apply_block
+            return apply(module, x)
 
         def upsample_and_join(x: jax.Array, skip: jax.Array, name: str) -> jax.Array:
             return jnp.concatenate([Upsample(self.dtype, name=name)(x), skip], axis=-1)

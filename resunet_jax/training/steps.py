@@ -11,6 +11,7 @@ import optax
 from resunet_jax.config import Config
 from resunet_jax.data.pipeline import Batch
 from resunet_jax.model.cascade import apply_logits, infection_input, predict_probability
+from resunet_jax.model.conv import fastest_convolution
 from resunet_jax.model.resunet import ResUnet, Variables, init_variables
 from resunet_jax.training.augment import augment
 from resunet_jax.training.losses import LOSSES
@@ -48,12 +49,20 @@ EvalStep = Callable[[Variables, Batch, Variables | None], dict[str, jax.Array]]
 
 
 def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
-    """Adam whose learning rate falls by `decay_factor` every `decay_epochs`, as the original's."""
+    """Adam whose learning rate falls by `decay_factor` every `decay_epochs`, as the original's.
+
+    Args:
+      config: of the run; with `accumulate_steps` k, every k-th step updates, by the mean of the last k gradients.
+      steps_per_epoch: steps, not updates.
+    """
     train = config.train
-    schedule = optax.schedules.exponential_decay(
-        train.learning_rate, train.decay_epochs * steps_per_epoch, train.decay_factor, staircase=True
+    updates = max(1, round(train.decay_epochs * steps_per_epoch / train.accumulate_steps))
+    adam = optax.adam(
+        optax.schedules.exponential_decay(train.learning_rate, updates, train.decay_factor, staircase=True)
     )
-    return optax.adam(schedule)
+    if train.accumulate_steps == 1:
+        return adam
+    return optax.MultiSteps(adam, train.accumulate_steps).gradient_transformation()
 
 
 def create_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
@@ -92,7 +101,8 @@ def make_train_step(
       `step(state, batch, key, lung_variables) -> (state, metrics)`. Randomness is `fold_in(key, state.step)`;
       `lung_variables` is None except for task "infection"; metrics are the scalar "loss" and the summed counts.
     """
-    model, loss_fn, patches = build_model(config), LOSSES[config.train.loss], config.train.patch_factor
+    model = build_model(config, fastest_convolution())
+    loss_fn, patches = LOSSES[config.train.loss], config.train.patch_factor
 
     def step(
         state: TrainState, batch: Batch, key: jax.Array, lung_variables: Variables | None
@@ -130,7 +140,8 @@ def make_eval_step(config: Config, frozen: FrozenLung | None = None) -> EvalStep
     Returns:
       `step(variables, batch, lung_variables) -> {"loss", "tp", "fp", "fn", "tn", "slices"}`, scalars.
     """
-    model, loss_fn, patches = build_model(config), LOSSES[config.train.loss], config.train.patch_factor
+    model = build_model(config, fastest_convolution())
+    loss_fn, patches = LOSSES[config.train.loss], config.train.patch_factor
 
     def step(variables: Variables, batch: Batch, lung_variables: Variables | None) -> dict[str, jax.Array]:
         target = batch["mask"].astype(jnp.float32)
@@ -156,4 +167,4 @@ def frozen_lung(config: Config) -> FrozenLung:
     """The part of a lung model's config that a step needs."""
     if TASKS[config.task].target != "lung":
         raise ValueError(f"a lung model is wanted, this is one for {config.task}")
-    return FrozenLung(build_model(config), config.train.patch_factor)
+    return FrozenLung(build_model(config, fastest_convolution()), config.train.patch_factor)

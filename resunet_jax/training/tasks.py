@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from resunet_jax.config import Config, TaskName
 from resunet_jax.data.pipeline import Target
+from resunet_jax.model.conv import Convolution
 from resunet_jax.model.resunet import ResUnet
 
 
@@ -34,10 +36,12 @@ TASKS: dict[TaskName, Task] = {
 }
 
 
-def build_model(config: Config) -> ResUnet:
-    """The module that a config describes."""
+def build_model(config: Config, convolution: Convolution = jax.lax.conv_general_dilated) -> ResUnet:
+    """The module that a config describes; for `convolution` see `ResUnet`."""
     return ResUnet(
         in_channels=TASKS[config.task].in_channels,
         filters=config.model.filters,
         dtype=jnp.dtype(config.model.dtype),
+        remat=config.train.remat,
+        convolution=convolution,
     )
