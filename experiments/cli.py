@@ -1,4 +1,4 @@
-"""What the scripts share: flags, logging, and one clear line for input that is wrong."""
+"""What the scripts share: flags, logging, and one clear line for input that is wrong; light to import, for --help."""
 
 import logging
 import os
@@ -10,9 +10,9 @@ from pathlib import Path
 from absl import app, flags
 
 from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TaskName, TrainConfig
-from resunet_jax.data.prepared import default_cache_dir
 from resunet_jax.data.splits import FOLDS, Protocol, SplitRequest
 from resunet_jax.errors import InputError
+from resunet_jax.files import default_cache_dir
 
 
 def run(main: Callable[[], None]) -> None:
@@ -27,6 +27,7 @@ def run(main: Callable[[], None]) -> None:
         if len(argv) > 1:
             _fail(f"unexpected argument {argv[1]}; flags look like --name=value")
         try:
+            _keep_compiled_programs()
             main()
         except InputError as error:
             _fail(str(error))
@@ -52,6 +53,14 @@ def _log_to_stderr() -> None:
     logger.propagate = False
 
 
+def _keep_compiled_programs() -> None:
+    """So that the next run of a script that compiles need not."""
+    if "compilation_cache_dir" in flags.FLAGS and flags.FLAGS.compilation_cache_dir:
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", str(Path(flags.FLAGS.compilation_cache_dir).expanduser()))
+
+
 def path_flag(name: str, description: str) -> flags.FlagHolder:
     """A flag that holds a path, or None."""
     return flags.DEFINE_string(name, None, description)
@@ -72,6 +81,14 @@ def cache_dir() -> Path:
     return Path(flags.FLAGS.cache_dir).expanduser()
 
 
+def define_compilation_cache_flag() -> None:
+    """--compilation_cache_dir, for every script that compiles."""
+    default = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(default_cache_dir() / "compiled")
+    flags.DEFINE_string(
+        "compilation_cache_dir", default, "Folder of compiled programs; may be deleted at any time. Empty for none."
+    )
+
+
 def define_recipe_flags() -> None:
     """Flags of every script that trains; the defaults are those of `Config`."""
     preprocess, model, train = PreprocessConfig(), ModelConfig(), TrainConfig()
@@ -85,10 +102,14 @@ def define_recipe_flags() -> None:
     flags.DEFINE_float("learning_rate", train.learning_rate, "Adam's step size; ×0.1 every 20 epochs.")
     flags.DEFINE_enum("loss", train.loss, ["bce", "dice", "bce_dice"], "Loss.")
     flags.DEFINE_integer("patience", train.patience, "Epochs without a lower validation loss before it stops.")
+    flags.DEFINE_enum("dtype", model.dtype, ["float32", "bfloat16"], "Of the computation; parameters stay float32.")
+    flags.DEFINE_bool("remat", train.remat, "Less memory: computes what lies within residual blocks twice.")
+    flags.DEFINE_integer("accumulate_steps", train.accumulate_steps, "Steps of which the mean gradient is one update.")
     flags.DEFINE_integer("patch_factor", train.patch_factor, "2 cuts slices into 2×2 patches seen apart, and so on.")
     flags.DEFINE_integer("seed", train.seed, "Of initial parameters, order of slices and augmentation.", lower_bound=0)
     flags.DEFINE_bool("allow_missing", False, "Forms a protocol of the full set from the cases that are there.")
     define_cache_flag()
+    define_compilation_cache_flag()
 
 
 def define_split_flags() -> None:
@@ -133,13 +154,15 @@ def config_from_flags(task: TaskName) -> Config:
     return Config(
         task=task,
         preprocess=PreprocessConfig(image_size=values.image_size, normalization=values.normalization),
-        model=ModelConfig(filters=filters),
+        model=ModelConfig(filters=filters, dtype=values.dtype),
         train=TrainConfig(
             batch_size=values.batch_size,
             epochs=values.epochs,
             learning_rate=values.learning_rate,
             loss=values.loss,
             patience=values.patience,
+            accumulate_steps=values.accumulate_steps,
+            remat=values.remat,
             patch_factor=values.patch_factor,
             seed=values.seed,
         ),

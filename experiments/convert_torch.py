@@ -11,7 +11,6 @@ from absl import flags
 
 from resunet_jax.config import PreprocessConfig
 from resunet_jax.errors import InputError
-from resunet_jax.training.torch_checkpoint import from_torch, to_torch
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("input", None, "PyTorch file; or, with --output_file, a model folder or workdir.", required=True)
@@ -26,6 +25,8 @@ flags.adopt_module_key_flags(cli)  # so that --help shows them
 
 def main() -> None:
     """Converts by the flags."""
+    from resunet_jax.training.torch_checkpoint import from_torch, to_torch
+
     source = Path(FLAGS.input)
     output_dir, output_file = cli.to_path(FLAGS["output_dir"]), cli.to_path(FLAGS["output_file"])
     if (output_dir is None) == (output_file is None):

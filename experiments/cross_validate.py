@@ -9,7 +9,6 @@ import cli
 from absl import flags
 
 from resunet_jax.data.splits import FOLDED
-from resunet_jax.evaluation.cross_validation import cross_validate, print_cross_validation
 
 FLAGS = flags.FLAGS
 cli.define_recipe_flags()
@@ -19,6 +18,8 @@ flags.adopt_module_key_flags(cli)  # so that --help shows them
 
 def main() -> None:
     """Cross-validates by the flags."""
+    from resunet_jax.evaluation.cross_validation import cross_validate, print_cross_validation
+
     workdir = Path(FLAGS.workdir)
     results = cross_validate(
         cli.config_from_flags("lung"),

@@ -9,9 +9,7 @@ from pathlib import Path
 import cli
 from absl import flags
 
-from resunet_jax.evaluation.evaluate import TOLERANCE_MM
-from resunet_jax.evaluation.report import print_table, write_report
-from resunet_jax.evaluation.run import evaluate
+from resunet_jax.evaluation.metrics import TOLERANCE_MM
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder of the data set, in Kaggle's or Zenodo's layout.", required=True)
@@ -25,11 +23,15 @@ cli.define_threshold_flag()
 for structure, default in TOLERANCE_MM.items():
     flags.DEFINE_float(f"{structure}_tolerance_mm", default, f"Of the surface Dice of the {structure}, in mm.")
 cli.define_cache_flag()
+cli.define_compilation_cache_flag()
 flags.adopt_module_key_flags(cli)  # so that --help shows them
 
 
 def main() -> None:
     """Evaluates by the flags."""
+    from resunet_jax.evaluation.report import print_table, write_report
+    from resunet_jax.evaluation.run import evaluate
+
     output_dir = Path(FLAGS.output_dir)
     evaluation = evaluate(
         Path(FLAGS.data_dir),

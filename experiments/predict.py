@@ -12,8 +12,6 @@ from absl import flags
 
 from resunet_jax.errors import InputError
 from resunet_jax.files import check_output_dir
-from resunet_jax.inference.segment import find_scans, load_segmenter, segment_scan
-from resunet_jax.progress import progress
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("input", None, "A scan (.nii, .nii.gz), or a folder of scans.", required=True)
@@ -22,12 +20,15 @@ cli.path_flag("lung_checkpoint", "Lung model: a training workdir (its best check
 cli.path_flag("infection_checkpoint", "Infection model, the same.")
 flags.DEFINE_bool("probabilities", False, "Also writes the probabilities, as <scan>_lung_probability.nii.gz and so on.")
 cli.define_threshold_flag()
+cli.define_compilation_cache_flag()
 flags.DEFINE_integer("batch_size", 8, "Slices at a time; it does not change the result.", lower_bound=1)
 flags.adopt_module_key_flags(cli)  # so that --help shows them
 
 
 def main() -> None:
     """Segments by the flags; goes on after a bad scan."""
+    from resunet_jax.inference.segment import find_scans, load_segmenter, segment_scan
+
     source, output_dir = Path(FLAGS.input), Path(FLAGS.output_dir)
     scans = find_scans(source)
     if output_dir.resolve() == source.resolve():
@@ -40,14 +41,11 @@ def main() -> None:
         validated_threshold=FLAGS.threshold == "validated",
     )
     failures = []
-    with progress("segmenting", len(scans)) as advance:
-        for scan in scans:
-            try:
-                written = segment_scan(scan, output_dir, segmenter, save_probabilities=FLAGS.probabilities)
-                print(*written, sep="\n")
-            except InputError as error:
-                failures.append(str(error))
-            advance(scan.name)
+    for scan in scans:
+        try:
+            print(*segment_scan(scan, output_dir, segmenter, save_probabilities=FLAGS.probabilities), sep="\n")
+        except InputError as error:
+            failures.append(str(error))
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     if len(scans) > 1:

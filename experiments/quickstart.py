@@ -10,17 +10,14 @@ from absl import flags
 
 from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TrainConfig
 from resunet_jax.data.cases import find_cases
-from resunet_jax.data.phantom import SMALL, PhantomConfig, make_phantom
 from resunet_jax.data.splits import Split, SplitRequest, write_split
-from resunet_jax.evaluation.report import print_table, write_report
-from resunet_jax.evaluation.run import evaluate
-from resunet_jax.inference.segment import load_segmenter, segment_scan
-from resunet_jax.training.run import train
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("output_dir", "runs/quickstart", "Gets everything; the same command goes on with it.")
 flags.DEFINE_integer("epochs", 18, "Passes over the training slices, for each model.", lower_bound=1)
 flags.DEFINE_bool("small", False, "Tiny scans and models: to see that it runs, not what it can do.")
+cli.define_compilation_cache_flag()
+flags.adopt_module_key_flags(cli)  # so that --help shows them
 
 # Of each source one patient chooses the model and another tests it.
 SPLIT = Split(
@@ -44,6 +41,12 @@ SMALL_SPLIT = Split(
 
 def main() -> None:
     """Runs all steps, each with the function that its own script calls."""
+    from resunet_jax.data.phantom import SMALL, PhantomConfig, make_phantom
+    from resunet_jax.evaluation.report import print_table, write_report
+    from resunet_jax.evaluation.run import evaluate
+    from resunet_jax.inference.segment import load_segmenter, segment_scan
+    from resunet_jax.training.run import train
+
     root = Path(FLAGS.output_dir)
     data, cache, split_file = root / "phantom", root / "cache", root / "split.json"
     small = FLAGS.small

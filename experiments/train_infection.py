@@ -9,7 +9,6 @@ import cli
 from absl import flags
 
 from resunet_jax.errors import InputError
-from resunet_jax.training.run import train
 
 FLAGS = flags.FLAGS
 cli.define_recipe_flags()
@@ -21,6 +20,8 @@ flags.adopt_module_key_flags(cli)  # so that --help shows them
 
 def main() -> None:
     """Trains by the flags."""
+    from resunet_jax.training.run import train
+
     if FLAGS.ct_only and FLAGS.lung_checkpoint:
         raise InputError("--ct_only and --lung_checkpoint exclude each other; drop one of them")
     train(

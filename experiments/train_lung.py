@@ -8,8 +8,6 @@ from pathlib import Path
 import cli
 from absl import flags
 
-from resunet_jax.training.run import train
-
 FLAGS = flags.FLAGS
 cli.define_recipe_flags()
 cli.define_split_flags()
@@ -18,6 +16,8 @@ flags.adopt_module_key_flags(cli)  # so that --help shows them
 
 def main() -> None:
     """Trains by the flags."""
+    from resunet_jax.training.run import train
+
     train(
         cli.config_from_flags("lung"),
         Path(FLAGS.data_dir),

@@ -87,3 +87,8 @@ def make_output_dir(path: Path) -> None:
 
 def _cannot_write(path: Path, error: OSError) -> InputError:
     return InputError(f"{path}: cannot be written ({error.strerror or error}); choose another folder")
+
+
+def default_cache_dir() -> Path:
+    """For what may be deleted at any time: $XDG_CACHE_HOME/resunet_jax, or ~/.cache/resunet_jax."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resunet_jax"

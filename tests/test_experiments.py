@@ -17,7 +17,8 @@ from tests.conftest import ROOT, TINY_FLAGS, Trained, run_script
 
 TRAINING = (
     "image_size batch_size filters epochs learning_rate seed loss split_seed split_file normalization patience "
-    "patch_factor data_dir workdir cache_dir protocol fold allow_missing"
+    "patch_factor data_dir workdir cache_dir protocol fold allow_missing dtype remat accumulate_steps "
+    "compilation_cache_dir"
 )
 
 
@@ -103,7 +104,10 @@ def test_check_data(phantom: Path, tmp_path: Path) -> None:
         ("train_lung", TRAINING),
         ("train_infection", f"{TRAINING} lung_checkpoint ct_only"),
         ("evaluate", "data_dir output_dir lung_checkpoint split split_file cache_dir threshold infection_tolerance_mm"),
-        ("predict", "input output_dir lung_checkpoint infection_checkpoint probabilities threshold"),
+        (
+            "predict",
+            "input output_dir lung_checkpoint infection_checkpoint probabilities compilation_cache_dir",
+        ),
         ("cross_validate", "data_dir workdir cache_dir protocol allow_missing filters epochs"),
         ("convert_torch", "task input output_dir output_file"),
         ("check_data", "data_dir json"),

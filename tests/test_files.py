@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from resunet_jax.errors import InputError
-from resunet_jax.files import check_output_dir, make_output_dir, whole_file, whole_folder, write_text
+from resunet_jax.files import check_output_dir, default_cache_dir, make_output_dir, whole_file, whole_folder, write_text
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -38,3 +38,8 @@ def test_output_dirs(tmp_path: Path) -> None:
             function(tmp_path / "file" / "b")
     with pytest.raises(InputError, match="cannot be written"):
         write_text(tmp_path / "none" / "a.txt", "")
+
+
+def test_default_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert default_cache_dir() == Path("/elsewhere/resunet_jax")

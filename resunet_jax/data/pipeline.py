@@ -11,7 +11,7 @@ from resunet_jax.data.prepared import PreparedCase
 
 Target = Literal["lung", "infection"]
 
-_READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
+_READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)  # more only wait for each other (the GIL)
 
 
 class Batch(TypedDict):

@@ -83,14 +83,11 @@ def prepare_mask(mask: Array, boxes: npt.NDArray[np.int32], size: int) -> npt.ND
     Returns:
       uint8 (slices, S, S), 0 or 1.
     """
-    return np.stack(
-        [crop_resize(mask[..., k] > 0, Box(*map(int, box)), size) > 0.5 for k, box in enumerate(boxes)]
-    ).astype(np.uint8)
-
-
-def default_cache_dir() -> Path:
-    """$XDG_CACHE_HOME/resunet_jax, or ~/.cache/resunet_jax."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resunet_jax"
+    prepared = np.zeros((len(boxes), size, size), np.uint8)
+    for k, box in enumerate(boxes):
+        if mask[..., k].any():
+            prepared[k] = crop_resize(mask[..., k] > 0, Box(*map(int, box)), size) > 0.5
+    return prepared
 
 
 def prepare_cases(cases: Sequence[Case], config: PreprocessConfig, cache_dir: Path) -> list[PreparedCase]:

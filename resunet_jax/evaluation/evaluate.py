@@ -15,6 +15,7 @@ from resunet_jax.evaluation.metrics import (
     COUNTS,
     HARD_METRICS,
     SOFT_METRICS,
+    TOLERANCE_MM,
     count,
     emptiness,
     hard_metrics,
@@ -33,9 +34,6 @@ SOFT_BATCH_SIZE = 4
 STRUCTURES = ("lung", "left_lung", "right_lung", "infection")
 METRICS = (*HARD_METRICS, *SURFACE_METRICS, "volume_error_ml", "lung_part_error")
 """What is summarised over volumes."""
-
-TOLERANCE_MM: Mapping[str, float] = {"lung": 1.0, "infection": 3.0}
-"""Of the surface Dice, as in the benchmark of Ma et al., 2021; left and right lung have the lung's."""
 
 _SOFT_NOTE = (
     f"Soft counts over batches of {SOFT_BATCH_SIZE} slices of the model grid, averaged over batches, as the original "

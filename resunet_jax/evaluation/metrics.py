@@ -11,6 +11,8 @@ HARD_METRICS = ("dice", "iou", "precision", "recall", "specificity", "accuracy")
 SOFT_METRICS = ("dice", "precision", "recall", "specificity", "accuracy")
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 """Those that `choose_threshold` chooses from."""
+TOLERANCE_MM: Mapping[str, float] = {"lung": 1.0, "infection": 3.0}
+"""Of the surface Dice, as in the benchmark of Ma et al., 2021; left and right lung have the lung's."""
 _SOFT_EPSILON = 1e-5
 
 

@@ -7,7 +7,8 @@ from resunet_jax.data.cases import find_cases, require_infection_masks
 from resunet_jax.data.prepared import prepare_cases
 from resunet_jax.data.splits import read_split
 from resunet_jax.errors import InputError
-from resunet_jax.evaluation.evaluate import TOLERANCE_MM, Evaluation, evaluate_cases
+from resunet_jax.evaluation.evaluate import Evaluation, evaluate_cases
+from resunet_jax.evaluation.metrics import TOLERANCE_MM
 from resunet_jax.files import check_output_dir
 from resunet_jax.inference.segment import load_segmenter
 from resunet_jax.progress import logger

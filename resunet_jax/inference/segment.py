@@ -1,8 +1,10 @@
 """Lung and infection masks of a whole scan, on the scan's own grid."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,13 +14,16 @@ import numpy.typing as npt
 from resunet_jax.config import PreprocessConfig
 from resunet_jax.data.prepared import prepare_volume
 from resunet_jax.data.roi import Box, resize_paste
-from resunet_jax.data.volumes import Array, FloatArray, read_volume, write_nifti
+from resunet_jax.data.volumes import FloatArray, nifti_writer, open_scan
 from resunet_jax.errors import InputError
 from resunet_jax.files import make_output_dir
-from resunet_jax.model.cascade import cascade, predict_probability
+from resunet_jax.model.cascade import predict_probability
+from resunet_jax.model.conv import fastest_convolution
 from resunet_jax.model.resunet import Variables
-from resunet_jax.progress import logger
+from resunet_jax.progress import logger, progress
 from resunet_jax.training.checkpoints import LoadedModel, fingerprint, load_model_for, load_threshold
+
+_SLICES_IN_MEMORY = 64  # of a scan at a time: a scan may have any number of them
 
 THRESHOLD = 0.5
 """A voxel whose probability is above it belongs to the mask, unless another threshold is asked for."""
@@ -56,43 +61,44 @@ class Segmenter:
         return self.thresholds.get(structure, THRESHOLD)
 
     def probabilities(self, images: FloatArray) -> dict[str, FloatArray]:
-        """Runs the models over prepared slices.
+        """Runs the models over prepared slices; after a lung model, the infection model only where it found lung.
 
         Args:
           images: float32 (slices, S, S) in [0, 1].
 
         Returns:
-          for each structure, float32 (slices, S, S) in [0, 1]; it does not depend on the batch size.
+          for each structure, float32 (slices, S, S) in [0, 1]; it does not depend on the batch size. In slices without
+          a lung mask the infection's probability is 0.
         """
-        variables = {name: getattr(self, name).variables for name in self.structures}
-        outputs: dict[str, FloatArray] = {name: np.empty(images.shape, np.float32) for name in self.structures}
-        for start in range(0, len(images), self.batch_size):
-            batch = np.asarray(images[start : start + self.batch_size], np.float32)[..., None]
-            padding = self.batch_size - len(batch)
-            padded = np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0)))
-            for name, probability in self._jitted(variables, padded).items():
-                outputs[name][start : start + len(batch)] = np.asarray(probability)[: len(batch), ..., 0]
+        outputs: dict[str, FloatArray] = {}
+        if self.lung is not None:
+            outputs["lung"] = self._run("lung", images)
+        if self.infection is not None and self.lung is None:
+            outputs["infection"] = self._run("infection", images)
+        elif self.infection is not None:
+            with_lung = np.flatnonzero((outputs["lung"] > self.threshold("lung")).any(axis=(1, 2)))
+            inputs = (images, outputs["lung"])[: self.infection.model.in_channels]
+            outputs["infection"] = np.zeros(images.shape, np.float32)
+            outputs["infection"][with_lung] = self._run("infection", *(channel[with_lung] for channel in inputs))
+        return outputs
+
+    def _run(self, name: str, *channels: FloatArray) -> FloatArray:
+        """One model over (slices, S, S) channels, by batches of one size, so that it is compiled once."""
+        outputs = np.empty(channels[0].shape, np.float32)
+        for start in range(0, len(outputs), self.batch_size):
+            batch = np.stack([channel[start : start + self.batch_size] for channel in channels], axis=-1)
+            padded = np.pad(batch, ((0, self.batch_size - len(batch)), (0, 0), (0, 0), (0, 0)))
+            probability = self._jitted[name](getattr(self, name).variables, padded.astype(np.float32))
+            outputs[start : start + len(batch)] = np.asarray(probability)[: len(batch), ..., 0]
         return outputs
 
     @functools.cached_property
-    def _jitted(self) -> Callable[..., dict[str, jax.Array]]:
-        return jax.jit(self._batch_probabilities)
+    def _jitted(self) -> dict[str, Callable[[Variables, FloatArray], jax.Array]]:
+        def jitted(loaded: LoadedModel) -> Callable[[Variables, FloatArray], jax.Array]:
+            model = loaded.model.clone(convolution=fastest_convolution())
+            return jax.jit(partial(predict_probability, model, patch_factor=loaded.config.train.patch_factor))
 
-    def _batch_probabilities(self, variables: dict[str, Variables], image: jax.Array) -> dict[str, jax.Array]:
-        if self.lung is not None and self.infection is not None:
-            lung, infection = cascade(
-                self.lung.model,
-                self.infection.model,
-                variables["lung"],
-                variables["infection"],
-                image,
-                lung_patch_factor=self.lung.config.train.patch_factor,
-                infection_patch_factor=self.infection.config.train.patch_factor,
-            )
-            return {"lung": lung, "infection": infection}
-        (name,) = self.structures
-        model, _, config = getattr(self, name)
-        return {name: predict_probability(model, variables[name], image, patch_factor=config.train.patch_factor)}
+        return {name: jitted(getattr(self, name)) for name in self.structures}
 
 
 def load_segmenter(
@@ -157,6 +163,8 @@ def native_slices(
 def segment_scan(scan: Path, output_dir: Path, segmenter: Segmenter, *, save_probabilities: bool = False) -> list[Path]:
     """Segments one scan and writes its masks: uint8, 0 or 1, with the scan's own shape, affine and codes.
 
+    The memory it takes does not grow with the number of slices.
+
     Args:
       scan: .nii or .nii.gz.
       output_dir: gets `<scan>_lung.nii.gz` and `<scan>_infection.nii.gz`; made if need be.
@@ -169,25 +177,32 @@ def segment_scan(scan: Path, output_dir: Path, segmenter: Segmenter, *, save_pro
     Raises:
       InputError: the scan is bad, or the folder cannot be written.
     """
-    volume = read_volume(scan)
-    images, boxes = prepare_volume(volume, segmenter.preprocess)
-    shape = volume.values.shape
-    written = []
-    make_output_dir(output_dir)
-    for name, probabilities in segmenter.probabilities(images).items():
-        mask = np.empty(shape, np.uint8)
-        native = np.empty(shape, np.float32) if save_probabilities else None
-        for k, probability in enumerate(native_slices(probabilities, boxes, shape[:2])):
-            mask[..., k] = probability > segmenter.threshold(name)
-            if native is not None:
-                native[..., k] = probability
-        outputs: dict[str, Array] = {f"{scan_name(scan)}_{name}.nii.gz": mask}
-        if native is not None:
-            outputs[f"{scan_name(scan)}_{name}_probability.nii.gz"] = native
-        for file, array in outputs.items():
-            write_nifti(output_dir / file, array, volume.grid)
-            written.append(output_dir / file)
-    return written
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(open_scan(scan))
+        make_output_dir(output_dir)
+        kinds: dict[str, npt.DTypeLike] = {"": np.uint8, **({"_probability": np.float32} if save_probabilities else {})}
+        paths = {
+            (name, kind): output_dir / f"{scan_name(scan)}_{name}{kind}.nii.gz"
+            for name in segmenter.structures
+            for kind in kinds
+        }
+        write = {
+            key: stack.enter_context(nifti_writer(path, kinds[key[1]], source.grid)) for key, path in paths.items()
+        }
+        rows, columns, slices = source.grid.oriented_shape
+        starts = range(0, slices, _SLICES_IN_MEMORY)
+        with progress(scan.name, len(starts)) as advance:
+            for start in starts:
+                images, boxes = prepare_volume(
+                    source.part(start, min(start + _SLICES_IN_MEMORY, slices)), segmenter.preprocess
+                )
+                for name, probabilities in segmenter.probabilities(images).items():
+                    native = np.stack(list(native_slices(probabilities, boxes, (rows, columns))), axis=-1)
+                    write[name, ""](start, (native > segmenter.threshold(name)).astype(np.uint8))
+                    if save_probabilities:
+                        write[name, "_probability"](start, native)
+                advance("")
+    return list(paths.values())
 
 
 def scan_name(path: Path) -> str:

@@ -20,6 +20,7 @@ from resunet_jax.progress import logger, progress
 from resunet_jax.training.checkpoints import Checkpoints, History, LoadedModel
 from resunet_jax.training.steps import (
     TrainState,
+    compiler_options,
     create_state,
     frozen_lung,
     make_eval_step,
@@ -47,7 +48,8 @@ def fit(
       lung: the frozen lung model, for task "infection".
 
     Returns:
-      one record an epoch; "val_loss" and the counts are pooled over all validation slices, and None without them.
+      one record an epoch. "val_loss" and the counts are pooled over all validation slices, and None without them. Of
+        the "seconds" of the training steps the host waited "data_wait_seconds" for batches; the device, no longer.
 
     Raises:
       InputError: the loss is not finite; the last good checkpoint stays.
@@ -55,7 +57,9 @@ def fit(
     steps_per_epoch = math.ceil(len(train) / config.train.batch_size)
     optimizer = make_optimizer(config, steps_per_epoch)
     frozen = frozen_lung(lung.config) if lung else None
-    train_step = jax.jit(make_train_step(config, optimizer, frozen), donate_argnums=0)
+    train_step = jax.jit(
+        make_train_step(config, optimizer, frozen), donate_argnums=0, compiler_options=compiler_options()
+    )
     eval_step = jax.jit(make_eval_step(config, frozen))
     lung_variables = lung.variables if lung else None
     key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
@@ -74,7 +78,7 @@ def fit(
             while not finished(config, history):
                 epoch, start = len(history) + 1, time.monotonic()
                 step = partial(train_step, key=key, lung_variables=lung_variables)
-                state, losses, counts = _train_epoch(step, state, batches, steps_per_epoch, epoch)
+                state, losses, counts, waited = _train_epoch(step, state, batches, steps_per_epoch, epoch)
                 seconds = time.monotonic() - start
                 validation = (
                     _validate(eval_step, state.variables, val, config.train.batch_size, lung_variables) if val else {}
@@ -89,6 +93,7 @@ def fit(
                     **{f"val_{name}": value for name, value in validation.items()},
                     "seconds": round(seconds, 3),
                     "steps_per_second": round(steps_per_epoch / seconds, 3),
+                    "data_wait_seconds": round(waited, 3),
                 }
                 if val:
                     _refuse_non_finite(validation["loss"], f"validation of epoch {epoch}")
@@ -133,12 +138,16 @@ def _validate(
 
 def _train_epoch(
     step: Any, state: TrainState, batches: Any, steps: int, epoch: int
-) -> tuple[TrainState, list[float], dict[str, float]]:
+) -> tuple[TrainState, list[float], dict[str, float], float]:
+    """The state after an epoch, each step's loss, the counts, and for how many seconds the host waited for data."""
     pending: list[dict[str, jax.Array]] = []
-    first = int(state.step)
+    first, waited = int(state.step), 0.0
     with progress(f"epoch {epoch}", steps) as advance:
         for _ in range(steps):
-            state, metrics = step(state, next(batches))
+            asked = time.monotonic()
+            batch = next(batches)
+            waited += time.monotonic() - asked
+            state, metrics = step(state, batch)
             pending.append(metrics)
             if len(pending) > _STEPS_AHEAD:
                 jax.block_until_ready(pending[-1 - _STEPS_AHEAD])
@@ -146,7 +155,7 @@ def _train_epoch(
     losses = [float(metrics["loss"]) for metrics in jax.device_get(pending)]
     for offset, loss in enumerate(losses):
         _refuse_non_finite(loss, f"step {first + offset + 1} (epoch {epoch})")
-    return state, losses, _add_up(pending)
+    return state, losses, _add_up(pending), waited
 
 
 def _add_up(sums: list[dict[str, jax.Array]]) -> dict[str, float]:

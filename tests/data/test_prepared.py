@@ -7,7 +7,7 @@ import pytest
 from resunet_jax.config import PreprocessConfig
 from resunet_jax.data import prepared as module
 from resunet_jax.data.cases import find_cases
-from resunet_jax.data.prepared import default_cache_dir, prepare_cases, prepare_slice
+from resunet_jax.data.prepared import prepare_cases, prepare_slice
 from resunet_jax.data.volumes import read_mask, read_volume
 from resunet_jax.errors import InputError
 
@@ -84,8 +84,3 @@ def test_a_store_that_cannot_be_written(cases, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be written"):
         prepare_cases(cases, CONFIG, tmp_path / "file" / "cache")
-
-
-def test_default_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
-    assert default_cache_dir() == Path("/elsewhere/resunet_jax")

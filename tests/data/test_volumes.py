@@ -6,7 +6,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from resunet_jax.data.volumes import read_mask, read_volume, write_nifti
+from resunet_jax.data import volumes as module
+from resunet_jax.data.volumes import nifti_writer, open_scan, read_mask, read_volume, write_nifti
 from resunet_jax.errors import InputError
 
 SPACING = (0.7, 0.8, 5.0)
@@ -133,6 +134,31 @@ def test_written_masks_lie_on_the_scan_bit_for_bit(tmp_path: Path) -> None:
     assert (tmp_path / "again.nii.gz").read_bytes() == (tmp_path / "mask.nii.gz").read_bytes()
 
 
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+@pytest.mark.parametrize("flip", [1, -1])
+def test_parts_are_the_whole_when_read_and_when_written(
+    tmp_path: Path, axes, flip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 200)  # a plane or two at a time
+    moved = nib.Nifti1Image(hu(), np.diag([0.7, 0.7, 5, 1])).as_reoriented(np.stack([axes, [1, 1, flip]], axis=1))
+    nib.save(moved, tmp_path / "scan.nii.gz")
+    whole = read_volume(tmp_path / "scan.nii.gz")
+    slices = whole.values.shape[-1]
+    with open_scan(tmp_path / "scan.nii.gz") as scan:
+        assert scan.grid.oriented_shape == whole.values.shape
+        parts = [(k, scan.part(k, min(k + 2, slices)).values) for k in range(0, slices, 2)]
+    np.testing.assert_array_equal(np.concatenate([part for _, part in parts], axis=-1), whole.values)
+
+    with nifti_writer(tmp_path / "mask.nii.gz", np.uint8, whole.grid) as write:
+        for k, part in parts[:0:-1]:  # backwards, and without the first
+            write(k, (part > 0).astype(np.uint8))
+    expected = (whole.values > 0).astype(np.uint8)
+    expected[..., :2] = 0
+    written = nib.load(tmp_path / "mask.nii.gz")
+    np.testing.assert_array_equal(np.asarray(written.dataobj), whole.grid.restore(expected))
+    assert written.affine.tobytes() == nib.load(tmp_path / "scan.nii.gz").affine.tobytes()
+
+
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     volume = read_volume(save(tmp_path / "scan.nii", hu()))
     with pytest.raises(InputError, match="cannot be written"):
@@ -233,6 +259,15 @@ def test_cut_gzip_is_refused(tmp_path: Path, cut: int) -> None:
     path = save(tmp_path / "scan.nii.gz", hu())
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(InputError, match=r"copy it again|cannot be read"):
+        read_volume(path)
+
+
+def test_spoilt_gzip_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "scan.nii.gz", hu())
+    raw = bytearray(path.read_bytes())
+    raw[-6] ^= 1  # of the checksum
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match="cannot be read"):
         read_volume(path)
 
 

@@ -114,6 +114,14 @@ def test_initialisation_is_uniform_within_pytorchs_bound() -> None:
     np.testing.assert_array_equal(params["input_norm"]["scale"], 1)
 
 
+def test_initialisation_under_vmap_is_that_of_each_key() -> None:
+    model, keys = ResUnet(1, (2, 2, 2, 2)), jax.random.split(jax.random.key(0), 2)
+    stacked = jax.vmap(lambda key: init_variables(model, key))(keys)
+    for member, key in enumerate(keys):
+        alone = init_variables(model, key)
+        jax.tree.map(lambda a, b, i=member: np.testing.assert_allclose(a[i], b, rtol=1e-6), stacked, alone)
+
+
 def test_same_key_same_parameters_other_key_others() -> None:
     model = ResUnet(1, (2, 2, 2, 2))
     first, again, other = (init_variables(model, jax.random.key(seed)) for seed in (1, 1, 2))

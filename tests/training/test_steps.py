@@ -7,7 +7,9 @@ import optax
 import pytest
 
 from resunet_jax.config import AugmentConfig, Config, ModelConfig, PreprocessConfig, TrainConfig
-from resunet_jax.model.resunet import init_variables
+from resunet_jax.model.conv import conv_general_dilated
+from resunet_jax.model.resunet import ResUnet, init_variables
+from resunet_jax.training.checkpoints import variable_shapes
 from resunet_jax.training.steps import (
     confusion_counts,
     create_state,
@@ -122,6 +124,92 @@ def test_learning_rate_falls_by_epochs() -> None:
         update, state = optimizer.update(gradient, state, params)
         sizes.append(abs(float(update["w"])))
     np.testing.assert_allclose(sizes, [1.0] * 6 + [0.1] * 6 + [0.01], rtol=1e-3)
+
+
+def test_accumulated_steps_are_one_update_by_the_mean_gradient(batch) -> None:
+    train = dataclasses.replace(CONFIG.train, accumulate_steps=2)
+    config = dataclasses.replace(CONFIG, train=train)
+    optimizer = make_optimizer(config, 10)
+    train_step, state = jax.jit(make_train_step(config, optimizer)), create_state(config, optimizer)
+    other = {**batch, "image": 1 - batch["image"]}
+    before = state.variables["params"]
+
+    def gradient(batch_stats, batch):
+        def loss(params):
+            variables = {"params": params, "batch_stats": batch_stats}
+            logits, _ = build_model(config).apply(variables, batch["image"], train=True, mutable=["batch_stats"])
+            return optax.sigmoid_binary_cross_entropy(logits, batch["mask"].astype(jnp.float32)).mean()
+
+        return jax.jit(jax.grad(loss))(before)
+
+    once, _ = train_step(state, batch, KEY, None)
+    jax.tree.map(np.testing.assert_array_equal, once.variables["params"], before)
+    twice, _ = train_step(once, other, KEY, None)
+    mean = jax.tree.map(
+        lambda a, b: (a + b) / 2,
+        gradient(state.variables["batch_stats"], batch),
+        gradient(once.variables["batch_stats"], other),
+    )
+    adam = optax.adam(1e-2)
+    updates, _ = adam.update(mean, adam.init(before))
+    expected = optax.apply_updates(before, updates)
+    for name in ("output_conv", "input_skip"):
+        np.testing.assert_allclose(twice.variables["params"][name]["kernel"], expected[name]["kernel"], atol=1e-5)
+    assert int(twice.step) == 2
+
+
+def test_learning_rate_falls_by_epochs_of_updates() -> None:
+    train = TrainConfig(learning_rate=1.0, decay_epochs=2, decay_factor=0.1, accumulate_steps=3)
+    optimizer = make_optimizer(dataclasses.replace(CONFIG, train=train), steps_per_epoch=6)
+    params, gradient = {"w": jnp.zeros(())}, {"w": jnp.ones(())}
+    state, sizes = optimizer.init(params), []
+    for _ in range(15):
+        update, state = optimizer.update(gradient, state, params)
+        sizes.append(abs(float(update["w"])))
+    np.testing.assert_allclose(sizes, [0, 0, 1.0] * 4 + [0, 0, 0.1], rtol=1e-3)
+
+
+def test_remat_and_the_fast_convolution_give_the_same_gradient(batch) -> None:
+    config = dataclasses.replace(CONFIG, model=ModelConfig(filters=(16, 16, 24, 32)))
+    model = build_model(config)
+    variables = init_variables(model, jax.random.key(0))
+
+    def gradient(model):
+        def loss(params):
+            logits, _ = model.apply(
+                {**variables, "params": params}, batch["image"], train=True, mutable=["batch_stats"]
+            )
+            return jnp.mean(jnp.sin(logits))
+
+        return jax.jit(jax.grad(loss))(variables["params"])
+
+    plain = gradient(model)
+    norm = optax.tree.norm(plain)
+    for other in (model.clone(remat=True), build_model(config, conv_general_dilated)):
+        difference = jax.tree.map(jnp.subtract, plain, gradient(other))
+        assert float(optax.tree.norm(difference) / norm) < 1e-5
+
+
+def test_remat_computes_each_residual_block_again() -> None:
+    def barriers(remat: bool) -> int:
+        model = ResUnet(1, (2, 4, 4, 8), remat=remat)
+        x = jax.ShapeDtypeStruct((1, 16, 16, 1), jnp.float32)
+
+        def loss(variables, x):
+            return model.apply(variables, x, train=True, mutable=["batch_stats"])[0].sum()
+
+        return jax.jit(jax.grad(loss)).lower(variable_shapes(model), x).as_text().count("optimization_barrier")
+
+    assert (barriers(remat=False), barriers(remat=True)) == (0, 6)
+
+
+def test_bfloat16_keeps_the_state_in_float32(batch) -> None:
+    config = dataclasses.replace(CONFIG, model=ModelConfig(filters=(2, 4, 4, 8), dtype="bfloat16"))
+    optimizer = make_optimizer(config, 10)
+    after, metrics = jax.jit(make_train_step(config, optimizer))(create_state(config, optimizer), batch, KEY, None)
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.variables)} == {jnp.dtype("float32")}
+    assert metrics["loss"].dtype == jnp.float32
+    assert np.isfinite(metrics["loss"])
 
 
 def test_confusion_counts_closed_form() -> None:

@@ -20,7 +20,7 @@ from resunet_jax.training.torch_checkpoint import from_torch, original_preproces
 from tests.conftest import Trained, run_script
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install '.[torch]'")
-from tests.torch_resunet import TorchResUnet  # noqa: E402 (after the check that torch is there)
+from resunet_jax.benchmark.rival import TorchResUnet  # noqa: E402 (after the check that torch is there)
 
 NARROW = (4, 8, 16, 32)
 

@@ -1,0 +1,45 @@
+from .config import AugmentConfig, Config, ModelConfig, PreprocessConfig, TrainConfig
+from .errors import InputError
+from .inference.segment import Segmenter, load_segmenter, segment_scan
+from .model.cascade import cascade, predict_probability
+from .model.resunet import ResUnet, init_variables
+from .training.augment import augment
+from .training.checkpoints import LoadedModel, load_model, save_model
+from .training.losses import bce, bce_dice, dice
+from .training.steps import (
+    TrainState,
+    create_state,
+    frozen_lung,
+    make_eval_step,
+    make_optimizer,
+    make_train_step,
+)
+
+__all__ = [
+    "AugmentConfig",
+    "Config",
+    "InputError",
+    "LoadedModel",
+    "ModelConfig",
+    "PreprocessConfig",
+    "ResUnet",
+    "Segmenter",
+    "TrainConfig",
+    "TrainState",
+    "augment",
+    "bce",
+    "bce_dice",
+    "cascade",
+    "create_state",
+    "dice",
+    "frozen_lung",
+    "init_variables",
+    "load_model",
+    "load_segmenter",
+    "make_eval_step",
+    "make_optimizer",
+    "make_train_step",
+    "predict_probability",
+    "save_model",
+    "segment_scan",
+]
