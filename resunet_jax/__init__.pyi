@@ -2,6 +2,7 @@ from .config import AugmentConfig, Config, ModelConfig, PreprocessConfig, TrainC
 from .errors import InputError
 from .inference.segment import Segmenter, load_segmenter, segment_scan
 from .model.cascade import cascade, predict_probability
+from .model.conv import fastest_convolution
 from .model.resunet import ResUnet, init_variables
 from .training.augment import augment
 from .training.checkpoints import LoadedModel, load_model, save_model
@@ -32,6 +33,7 @@ __all__ = [
     "cascade",
     "create_state",
     "dice",
+    "fastest_convolution",
     "frozen_lung",
     "init_variables",
     "load_model",

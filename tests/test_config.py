@@ -12,7 +12,7 @@ def test_json_round_trip() -> None:
         task="infection",
         preprocess=PreprocessConfig(image_size=64, normalization="minmax", body_threshold_hu=-300),
         model=ModelConfig(filters=(1, 2, 3, 4), dtype="bfloat16"),
-        train=TrainConfig(learning_rate=1e-3, loss="bce_dice"),
+        train=TrainConfig(learning_rate=1e-3, loss="bce_dice", remat=True, accumulate_steps=4),
         lung_fingerprint="abc",
     )
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
@@ -37,6 +37,8 @@ def test_configs_are_frozen_and_hashable() -> None:
         ({"preprocess": {"image_size": 100}}, "multiple of 8"),
         ({"preprocess": {"image_size": "128"}}, "expected int"),
         ({"preprocess": {"image_size": True}}, "expected int"),
+        ({"train": {"remat": 1}}, "expected bool"),
+        ({"train": {"accumulate_steps": 0}}, "accumulate_steps"),
         ({"preprocess": 3}, "JSON object"),
         ({"model": {"filters": [1, 2, 3]}}, "four positive numbers"),
         ({"train": {"patch_factor": 3}}, "multiple of 24"),

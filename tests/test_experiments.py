@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,7 +57,9 @@ def test_the_whole_way(phantom: Path, tmp_path: Path) -> None:
     good = sorted(path.name.removesuffix(".nii") for path in scans.iterdir())
     (scans / "bad.nii").write_bytes(b"not a scan")
     masks = tmp_path / "masks"
-    result = run_script("predict", f"--input={scans}", f"--output_dir={masks}", *checkpoints)
+    compiled = f"--compilation_cache_dir={tmp_path / 'compiled'}"
+    result = run_script("predict", f"--input={scans}", f"--output_dir={masks}", *checkpoints, compiled)
+    assert any((tmp_path / "compiled").iterdir())
     assert result.returncode == 2
     assert "2 of 3 scans segmented" in result.stdout
     first_error = next(line for line in result.stderr.splitlines() if line.startswith("error:"))
@@ -111,12 +114,25 @@ def test_check_data(phantom: Path, tmp_path: Path) -> None:
         ("cross_validate", "data_dir workdir cache_dir protocol allow_missing filters epochs"),
         ("convert_torch", "task input output_dir output_file"),
         ("check_data", "data_dir json"),
+        ("benchmark", "suite rounds json"),
     ],
 )
 def test_help_explains_every_flag(script: str, names: str) -> None:
     text = run_script(script, "--help").stdout
     for name in names.split():
         assert re.search(rf"--(\[no\])?{name}:", text), name
+
+
+def test_public_names_come_when_they_are_asked_for() -> None:
+    code = (
+        "import sys, resunet_jax as r\n"
+        "assert 'jax' not in sys.modules and 'flax' not in sys.modules\n"
+        "assert set(r.__all__) <= set(dir(r))\n"
+        "for name in r.__all__: assert getattr(r, name).__module__.startswith('resunet_jax.'), name\n"
+        "from resunet_jax import *\n"
+        "assert cascade is r.cascade\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_readme_example_runs() -> None:

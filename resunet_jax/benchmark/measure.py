@@ -48,6 +48,17 @@ class Row(NamedTuple):
 
 Run = Callable[[], Any]
 
+# Linux's ru_maxrss of a process counts what its parent held when it was started; VmHWM does not.
+_PRINT_PEAK = """
+import pathlib, resource, sys
+status = pathlib.Path("/proc/self/status")
+if status.is_file():
+    peak = next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+else:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+print("\\n", peak / 1e9)
+"""
+
 
 def timed(run: Run) -> float:
     """Seconds of one run; `run` waits for its result."""
@@ -150,10 +161,9 @@ def in_subprocess(code: str, *, environment: dict[str, str] | None = None) -> tu
     Raises:
       InputError: it failed; the message is its last line.
     """
-    report = "\nimport resource; print('\\n', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", code + report],
+        [sys.executable, "-c", code + _PRINT_PEAK],
         capture_output=True,
         text=True,
         check=False,
@@ -163,8 +173,7 @@ def in_subprocess(code: str, *, environment: dict[str, str] | None = None) -> tu
     if done.returncode:
         raise InputError(f"a benchmark failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     *output, peak = done.stdout.strip().splitlines()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return "\n".join(output).strip(), seconds, int(peak) * unit / 1e9
+    return "\n".join(output).strip(), seconds, float(peak)
 
 
 def machine() -> dict[str, Any]:

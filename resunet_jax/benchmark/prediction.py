@@ -25,16 +25,16 @@ from resunet_jax.training.tasks import build_model
 
 SLICES = 300
 LUNG_PART = 0.84  # of the slices, as in the six real scans that this was developed with
-_FULL_WIDTH_SLICES = 60
+_DRAWN = 60  # slices of the phantom; longer scans repeat them
 
 
 def predict_suite(rounds: int) -> list[Row]:
     """Seconds a scan."""
     rival = load_rival()
-    with _scan(SLICES) as scan, tempfile.TemporaryDirectory() as output:
+    with _scan(_DRAWN) as scan, tempfile.TemporaryDirectory() as output:
         rows = []
-        for filters, slices in ((NARROW, SLICES), (FULL, _FULL_WIDTH_SLICES)):
-            path = scan if slices == SLICES else _every_nth(scan, slices)
+        for filters, slices in ((NARROW, SLICES), (FULL, _DRAWN)):
+            path = _with_slices(scan, slices)
             segmenter = _make_segmenter(path, filters)
             fields = {field.name: getattr(segmenter, field.name) for field in dataclasses.fields(segmenter)}
             ours = partial(segment_scan, path, Path(output), segmenter)
@@ -49,18 +49,18 @@ def predict_suite(rounds: int) -> list[Row]:
 def prediction_memory() -> list[Row]:
     """The most memory that a process holds which segments a scan, for scans of two lengths."""
     rows = []
-    for slices in (SLICES, 4 * SLICES):
-        with _scan(SLICES) as scan, tempfile.TemporaryDirectory() as folder:
-            path, root = _every_nth(scan, slices), Path(folder)
-            segmenter = _make_segmenter(scan, NARROW)
-            for structure in segmenter.structures:
-                loaded: LoadedModel = getattr(segmenter, structure)
-                save_model(root / structure, loaded.variables, loaded.config)
+    with _scan(_DRAWN) as scan, tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        segmenter = _make_segmenter(scan, NARROW)
+        for structure in segmenter.structures:
+            loaded: LoadedModel = getattr(segmenter, structure)
+            save_model(root / structure, loaded.variables, loaded.config)
+        for slices in (SLICES, 4 * SLICES):
             code = (
                 "from pathlib import Path\n"
                 "from resunet_jax import load_segmenter, segment_scan\n"
                 f"segmenter = load_segmenter({str(root / 'lung')!r}, {str(root / 'infection')!r})\n"
-                f"segment_scan(Path({str(path)!r}), Path({str(root / 'masks')!r}), segmenter)\n"
+                f"segment_scan(Path({str(_with_slices(scan, slices))!r}), Path({str(root / 'masks')!r}), segmenter)\n"
             )
             _, _, peak = in_subprocess(code)
             name = f"cascade, {'-'.join(map(str, NARROW))}, 128², 512×512×{slices}: peak"
@@ -95,7 +95,7 @@ def _scan(slices: int) -> Iterator[Path]:
         yield Path(name) / "scan.nii.gz"
 
 
-def _every_nth(scan: Path, slices: int) -> Path:
+def _with_slices(scan: Path, slices: int) -> Path:
     """The scan with another number of slices, evenly chosen or repeated, beside it."""
     image: Any = nib.load(scan)
     values = np.asarray(image.dataobj)

@@ -6,6 +6,7 @@ from typing import Any, Literal, TypedDict
 
 import grain
 import numpy as np
+import numpy.typing as npt
 
 from resunet_jax.data.prepared import PreparedCase
 
@@ -45,14 +46,20 @@ class SliceSource:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Batch:
-        case = int(np.searchsorted(self._starts, index, side="right")) - 1
-        k = int(index - self._starts[case])
-        return Batch(
-            image=self._images[case][k][..., None],
-            mask=self._masks[case][k][..., None],
-            valid=np.bool_(True),
-            index=np.int32(index),
-        )
+        one = self.batch(np.array([index]), 1)
+        return Batch(image=one["image"][0], mask=one["mask"][0], valid=one["valid"][0], index=one["index"][0])
+
+    def batch(self, indices: npt.NDArray[np.integer[Any]], size: int) -> Batch:
+        """Some slices by their numbers, filled up with zeros to `size` slices."""
+        side = self._images[0].shape[-1]
+        image, mask = np.zeros((size, side, side, 1), np.float32), np.zeros((size, side, side, 1), np.uint8)
+        index, valid = np.zeros(size, np.int32), np.arange(size) < len(indices)
+        index[: len(indices)] = indices
+        cases = np.searchsorted(self._starts, indices, side="right") - 1
+        for i, (case, k) in enumerate(zip(cases, indices - self._starts[cases], strict=True)):
+            image[i, ..., 0] = self._images[case][k]
+            mask[i, ..., 0] = self._masks[case][k]
+        return Batch(image=image, mask=mask, valid=valid, index=index)
 
     def __repr__(self) -> str:
         return f"SliceSource({self._target}, {len(self)} slices of {', '.join(self._case_ids)})"
@@ -71,11 +78,12 @@ def train_batches(source: SliceSource, batch_size: int, seed: int, device: Any) 
       a grain iterator, whose state can be saved and restored.
     """
     dataset = (
-        grain.MapDataset.source(source)
+        grain.MapDataset.range(len(source))
         .seed(seed)
         .shuffle()
         .repeat(None)
         .batch(batch_size, drop_remainder=True)
+        .map(partial(source.batch, size=batch_size))
         .to_iter_dataset(_READ)
     )
     return iter(grain.experimental.device_put(dataset, device))
@@ -83,5 +91,5 @@ def train_batches(source: SliceSource, batch_size: int, seed: int, device: Any) 
 
 def eval_batches(source: SliceSource, batch_size: int) -> Any:
     """Every slice once and in order; the last batch is filled up with zeros, marked by `valid`."""
-    pad = partial(grain.experimental.batch_and_pad, batch_size=batch_size)
-    return grain.MapDataset.source(source).batch(batch_size, batch_fn=pad).to_iter_dataset(_READ)
+    numbers = grain.MapDataset.range(len(source)).batch(batch_size)
+    return numbers.map(partial(source.batch, size=batch_size)).to_iter_dataset(_READ)

@@ -224,7 +224,7 @@ _input_gradient.defvjp(_input_gradient_fwd, _input_gradient_bwd)
 _kernel_gradient.defvjp(_kernel_gradient_fwd, _kernel_gradient_bwd)
 
 
-# 3×3, stride 1.
+# 3×3, stride 1. Jitted, here and below, so that layers of one shape are traced and lowered once.
 
 
 class _Blocks(NamedTuple):
@@ -244,6 +244,7 @@ class _Blocks(NamedTuple):
         return _Blocks(images, h if limit >= h else _divisor(h, limit), tiles)
 
 
+@partial(jax.jit, static_argnames=("padding", "precision"))
 def _winograd(x: jax.Array, kernel: jax.Array, padding: Padding, precision: Any) -> jax.Array:
     n, h, w, c = x.shape
     d = kernel.shape[-1]
@@ -278,6 +279,7 @@ def _winograd(x: jax.Array, kernel: jax.Array, padding: Padding, precision: Any)
     return y[:, :, :width]
 
 
+@partial(jax.jit, static_argnames=("padding", "precision"))
 def _winograd_kernel_gradient(x: jax.Array, g: jax.Array, padding: Padding, precision: Any) -> jax.Array:
     n, height, width, d = g.shape
     c = x.shape[-1]
@@ -346,6 +348,7 @@ def _batched_product(a: jax.Array, b: jax.Array, precision: Any) -> jax.Array:
 # Every other kernel and stride.
 
 
+@partial(jax.jit, static_argnames=("layout", "size"))
 def _by_places(g: jax.Array, kernel: jax.Array, layout: _Layout, size: tuple[int, int]) -> jax.Array:
     """The gradient to the input of a strided convolution: for each place in the stride a convolution of stride 1."""
     n, c = g.shape[0], kernel.shape[2]
@@ -374,6 +377,7 @@ def _by_places(g: jax.Array, kernel: jax.Array, layout: _Layout, size: tuple[int
     return y.reshape(n, h * sh, w * sw, c)[:, : size[0], : size[1]]
 
 
+@partial(jax.jit, static_argnames=("layout", "size"))
 def _correlate(x: jax.Array, g: jax.Array, layout: _Layout, size: tuple[int, int]) -> jax.Array:
     """Σ over n, r, s of x[n, r · stride + i, s · stride + j, :, None] · g[n, r, s, None, :], as (i, j, C, D)."""
     (kh, kw), (sh, sw) = size, layout.strides

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from resunet_jax.config import PreprocessConfig
 from resunet_jax.data.cases import find_cases
@@ -36,6 +37,17 @@ def test_dilation_grows_by_the_four_neighbours() -> None:
     assert np.all(np.abs(rows - 10) + np.abs(columns - 10) <= 5)
     assert len(rows) == 61
     assert body_mask(image, 0.5, 0).sum() == 1
+
+
+def test_body_and_box_are_those_of_scipy(rng: np.random.Generator) -> None:
+    for density, dilation in ((0.003, 5), (0.02, 1), (0.3, 0), (0.6, 0), (0.97, 3)):
+        tissue = rng.random((61, 83)) < density
+        expected = ndimage.binary_dilation(tissue, iterations=dilation) if dilation else tissue
+        body = body_mask(tissue.astype(np.float32), 0.5, dilation)
+        np.testing.assert_array_equal(body, expected)
+        labels, _ = ndimage.label(expected, np.ones((3, 3)))
+        rows, columns = ndimage.find_objects(labels)[int(np.bincount(labels.ravel())[1:].argmax())]
+        assert bounding_box(body).slices == (rows, columns)
 
 
 @pytest.mark.parametrize("box", [Box(0, 0, 16, 16), Box(3, 2, 16, 16), Box(4, 5, 16, 16)])

@@ -102,9 +102,9 @@ def test_non_finite_loss_stops_and_leaves_the_last_checkpoint(sources, tmp_path:
     before, lines = parameters(tmp_path), (tmp_path / "metrics.jsonl").read_text()
 
     class Spoilt(SliceSource):
-        def __getitem__(self, index: int):
-            record = super().__getitem__(index)
-            return {**record, "image": record["image"] * np.float32(np.nan)}
+        def batch(self, indices: np.ndarray, size: int):
+            batch = super().batch(indices, size)
+            return {**batch, "image": batch["image"] * np.float32(np.nan)}
 
     spoilt = Spoilt.__new__(Spoilt)
     spoilt.__dict__ = sources[0].__dict__
@@ -132,6 +132,9 @@ def test_run_folder_explains_itself(trained: Trained) -> None:
         assert json.loads((workdir / "config.json").read_text())["task"] == task
         assert json.loads((workdir / "split.json").read_text()) == json.loads(trained.split_file.read_text())
         assert json.loads((workdir / "versions.json").read_text())["jax"] == jax.__version__
+        for line in (workdir / "metrics.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            assert 0 <= record["data_wait_seconds"] <= record["seconds"]
 
 
 def test_another_run_in_the_same_folder_is_refused(trained: Trained) -> None:
