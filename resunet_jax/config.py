@@ -83,7 +83,7 @@ class TrainConfig:
       patience: epochs without a lower validation loss after which training stops.
       accumulate_steps: k > 1 updates the parameters every k-th step, by the mean of k gradients: the effective batch
         is k · batch_size slices, in the memory of batch_size. Batch statistics are of each step's slices.
-      remat: see `ResUnet`; less memory for a third more computation.
+      remat: see `ResUnet`; less memory for a quarter more computation.
       patch_factor: 1 for whole slices; f > 1 cuts each slice into f × f patches that the model sees apart.
       seed: of the initial parameters, the order of slices and the augmentation.
     """
