@@ -1,7 +1,9 @@
 """What the scripts share: flags, logging, and one clear line for input that is wrong; light to import, for --help."""
 
+import faulthandler
 import logging
 import os
+import signal
 import sys
 import typing
 from collections.abc import Callable
@@ -11,18 +13,23 @@ from absl import app, flags
 
 from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TaskName, TrainConfig
 from resunet_jax.data.splits import FOLDS, Protocol, SplitRequest
-from resunet_jax.errors import InputError
+from resunet_jax.errors import InputError, StoppedError, first_line
 from resunet_jax.files import default_cache_dir
+
+STOPPED = 75
+"""Exit code of a training that was asked to stop and saved its state (EX_TEMPFAIL: the same command goes on)."""
+
+_HEARTBEAT_SECONDS = 30  # without one from a process, the others end
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses the flags and calls `main`; an `InputError` becomes one line and exit code 2."""
+    """Parses the flags and calls `main`; an `InputError` becomes one line and exit code 2, a `StoppedError` 75."""
     _log_to_stderr()
 
     def guarded(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.getLogger().setLevel(logging.WARNING)
-            logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every file it touches
+            logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs every file, and what it raises
             logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # what matters comes as an `InputError`
         if len(argv) > 1:
             _fail(f"unexpected argument {argv[1]}; flags look like --name=value")
@@ -31,16 +38,36 @@ def run(main: Callable[[], None]) -> None:
             main()
         except InputError as error:
             _fail(str(error))
+        except StoppedError as stopped:
+            print(stopped, file=sys.stderr)
+            sys.exit(STOPPED)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
+        except RuntimeError as error:
+            if not _is_one_of_several():
+                raise
+            _fail(
+                f"another process of this training has ended, or cannot be reached ({first_line(error)}); "
+                "start all of them again, they go on from the last checkpoint"
+            )
 
     app.run(guarded)
 
 
 def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if _is_one_of_several():
+        os._exit(2)  # at an orderly exit it would wait for the others, who wait for it
     sys.exit(2)
+
+
+def _is_one_of_several() -> bool:
+    if "jax" not in sys.modules:
+        return False
+    import jax
+
+    return jax.distributed.is_initialized()
 
 
 def _log_to_stderr() -> None:
@@ -105,11 +132,78 @@ def define_recipe_flags() -> None:
     flags.DEFINE_enum("dtype", model.dtype, ["float32", "bfloat16"], "Of the computation; parameters stay float32.")
     flags.DEFINE_bool("remat", train.remat, "Less memory: computes what lies within residual blocks twice.")
     flags.DEFINE_integer("accumulate_steps", train.accumulate_steps, "Steps of which the mean gradient is one update.")
+    flags.DEFINE_bool("skip_nonfinite", train.skip_nonfinite, "Leaves out steps whose loss or gradient is not finite.")
     flags.DEFINE_integer("patch_factor", train.patch_factor, "2 cuts slices into 2×2 patches seen apart, and so on.")
     flags.DEFINE_integer("seed", train.seed, "Of initial parameters, order of slices and augmentation.", lower_bound=0)
     flags.DEFINE_bool("allow_missing", False, "Forms a protocol of the full set from the cases that are there.")
     define_cache_flag()
     define_compilation_cache_flag()
+
+
+def define_device_flags() -> None:
+    """Flags of the training scripts that share the work out."""
+    flags.DEFINE_string("devices", None, "Devices that share a batch: a number, or all; by default 1.")
+    flags.DEFINE_bool("distributed", False, "One of several processes, which a cluster (SLURM, Open MPI, TPU) started.")
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where no cluster tells it.")
+    flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+
+
+def connect() -> tuple[int | None, Callable[[int], bool]]:
+    """Joins the other processes, if there are any, and listens for SIGTERM and SIGINT.
+
+    Returns:
+      `devices` and `should_stop` for `train`.
+    """
+    values = flags.FLAGS
+    devices = values.devices or "1"
+    if values.distributed or values.coordinator_address:
+        _join()
+        devices = values.devices or "all"
+    try:
+        count = None if devices == "all" else int(devices)
+    except ValueError as error:
+        raise InputError(f"--devices={devices}: wanted a number, or all") from error
+    return count, stop_signals()
+
+
+def _join() -> None:
+    import jax
+
+    values = flags.FLAGS
+    given = (values.coordinator_address, values.num_processes, values.process_id)
+    if not values.distributed and None in given:
+        raise InputError("--coordinator_address, --num_processes and --process_id belong together; give all three")
+    try:
+        jax.distributed.initialize(*given, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"the processes do not come together ({first_line(error)}); check --coordinator_address and that all are up"
+        ) from error
+    faulthandler.disable()  # JAX ends a process whose fellow died with a message, which stacks would bury
+    if jax.process_index() > 0:
+        logging.getLogger("resunet_jax").setLevel(logging.ERROR)
+
+
+def stop_signals() -> Callable[[int], bool]:
+    """A function that says whether to stop: at the next step after a signal. A second signal ends the process."""
+    if _is_one_of_several():
+        from jax.experimental import multihost_utils
+
+        # All must stop at the same step: JAX hears SIGTERM, and tells the others.
+        signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        return multihost_utils.reached_preemption_sync_point
+    received: list[int] = []
+
+    def receive(number: int, _: object) -> None:
+        received.append(number)
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, signal.SIG_DFL)
+        print(f"{signal.Signals(number).name}: stopping at the next step; once more stops at once", file=sys.stderr)
+
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, receive)
+    return lambda step: bool(received)
 
 
 def define_split_flags() -> None:
@@ -162,6 +256,7 @@ def config_from_flags(task: TaskName) -> Config:
             loss=values.loss,
             patience=values.patience,
             accumulate_steps=values.accumulate_steps,
+            skip_nonfinite=values.skip_nonfinite,
             remat=values.remat,
             patch_factor=values.patch_factor,
             seed=values.seed,

@@ -28,6 +28,7 @@ def main() -> None:
         cli.cache_dir(),
         protocol=FLAGS.protocol,
         allow_missing=FLAGS.allow_missing,
+        should_stop=cli.stop_signals(),
     )
     print_cross_validation(results)
     print(f"report: {workdir.resolve()}")

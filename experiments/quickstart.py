@@ -47,6 +47,7 @@ def main() -> None:
     from resunet_jax.inference.segment import load_segmenter, segment_scan
     from resunet_jax.training.run import train
 
+    should_stop = cli.stop_signals()
     root = Path(FLAGS.output_dir)
     data, cache, split_file = root / "phantom", root / "cache", root / "split.json"
     small = FLAGS.small
@@ -67,7 +68,15 @@ def main() -> None:
             ),
         )
         lung = workdirs["lung"] if task == "infection" else None
-        train(config, data, workdir, cache, split=SplitRequest(split_file), lung_checkpoint=lung)
+        train(
+            config,
+            data,
+            workdir,
+            cache,
+            split=SplitRequest(split_file),
+            lung_checkpoint=lung,
+            should_stop=should_stop,
+        )
 
     checkpoints = {f"{task}_checkpoint": workdir for task, workdir in workdirs.items()}
     report = root / "report"

@@ -83,6 +83,7 @@ class TrainConfig:
       patience: epochs without a lower validation loss after which training stops.
       accumulate_steps: k > 1 updates the parameters every k-th step, by the mean of k gradients: the effective batch
         is k · batch_size slices, in the memory of batch_size. Batch statistics are of each step's slices.
+      skip_nonfinite: leaves out steps whose loss or gradient is not finite, instead of ending the training.
       remat: see `ResUnet`; less memory for a quarter more computation.
       patch_factor: 1 for whole slices; f > 1 cuts each slice into f × f patches that the model sees apart.
       seed: of the initial parameters, the order of slices and the augmentation.
@@ -96,6 +97,7 @@ class TrainConfig:
     loss: LossName = "bce"
     patience: int = 10
     accumulate_steps: int = 1
+    skip_nonfinite: bool = False
     remat: bool = False
     patch_factor: int = 1
     seed: int = 0

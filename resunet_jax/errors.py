@@ -1,4 +1,4 @@
-"""The one exception for input that a person can mend."""
+"""Exceptions for input that a person can mend, and for a training that was asked to stop."""
 
 
 class InputError(Exception):
@@ -6,6 +6,10 @@ class InputError(Exception):
 
     The scripts in `experiments/` print the message and leave with exit code 2. Library users may catch it.
     """
+
+
+class StoppedError(Exception):
+    """A training was asked to stop and has saved its state; the message says where."""
 
 
 def first_line(error: BaseException) -> str:

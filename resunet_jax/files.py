@@ -1,8 +1,11 @@
-"""Results that are there whole or not at all."""
+"""Results that are there whole or not at all, and folders that one process holds."""
 
 import contextlib
+import fcntl
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +19,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
       InputError: it cannot be written.
     """
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")  # keeps the suffix, which writers look at
+    partial = _partial(path)
     try:
         yield partial
         partial.replace(path)
@@ -36,7 +39,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises:
       InputError: it cannot be written.
     """
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    partial = _partial(path)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -47,6 +50,60 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise _cannot_write(path, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(path: Path) -> Path:
+    """Where `path` is written first: beside it, with its suffix. Removes what a killed process left there."""
+    ours = f".partial-{socket.gethostname()}-"
+    for leftover in path.parent.iterdir() if path.parent.is_dir() else ():
+        match = re.fullmatch(rf"{re.escape(ours)}(\d+)-{re.escape(path.name)}", leftover.name)
+        if match and not _is_alive(int(match[1])):
+            shutil.rmtree(leftover, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                leftover.unlink()
+    return path.with_name(f"{ours}{os.getpid()}-{path.name}")
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a folder, made if need be, against other processes; the system lets go of it when this one dies.
+
+    Raises:
+      InputError: another process holds it, or it cannot be made.
+    """
+    make_output_dir(folder)
+    file = folder / ".lock"
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                lock = stack.enter_context(file.open("a+"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if file.exists() and os.path.samestat(file.stat(), os.fstat(lock.fileno())):
+                    break  # otherwise the holder before has just removed it
+            except BlockingIOError as error:
+                holder = file.read_text(encoding="utf-8").strip() or "another process"
+                raise InputError(f"{folder}: {holder} works in it; wait for it, or choose another folder") from error
+            except OSError as error:
+                raise _cannot_write(folder, error) from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # where nothing has come into it
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,7 +1,12 @@
 """Shared fixtures: the small phantom, a small trained cascade, and a way to run the scripts."""
 
+import contextlib
+import fcntl
+import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +18,22 @@ from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TrainConfi
 from resunet_jax.data.phantom import SMALL, make_phantom
 from resunet_jax.data.splits import SplitRequest
 from resunet_jax.training.run import train
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives all workers, and the scripts that they start, one compilation cache for this session."""
+    if not hasattr(config, "workerinput"):
+        config.stash[_CACHE] = tempfile.TemporaryDirectory()
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash[_CACHE].name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _CACHE in config.stash:
+        config.stash[_CACHE].cleanup()
+
+
+_CACHE = pytest.StashKey[tempfile.TemporaryDirectory]()
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -27,14 +48,15 @@ TINY = {
 TINY_FLAGS = ("--image_size=32", "--filters=4,8,16,32", "--learning_rate=3e-3", "--batch_size=4")
 
 
-def run_script(name: str, *flags: object) -> subprocess.CompletedProcess[str]:
-    """Runs experiments/<name>.py as a user would, and waits."""
+def run_script(name: str, *flags: object, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs experiments/<name>.py as a user would, with `env` beside the environment, and waits."""
     return subprocess.run(
         [sys.executable, ROOT / "experiments" / f"{name}.py", *map(str, flags)],
         capture_output=True,
         text=True,
         timeout=540,
         check=False,
+        env={**os.environ, **(env or {})},
     )
 
 
@@ -46,27 +68,45 @@ class Trained(NamedTuple):
     infection: Path
 
 
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A temporary folder that all workers of this session see."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@contextlib.contextmanager
+def once(folder: Path) -> Iterator[bool]:
+    """Whether this worker is the first; the others wait until it has made the folder."""
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not folder.exists()
+
+
 @pytest.fixture(scope="session")
 def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small phantom set; not to be changed."""
-    folder = tmp_path_factory.mktemp("phantom") / "set"
-    make_phantom(folder, SMALL)
+    folder = shared_folder(tmp_path_factory) / "phantom"
+    with once(folder) as first:
+        if first:
+            make_phantom(folder, SMALL)
     return folder
 
 
 @pytest.fixture(scope="session")
 def trained(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A tiny lung model and a tiny infection model, two epochs each; not to be changed."""
-    root = tmp_path_factory.mktemp("trained")
-    split_file = root / "split.json"
-    split_file.write_text(
-        '{"train": ["coronacases_001", "radiopaedia_10_85902_1", "radiopaedia_10_85902_3"],'
-        ' "val": ["coronacases_002"], "test": ["coronacases_003", "radiopaedia_14_85914_0"]}'
-    )
-    paths = Trained(phantom, root / "cache", split_file, root / "lung", root / "infection")
-    for task, workdir, lung in (("lung", paths.lung, None), ("infection", paths.infection, paths.lung)):
-        config = Config(task=task, **TINY)
-        train(config, phantom, workdir, paths.cache, split=SplitRequest(split_file), lung_checkpoint=lung)
+    root = shared_folder(tmp_path_factory) / "trained"
+    paths = Trained(phantom, root / "cache", root / "split.json", root / "lung", root / "infection")
+    with once(root) as first:
+        if first:
+            root.mkdir()
+            paths.split_file.write_text(
+                '{"train": ["coronacases_001", "radiopaedia_10_85902_1", "radiopaedia_10_85902_3"],'
+                ' "val": ["coronacases_002"], "test": ["coronacases_003", "radiopaedia_14_85914_0"]}'
+            )
+            for task, workdir, lung in (("lung", paths.lung, None), ("infection", paths.infection, paths.lung)):
+                config, split = Config(task=task, **TINY), SplitRequest(paths.split_file)
+                train(config, phantom, workdir, paths.cache, split=split, lung_checkpoint=lung)
     return paths
 
 

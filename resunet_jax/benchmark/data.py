@@ -23,6 +23,7 @@ from resunet_jax.data.phantom import PhantomConfig, make_phantom
 from resunet_jax.data.pipeline import SliceSource, train_batches
 from resunet_jax.data.prepared import prepare_cases, prepare_mask, prepare_volume
 from resunet_jax.data.volumes import Grid, Volume
+from resunet_jax.training.devices import make_mesh, share_of
 from resunet_jax.training.fit import fit
 
 _CONFIG = PreprocessConfig()
@@ -69,7 +70,7 @@ def _open_slices(cases: Sequence[Case]) -> None:
 
 def _batches(root: Path, cases: Sequence[Case], rounds: int) -> Row:
     source = SliceSource(prepare_cases(cases, _CONFIG, root / "cache"), "lung")
-    batches = train_batches(source, BATCH, 0, jax.devices()[0])
+    batches = train_batches(source, BATCH, 0, share_of(make_mesh(1, BATCH)))
 
     def ours() -> None:
         for _ in range(_BATCHES):

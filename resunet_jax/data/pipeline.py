@@ -1,7 +1,7 @@
 """Slices to batches, by grain: shuffled and repeated for training, padded and marked for evaluation."""
 
-from collections.abc import Sequence
-from functools import partial
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypedDict
 
 import grain
@@ -61,35 +61,64 @@ class SliceSource:
             mask[i, ..., 0] = self._masks[case][k]
         return Batch(image=image, mask=mask, valid=valid, index=index)
 
+    def names(self, indices: Sequence[int]) -> list[str]:
+        """Case id and number of some slices, to tell a person which they are."""
+        cases = np.searchsorted(self._starts, indices, side="right") - 1
+        return [f"{self._case_ids[c]} slice {i - self._starts[c]}" for c, i in zip(cases, indices, strict=True)]
+
     def __repr__(self) -> str:
         return f"SliceSource({self._target}, {len(self)} slices of {', '.join(self._case_ids)})"
 
 
-def train_batches(source: SliceSource, batch_size: int, seed: int, device: Any) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The part of each batch that this process reads: its equal share, in the order of the processes.
+
+    Attributes:
+      process: number of this process.
+      processes: how many there are; the batch size is a multiple of it.
+      place: puts a share on this process's devices.
+    """
+
+    place: Callable[[Batch], Batch]
+    process: int = 0
+    processes: int = 1
+
+
+def train_batches(source: SliceSource, batch_size: int, seed: int, share: Share, start: int = 0) -> Any:
     """Endless batches in an order that the seed decides; each slice comes once before any comes twice.
 
     Args:
       source: the slices.
-      batch_size: N.
+      batch_size: N, over all processes.
       seed: of the order.
-      device: a JAX device or sharding; batches are there before they are asked for.
+      share: of this process; batches are on its devices before they are asked for.
+      start: number of the first batch, counted from 0: where a training goes on.
 
     Returns:
-      a grain iterator, whose state can be saved and restored.
+      a grain iterator.
     """
-    dataset = (
-        grain.MapDataset.range(len(source))
-        .seed(seed)
-        .shuffle()
-        .repeat(None)
-        .batch(batch_size, drop_remainder=True)
-        .map(partial(source.batch, size=batch_size))
-        .to_iter_dataset(_READ)
+    numbers = (
+        grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None).batch(batch_size, drop_remainder=True)
     )
-    return iter(grain.experimental.device_put(dataset, device))
+    dataset = grain.experimental.ThreadPrefetchIterDataset(
+        _read(numbers, source, batch_size, share), prefetch_buffer_size=2
+    )
+    batches = iter(dataset)
+    grain.experimental.set_next_index(batches, start)
+    return batches
 
 
-def eval_batches(source: SliceSource, batch_size: int) -> Any:
+def eval_batches(source: SliceSource, batch_size: int, share: Share) -> Any:
     """Every slice once and in order; the last batch is filled up with zeros, marked by `valid`."""
-    numbers = grain.MapDataset.range(len(source)).batch(batch_size)
-    return numbers.map(partial(source.batch, size=batch_size)).to_iter_dataset(_READ)
+    return _read(grain.MapDataset.range(len(source)).batch(batch_size), source, batch_size, share)
+
+
+def _read(numbers: grain.MapDataset, source: SliceSource, batch_size: int, share: Share) -> grain.IterDataset:
+    size = batch_size // share.processes
+
+    def read(indices: npt.NDArray[np.integer[Any]]) -> Batch:
+        return source.batch(indices[share.process * size : (share.process + 1) * size], size)
+
+    dataset = numbers.map(read).to_iter_dataset(_READ)
+    return grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=4).map(share.place)

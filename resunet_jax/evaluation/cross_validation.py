@@ -1,9 +1,10 @@
 """Lung and infection model for every fold of a protocol, and one table over all test volumes."""
 
 import dataclasses
+import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +20,9 @@ from resunet_jax.evaluation.published import PUBLISHED, Published
 from resunet_jax.evaluation.report import wide_console, write_csv, write_report
 from resunet_jax.evaluation.run import evaluate
 from resunet_jax.figures import save_boxes, save_volumes
-from resunet_jax.files import check_output_dir, make_output_dir, whole_folder, write_text
+from resunet_jax.files import check_output_dir, locked, make_output_dir, whole_folder, write_text
 from resunet_jax.progress import logger
+from resunet_jax.training.fit import never
 from resunet_jax.training.run import train, versions
 
 Protocol = Literal["few_shot", "five_fold", "patient_five_fold"]
@@ -37,6 +39,7 @@ def cross_validate(
     *,
     protocol: Protocol,
     allow_missing: bool = False,
+    should_stop: Callable[[int], bool] = never,
 ) -> dict[str, Any]:
     """Trains and tests both models of the cascade on every fold; goes on where it was killed.
 
@@ -50,6 +53,7 @@ def cross_validate(
       cache_dir: see `prepare_cases`.
       protocol: "few_shot", "five_fold" or "patient_five_fold".
       allow_missing: see `make_split`.
+      should_stop: see `fit`.
 
     Returns:
       what summary.json holds: "protocol", "cases" (how many), "full_set", "settings", "volumes" (a row a fold, case and
@@ -57,22 +61,24 @@ def cross_validate(
 
     Raises:
       InputError: data or workdir are not fit for it.
+      StoppedError: see `fit`.
     """
     check_output_dir(workdir)
     cases = find_cases(data_dir)
     require_infection_masks(cases)
     requests = [SplitRequest(protocol=protocol, fold=fold, allow_missing=allow_missing) for fold in range(FOLDS)]
     splits = [make_split(cases, request) for request in requests]  # all of them before the first is trained
-    _check_settings(workdir, config, [dataclasses.asdict(split) for split in splits])
-    for fold, request in enumerate(requests):
-        folder = workdir / f"fold_{fold}"
-        if (folder / _REPORT).is_dir():
-            logger.info("fold %d of %d: done before", fold, FOLDS)
-        else:
-            logger.info("fold %d of %d: %s", fold, FOLDS, splits[fold].protocol)
-            _run_fold(config, data_dir, folder, cache_dir, request)
-    results = _collect(workdir, protocol, [case.id for case in cases], splits[0].protocol)
-    _write(workdir, results)
+    with locked(workdir):
+        _check_settings(workdir, config, [dataclasses.asdict(split) for split in splits])
+        for fold, request in enumerate(requests):
+            folder = workdir / f"fold_{fold}"
+            if (folder / _REPORT).is_dir():
+                logger.info("fold %d of %d: done before", fold, FOLDS)
+            else:
+                logger.info("fold %d of %d: %s", fold, FOLDS, splits[fold].protocol)
+                _run_fold(config, data_dir, folder, cache_dir, split=request, should_stop=should_stop)
+        results = _collect(workdir, protocol, [case.id for case in cases], splits[0].protocol)
+        _write(workdir, results)
     return results
 
 
@@ -95,12 +101,19 @@ def _check_settings(workdir: Path, config: Config, splits: Sequence[Mapping[str,
     write_text(workdir / "versions.json", json.dumps(versions(), indent=2, ensure_ascii=False) + "\n")
 
 
-def _run_fold(config: Config, data_dir: Path, folder: Path, cache_dir: Path, split: SplitRequest) -> None:
+def _run_fold(
+    config: Config,
+    data_dir: Path,
+    folder: Path,
+    cache_dir: Path,
+    *,
+    split: SplitRequest,
+    should_stop: Callable[[int], bool],
+) -> None:
     lung, infection = folder / "lung", folder / "infection"
-    train(dataclasses.replace(config, task="lung"), data_dir, lung, cache_dir, split=split)
-    train(
-        dataclasses.replace(config, task="infection"), data_dir, infection, cache_dir, split=split, lung_checkpoint=lung
-    )
+    run = functools.partial(train, split=split, should_stop=should_stop)
+    run(dataclasses.replace(config, task="lung"), data_dir, lung, cache_dir)
+    run(dataclasses.replace(config, task="infection"), data_dir, infection, cache_dir, lung_checkpoint=lung)
     evaluation = evaluate(
         data_dir,
         cache_dir,

@@ -1,32 +1,46 @@
-"""Checkpoints of a training run, and models restored from nothing but their folder."""
+"""Checkpoints of a training run, and models restored from nothing but their folder.
+
+A model's folder holds config.json, variables/ (by orbax) and files.json, the SHA-256 of every file in it; that of a
+checkpoint holds optimizer/ and history.json too. It appears whole or not at all, and is compared with files.json before
+it is used.
+"""
 
 import hashlib
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from resunet_jax.config import Config, from_dict, to_dict
 from resunet_jax.errors import InputError, first_line
-from resunet_jax.files import whole_folder, write_text
+from resunet_jax.files import make_output_dir, whole_folder, write_text
 from resunet_jax.model.resunet import ResUnet, Variables
+from resunet_jax.progress import logger
+from resunet_jax.training.devices import is_primary, wait_for_all
 from resunet_jax.training.steps import TrainState
 from resunet_jax.training.tasks import TASKS, build_model
 
 CHECKPOINTS = "checkpoints"
-"""Folder of a workdir that holds its checkpoints."""
+"""Folder of a workdir that holds its checkpoints, each in a folder with the number of its step."""
 
 THRESHOLD_FILE = "threshold.json"
 """File of a workdir with the threshold chosen on its validation cases."""
 
 _CONFIG = "config.json"
+_HISTORY = "history.json"
+_FILES = "files.json"
 _VARIABLES = "variables"
+_OPTIMIZER = "optimizer"
+_DELETED = ".deleted"
+_DAMAGED = "damaged_checkpoints"
 
 History = list[dict[str, Any]]
 """One record an epoch, as in metrics.jsonl."""
@@ -51,81 +65,232 @@ def rank(record: dict[str, Any]) -> float:
     return float(-record["epoch"] if record["val_loss"] is None else record["val_loss"])
 
 
-def _saved_rank(metrics: dict[str, Any]) -> float:
-    return float(metrics["rank"])
+class Saved(NamedTuple):
+    """What a checkpoint gives back.
+
+    Attributes:
+      state: of the training.
+      history: one record for each whole epoch so far.
+      unfinished: what an epoch that was stopped half-way has summed up, or None.
+    """
+
+    state: TrainState
+    history: History
+    unfinished: dict[str, Any] | None
+
+
+class _DamagedError(Exception):
+    """A folder is not as it was written; the message names it and says what of it."""
+
+    def __init__(self, folder: Path, what: str) -> None:
+        super().__init__(f"{folder}: damaged ({what})")
 
 
 class Checkpoints:
-    """The checkpoints of one workdir: the latest, and the best (see `rank`). Use as a context manager."""
+    """Writes and reads the checkpoints of one workdir: the best (see `rank`) and the two latest.
 
-    def __init__(self, workdir: Path, *, read_only: bool = False) -> None:
-        """Opens them; makes the folder unless `read_only`."""
-        self._manager = ocp.CheckpointManager(
-            (workdir / CHECKPOINTS).absolute(),
-            options=ocp.CheckpointManagerOptions(
-                best_fn=_saved_rank,
-                best_mode="min",
-                preservation_policy=AnyPreservationPolicy(
-                    [LatestN(1), BestN(get_metric_fn=_saved_rank, reverse=True, n=1)]
-                ),
-                read_only=read_only,
-            ),
-        )
+    Use as a context manager: what is being written when it ends is finished. Of several processes one writes.
+    """
+
+    def __init__(self, workdir: Path) -> None:
+        """Makes the folder, and removes what a killed process left in it."""
+        self._workdir = workdir
+        self._folder = workdir / CHECKPOINTS
+        self._executor = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+        if is_primary():
+            make_output_dir(self._folder)
+            for path in self._folder.iterdir():
+                if not path.name.isdecimal():
+                    shutil.rmtree(path, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()
+        with self._executor:
+            self._wait()
 
-    def save(self, state: TrainState, batches: Any, config: Config, history: History) -> None:
-        """Saves everything that a run needs to go on; returns before it is on disk, and is atomic.
+    def save(self, state: TrainState, config: Config, history: History, unfinished: Mapping[str, Any] | None) -> None:
+        """Saves everything that a run needs to go on; returns before it is on disk.
 
         Args:
-          state: after the last epoch of `history`.
-          batches: the iterator of the training batches.
+          state: after the last epoch of `history`, or within the next.
           config: of the run.
-          history: all epochs so far; the last one's `rank`, which is finite, decides whether it is the best.
-        """
-        args = ocp.args.Composite(
-            variables=ocp.args.StandardSave(state.variables),
-            optimizer=ocp.args.StandardSave({"step": state.step, "state": state.opt_state}),
-            data=grain.checkpoint.CheckpointSave(batches),
-            config=ocp.args.JsonSave(to_dict(config)),
-            history=ocp.args.JsonSave({"epochs": history}),
-        )
-        metrics = {"rank": rank(history[-1])}
-        self._manager.save(int(state.step), args=args, metrics=metrics)
+          history: all whole epochs so far; the one of least `rank`, which is finite, is the best.
+          unfinished: JSON values to go on with within an epoch, or None between epochs.
 
-    def restore_latest(self, state: TrainState, batches: Any) -> tuple[TrainState, History] | None:
-        """The latest state, with `batches` put to where it was, or None where nothing was saved.
+        Raises:
+          InputError: the checkpoint before could not be written.
+        """
+        self._wait()
+        if not is_primary():
+            return
+        step = int(state.step)
+        trees = {_VARIABLES: state.variables, _OPTIMIZER: _optimizer(state)}
+        trees = jax.tree.map(np.array, jax.device_get(trees))  # a copy: the next step overwrites the state
+        values = {_CONFIG: to_dict(config), _HISTORY: {"epochs": list(history), "unfinished": unfinished}}
+        keep = {step, *_steps(self._folder)[-1:], *([best_step(history)] if history else [])}
+        self._writing = self._executor.submit(self._write, step, trees, values, keep)
+
+    def restore_latest(self, state: TrainState) -> Saved | None:
+        """The latest good checkpoint, or None where nothing was saved.
+
+        A damaged one is named, and moved to the workdir's folder damaged_checkpoints/.
 
         Args:
           state: one of the same shapes, for its structure.
-          batches: a fresh iterator over the same slices; it is changed.
-        """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        args = ocp.args.Composite(
-            variables=ocp.args.StandardRestore(_abstract(state.variables)),
-            optimizer=ocp.args.StandardRestore(_abstract({"step": state.step, "state": state.opt_state})),
-            data=grain.checkpoint.CheckpointRestore(batches),
-            history=ocp.args.JsonRestore(),
-        )
-        items = self._manager.restore(step, args=args)
-        optimizer = items.optimizer
-        return TrainState(optimizer["step"], items.variables, optimizer["state"]), items.history["epochs"]
 
-    def load_best(self, workdir: Path) -> LoadedModel:
-        """The best model so far, by its own config."""
-        step = self._manager.best_step()
-        if step is None:
-            raise InputError(f"{workdir}: no checkpoint in it yet; train first")
-        config_args = ocp.args.Composite(config=ocp.args.JsonRestore())
-        config = from_dict(self._manager.restore(step, args=config_args).config, str(workdir))
-        folder = Path(self._manager.directory) / str(step) / _VARIABLES
-        return _load_variables(folder, config)
+        Raises:
+          InputError: there are checkpoints, and none is good.
+        """
+        steps, damaged = _steps(self._folder), []
+        for step in steps:
+            try:
+                _verify(self._folder / str(step))
+            except _DamagedError as error:
+                damaged.append(step)
+                logger.warning("%s; it is left out", error)
+        good = [step for step in steps if step not in damaged]
+        if damaged and not good:
+            raise InputError(f"{self._workdir}: none of its checkpoints is good; choose a new --workdir")
+        self._set_aside(damaged)
+        if not good:
+            return None
+        if damaged:
+            logger.warning("going on from the checkpoint of step %d", good[-1])
+        return _read(self._folder / str(good[-1]), state)
+
+    def _write(self, step: int, trees: Mapping[str, Any], values: Mapping[str, Any], keep: set[int]) -> None:
+        _write_folder(self._folder / str(step), trees, values)
+        for old in _steps(self._folder):
+            if old not in keep:  # renamed before it is deleted, or a kill would leave half of one
+                (self._folder / str(old)).rename(self._folder / _DELETED)
+                shutil.rmtree(self._folder / _DELETED)
+
+    def _wait(self) -> None:
+        """Until the last checkpoint is written; tells what hindered it."""
+        writing, self._writing = self._writing, None
+        try:
+            if writing is not None:
+                writing.result()
+        except Exception as error:  # orbax and TensorStore have no common base for it
+            raise InputError(
+                f"{self._folder}: the checkpoint cannot be written ({first_line(error)}); the last good one is "
+                "untouched. Free the disk or mend the permissions; the same command goes on"
+            ) from error
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        """Out of the way of the checkpoints to come, of which some have the same names."""
+        wait_for_all("checkpoints verified")
+        for step in steps if is_primary() else ():
+            target = self._workdir / _DAMAGED / str(step)
+            shutil.rmtree(target, ignore_errors=True)
+            make_output_dir(target.parent)
+            (self._folder / str(step)).rename(target)
+        wait_for_all("damaged checkpoints set aside")
+
+
+def best_step(history: History) -> int:
+    """The step of the best checkpoint: the earliest of the epochs of least `rank`."""
+    return int(min(history, key=rank)["step"])
+
+
+def _steps(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def _optimizer(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "state": state.opt_state}
+
+
+def _read(folder: Path, state: TrainState) -> Saved:
+    """A checkpoint that is as it was written."""
+    if not (folder / _FILES).is_file():
+        raise InputError(
+            f"{folder}: was written by resunet_jax 0.1.0 and cannot be verified; it can be evaluated, but not gone on "
+            "with: choose a new --workdir"
+        )
+    history = _read_values(folder, _HISTORY)
+    variables = _restore(folder / _VARIABLES, state.variables)
+    optimizer = _restore(folder / _OPTIMIZER, _optimizer(state))
+    return Saved(TrainState(optimizer["step"], variables, optimizer["state"]), history["epochs"], history["unfinished"])
+
+
+def _write_folder(
+    folder: Path, trees: Mapping[str, Any], values: Mapping[str, Any], texts: Mapping[str, str] | None = None
+) -> None:
+    """Writes pytrees, JSON files and text files by name, whole or not at all, and files.json."""
+    with whole_folder(folder) as partial:
+        # Takes the place on disk for a moment: what hinders orbax half-way is told a hundred times over.
+        with tempfile.TemporaryFile(dir=partial) as file:
+            os.posix_fallocate(file.fileno(), 0, sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(trees)))
+        for name, value in values.items():
+            write_text(partial / name, json.dumps(value, indent=2) + "\n")
+        for name, text in (texts or {}).items():
+            write_text(partial / name, text)
+        for name, tree in trees.items():
+            with _checkpointer() as checkpointer:
+                checkpointer.save((partial / name).absolute(), tree)
+        write_text(partial / _FILES, json.dumps(_digests(partial), indent=2) + "\n")
+
+
+def _verify(folder: Path) -> None:
+    """Compares every file with files.json; what resunet_jax 0.1.0 wrote has none, and passes.
+
+    Raises:
+      _DamagedError: a file is missing, or not what was written.
+    """
+    if not (folder / _FILES).is_file():
+        if (folder / _HISTORY).is_file():
+            raise _DamagedError(folder, f"{_FILES}: missing")
+        return
+    digests = _read_values(folder, _FILES)
+    found = _digests(folder)
+    for name, digest in digests.items():
+        if name not in found:
+            raise _DamagedError(folder, f"{name}: missing")
+        if found[name] != digest:
+            raise _DamagedError(folder, f"{name}: not what was written")
+    if not {_CONFIG, f"{_VARIABLES}/manifest.ocdbt"} <= set(digests):
+        raise _DamagedError(folder, f"{_FILES}: not what was written")
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file in a folder, by its path there."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != _FILES:
+            with path.open("rb") as file:
+                digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def _read_values(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object; resunet_jax 0.1.0 kept a checkpoint's in a folder of its name."""
+    path = folder / name
+    if not path.exists() and (folder / Path(name).stem / "metadata").is_file():
+        path = folder / Path(name).stem / "metadata"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise _DamagedError(folder, f"{name}: {first_line(error)}") from error
+    return values
+
+
+def _restore(folder: Path, tree: Any) -> Any:
+    """A pytree of NumPy arrays of the shapes in `tree`, whatever devices it was on."""
+    with _checkpointer() as checkpointer:
+        return checkpointer.restore(folder.absolute(), jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree))
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """Orbax for this process alone."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=str(me))
+    return ocp.Checkpointer(ocp.StandardCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
 
 
 def load_model(path: str | Path) -> LoadedModel:
@@ -145,16 +310,17 @@ def load_model(path: str | Path) -> LoadedModel:
         raise InputError(f"{path}: no such checkpoint folder; train first, or mend the path")
     try:
         if (path / CHECKPOINTS).is_dir():
-            with Checkpoints(path, read_only=True) as checkpoints:
-                return checkpoints.load_best(path)
+            return _load_best(path)
         if (path / _VARIABLES).is_dir():
-            return _load_exported(path)
+            return _load_folder(path)
     except InputError:
         raise
+    except _DamagedError as error:
+        raise InputError(f"{error}; use a copy of it, or train again") from error
     except Exception as error:  # orbax has no common base for what a damaged folder makes it raise
         raise InputError(
-            f"{path}: the checkpoint cannot be restored ({first_line(error)}), "
-            "so it is damaged; use another, or train again"
+            f"{path}: the model cannot be restored ({first_line(error)}), "
+            "so it is damaged; use a copy of it, or train again"
         ) from error
     raise InputError(f"{path}: neither a training workdir nor an exported model; it has no {CHECKPOINTS}/")
 
@@ -189,34 +355,40 @@ def save_model(path: str | Path, variables: Variables, config: Config, files: Ma
     path = Path(path).absolute()
     if path.exists():
         raise InputError(f"{path}: exists already; choose a new folder")
-    with whole_folder(path) as partial:
-        for name, text in {_CONFIG: json.dumps(to_dict(config), indent=2) + "\n", **(files or {})}.items():
-            write_text(partial / name, text)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(partial / _VARIABLES, variables)
+    _write_folder(path, {_VARIABLES: variables}, {_CONFIG: to_dict(config)}, files)
 
 
-def _load_exported(path: Path) -> LoadedModel:
-    config_file = path / _CONFIG
-    try:
-        config = from_dict(json.loads(config_file.read_text(encoding="utf-8")), str(config_file))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{config_file}: cannot be read ({first_line(error)}); export the model again") from error
-    return _load_variables((path / _VARIABLES).absolute(), config)
+def _load_best(workdir: Path) -> LoadedModel:
+    steps = _steps(workdir / CHECKPOINTS)
+    if not steps:
+        raise InputError(f"{workdir}: no checkpoint in it yet; train first")
+    folder = workdir / CHECKPOINTS / str(steps[-1])
+    _verify(folder)
+    history = _read_values(folder, _HISTORY)["epochs"]
+    if not history:
+        raise InputError(f"{workdir}: its training was stopped within the first epoch; go on with it")
+    if best_step(history) not in steps:
+        raise InputError(f"{workdir}: its best checkpoint, of step {best_step(history)}, is missing; use a copy of it")
+    return _load_folder(workdir / CHECKPOINTS / str(best_step(history)))
 
 
-def _load_variables(folder: Path, config: Config) -> LoadedModel:
+def _load_folder(folder: Path) -> LoadedModel:
+    _verify(folder)
+    if not (folder / _FILES).is_file():
+        logger.warning("%s: no %s in it, so nobody can tell whether the model is as it was written", folder, _FILES)
+    config = from_dict(_read_values(folder, _CONFIG), str(folder / _CONFIG))
     model = build_model(config)
     expected = variable_shapes(model)
-    with ocp.StandardCheckpointer() as checkpointer:
-        saved = checkpointer.metadata(folder).item_metadata.tree
-        if jax.tree.map(lambda x: tuple(x.shape), saved) != jax.tree.map(lambda x: x.shape, expected):
-            raise InputError(
-                f"{folder}: its parameters are of another architecture than its config says "
-                f"(filters {','.join(map(str, config.model.filters))}, {model.in_channels} input channels); "
-                "use the config that it was saved with"
-            )
-        return LoadedModel(model, checkpointer.restore(folder, _abstract(expected)), config)
+    with _checkpointer() as checkpointer:
+        saved = checkpointer.metadata((folder / _VARIABLES).absolute()).item_metadata.tree
+    if jax.tree.map(lambda x: tuple(x.shape), saved) != jax.tree.map(lambda x: x.shape, expected):
+        raise InputError(
+            f"{folder}: its parameters are of another architecture than its config says "
+            f"(filters {','.join(map(str, config.model.filters))}, {model.in_channels} input channels); "
+            "use the config that it was saved with"
+        )
+    # To the device: arrays of the host would travel there at each call.
+    return LoadedModel(model, jax.device_put(_restore(folder / _VARIABLES, expected)), config)
 
 
 def save_threshold(workdir: Path, threshold: float, dice: float, cases: Sequence[str]) -> None:
@@ -259,9 +431,3 @@ def variable_shapes(model: ResUnet) -> Any:
     """Shapes and types of a model's variables, without making them."""
     dummy = jax.ShapeDtypeStruct((1, 8, 8, model.in_channels), np.float32)
     return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), dummy)
-
-
-def _abstract(tree: Any) -> Any:
-    """Shapes, types and the place to restore to; without the place, a checkpoint from a GPU needs a GPU."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

@@ -1,23 +1,27 @@
 """The one training loop, for every task."""
 
+import dataclasses
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from resunet_jax.config import Config
-from resunet_jax.data.pipeline import SliceSource, eval_batches, train_batches
-from resunet_jax.errors import InputError
+from resunet_jax.data.pipeline import Batch, SliceSource, eval_batches, train_batches
+from resunet_jax.errors import InputError, StoppedError
 from resunet_jax.evaluation.metrics import HARD_METRICS, hard_metrics
 from resunet_jax.files import write_text
+from resunet_jax.model.resunet import Variables
 from resunet_jax.progress import logger, progress
 from resunet_jax.training.checkpoints import Checkpoints, History, LoadedModel
+from resunet_jax.training.devices import is_primary, make_mesh, replicate, replicated, share_of
 from resunet_jax.training.steps import (
     TrainState,
     compiler_options,
@@ -25,6 +29,7 @@ from resunet_jax.training.steps import (
     frozen_lung,
     make_eval_step,
     make_optimizer,
+    make_schedule,
     make_train_step,
 )
 
@@ -32,10 +37,49 @@ METRICS = "metrics.jsonl"
 """File of a workdir with one JSON record an epoch."""
 
 _STEPS_AHEAD = 2  # how far the host may run before the device; enough to keep it busy
+_STEPS_BETWEEN_FETCHES = 50  # of the metrics; a loss that is not finite is found then
+
+_MAX_SKIPPED = 10  # steps in a row; after that nothing will mend itself
+
+
+@dataclasses.dataclass
+class EpochSums:
+    """What the steps of an epoch add up to; JSON values, so that a stopped epoch can go on.
+
+    Attributes:
+      losses: of each step; None where the step was left out because it was not finite.
+      counts: hard counts in pixels, see `confusion_counts`.
+      seconds: spent in steps.
+      data_wait_seconds: of these, how long the host waited for batches.
+    """
+
+    losses: list[float | None] = dataclasses.field(default_factory=list)
+    counts: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(("tp", "fp", "fn", "tn"), 0.0))
+    seconds: float = 0.0
+    data_wait_seconds: float = 0.0
+
+    @property
+    def mean_loss(self) -> float:
+        """Over the steps that were not left out."""
+        kept = [loss for loss in self.losses if loss is not None]
+        return float(np.mean(kept)) if kept else math.nan
+
+
+def never(step: int) -> bool:
+    """Does not stop a training."""
+    del step
+    return False
 
 
 def fit(
-    config: Config, train: SliceSource, val: SliceSource | None, workdir: Path, lung: LoadedModel | None = None
+    config: Config,
+    train: SliceSource,
+    val: SliceSource | None,
+    workdir: Path,
+    lung: LoadedModel | None = None,
+    *,
+    mesh: Mesh | None = None,
+    should_stop: Callable[[int], bool] = never,
 ) -> History:
     """Trains until `epochs` or `patience` ends it, from where the workdir's latest checkpoint left off.
 
@@ -46,64 +90,144 @@ def fit(
         last.
       workdir: gets checkpoints/ and metrics.jsonl.
       lung: the frozen lung model, for task "infection".
+      mesh: the devices, see `make_mesh`; by default one.
+      should_stop: asked after each step with its number; True saves the state and ends the training.
 
     Returns:
       one record an epoch. "val_loss" and the counts are pooled over all validation slices, and None without them. Of
         the "seconds" of the training steps the host waited "data_wait_seconds" for batches; the device, no longer.
 
     Raises:
-      InputError: the loss is not finite; the last good checkpoint stays.
+      InputError: a loss or gradient is not finite, or a checkpoint cannot be written; the last good checkpoint stays.
+      StoppedError: `should_stop` said so; the same call goes on from there.
     """
+    mesh = mesh or make_mesh(1, config.train.batch_size)
+    on_each, share = replicated(mesh), share_of(mesh)
     steps_per_epoch = math.ceil(len(train) / config.train.batch_size)
     optimizer = make_optimizer(config, steps_per_epoch)
     frozen = frozen_lung(lung.config) if lung else None
     train_step = jax.jit(
-        make_train_step(config, optimizer, frozen), donate_argnums=0, compiler_options=compiler_options()
+        make_train_step(config, optimizer, frozen),
+        donate_argnums=0,
+        out_shardings=on_each,
+        compiler_options=compiler_options(),
     )
-    eval_step = jax.jit(make_eval_step(config, frozen))
-    lung_variables = lung.variables if lung else None
-    key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+    eval_step = jax.jit(make_eval_step(config, frozen), out_shardings=on_each)
+    key = jax.jit(lambda: jax.random.fold_in(jax.random.key(config.train.seed), 1), out_shardings=on_each)()
+    lung_variables = replicate(lung.variables, mesh) if lung else None
 
-    device = jax.devices()[0]
-    # Committed to the device like the batches; otherwise the second step would compile again.
-    state = jax.device_put(create_state(config, optimizer), device)
-    batches = train_batches(train, config.train.batch_size, config.train.seed, device)
-    history: History = []
-    try:
-        with Checkpoints(workdir) as checkpoints:
-            if restored := checkpoints.restore_latest(state, batches):
-                state, history = restored
-                logger.info("resuming after epoch %d", len(history))
-            write_history(workdir, history)
+    def validate(variables: Variables) -> dict[str, float] | None:
+        if val is None:
+            return None
+        step = partial(eval_step, lung_variables=lung_variables)
+        sums = evaluate_sums(step, variables, eval_batches(val, config.train.batch_size, share))
+        return {"loss": sums["loss"] / sums["slices"], **hard_metrics(sums)}
+
+    state, history, sums = create_state(config, optimizer), [], EpochSums()
+    with Checkpoints(workdir) as checkpoints:
+        if saved := checkpoints.restore_latest(state):
+            state, history = saved.state, saved.history
+            sums = EpochSums(**saved.unfinished) if saved.unfinished else sums
+            logger.info("resuming after epoch %d%s", len(history), f", step {state.step}" if sums.losses else "")
+        write_history(workdir, history)
+        # Committed to the devices like the batches; otherwise the second step would compile again.
+        state = replicate(state, mesh)
+        batches = train_batches(train, config.train.batch_size, config.train.seed, share, int(state.step))
+        run = _Run(config, train, steps_per_epoch, partial(train_step, key=key, lung_variables=lung_variables))
+        try:
             while not finished(config, history):
-                epoch, start = len(history) + 1, time.monotonic()
-                step = partial(train_step, key=key, lung_variables=lung_variables)
-                state, losses, counts, waited = _train_epoch(step, state, batches, steps_per_epoch, epoch)
-                seconds = time.monotonic() - start
-                validation = (
-                    _validate(eval_step, state.variables, val, config.train.batch_size, lung_variables) if val else {}
-                )
-                record = {
-                    "epoch": epoch,
-                    "step": int(state.step),
-                    "train_loss": float(np.mean(losses)),
-                    "val_loss": None,
-                    **{f"train_{name}": value for name, value in hard_metrics(counts).items()},
-                    **dict.fromkeys((f"val_{name}" for name in HARD_METRICS), None),
-                    **{f"val_{name}": value for name, value in validation.items()},
-                    "seconds": round(seconds, 3),
-                    "steps_per_second": round(steps_per_epoch / seconds, 3),
-                    "data_wait_seconds": round(waited, 3),
-                }
-                if val:
-                    _refuse_non_finite(validation["loss"], f"validation of epoch {epoch}")
-                history.append(_without_nan(record))
-                checkpoints.save(state, batches, config, history)
+                state = run.epoch(state, batches, sums, should_stop)
+                if len(sums.losses) < steps_per_epoch:
+                    checkpoints.save(state, config, history, dataclasses.asdict(sums))
+                    raise StoppedError(
+                        f"{workdir}: stopped after step {state.step}; the same command goes on from there"
+                    )
+                history.append(run.record(state, sums, validate(state.variables)))
+                checkpoints.save(state, config, history, None)
                 write_history(workdir, history)
-                logger.info(_summary(config, record))
-    finally:
-        batches.close()
+                logger.info(_summary(config, history[-1]))
+                sums = EpochSums()
+        finally:
+            batches.close()
     return history
+
+
+class _Run(NamedTuple):
+    """What does not change from epoch to epoch."""
+
+    config: Config
+    train: SliceSource
+    steps_per_epoch: int
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+    def epoch(self, state: TrainState, batches: Any, sums: EpochSums, should_stop: Callable[[int], bool]) -> TrainState:
+        """Takes the steps that `sums` lacks of an epoch, or some of them if asked to stop, and adds them to it."""
+        start, first = time.monotonic(), int(state.step) - len(sums.losses)
+        before = sums.seconds
+        pending: list[dict[str, jax.Array]] = []
+        steps = range(len(sums.losses), self.steps_per_epoch)
+        with progress(f"epoch {first // self.steps_per_epoch + 1}", len(steps)) as advance:
+            for i in steps:
+                asked = time.monotonic()
+                batch = next(batches)
+                sums.data_wait_seconds += time.monotonic() - asked
+                state, metrics = self.step(state, batch)
+                pending.append(metrics)
+                if len(pending) > _STEPS_AHEAD:
+                    jax.block_until_ready(pending[-1 - _STEPS_AHEAD])
+                stop = should_stop(first + i + 1)
+                if stop or i == steps[-1] or len(pending) == _STEPS_BETWEEN_FETCHES:
+                    self._add(pending, sums, first)
+                    pending = []
+                advance("")
+                if stop:
+                    break
+        sums.seconds = before + time.monotonic() - start
+        return state
+
+    def record(self, state: TrainState, sums: EpochSums, validation: Mapping[str, float] | None) -> dict[str, Any]:
+        """An epoch's line of metrics.jsonl."""
+        epoch = int(state.step) // self.steps_per_epoch
+        if validation and not math.isfinite(validation["loss"]):
+            raise self._not_finite(f"the loss is {validation['loss']} in validation after epoch {epoch}", state.step)
+        values = {
+            "epoch": epoch,
+            "step": int(state.step),
+            "train_loss": sums.mean_loss,
+            "val_loss": None,
+            **{f"train_{name}": value for name, value in hard_metrics(sums.counts).items()},
+            **dict.fromkeys((f"val_{name}" for name in HARD_METRICS), None),
+            **{f"val_{name}": value for name, value in (validation or {}).items()},
+            "skipped_steps": sums.losses.count(None),
+            "seconds": round(sums.seconds, 3),
+            "steps_per_second": round(self.steps_per_epoch / sums.seconds, 3),
+            "data_wait_seconds": round(sums.data_wait_seconds, 3),
+        }
+        return _without_nan(values)
+
+    def _add(self, pending: list[dict[str, jax.Array]], sums: EpochSums, first: int) -> None:
+        """Fetches what steps returned; `first` is the step before the epoch."""
+        for metrics in jax.device_get(pending):
+            finite, step = bool(metrics["finite"]), first + len(sums.losses) + 1
+            sums.losses.append(float(metrics["loss"]) if finite else None)
+            for name in sums.counts:
+                sums.counts[name] += float(metrics[name])
+            if not finite and not self.config.train.skip_nonfinite:
+                loss = float(metrics["loss"])
+                what = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
+                slices = ", ".join(self.train.names(metrics["index"]))
+                raise self._not_finite(f"{what} at step {step}, in one of {slices}", step - 1)
+            limit = min(_MAX_SKIPPED, self.steps_per_epoch)
+            if sums.losses[-limit:] == [None] * limit:
+                raise self._not_finite(f"{limit} steps in a row were not finite, up to step {step}", step - 1)
+
+    def _not_finite(self, what: str, step: Any) -> InputError:
+        updates = int(step) // self.config.train.accumulate_steps
+        rate = float(make_schedule(self.config, self.steps_per_epoch)(updates))
+        return InputError(
+            f"{what} (learning rate {rate:g}); the last good checkpoint is untouched. Look at these slices, try a "
+            "lower --learning_rate in a new --workdir, or leave such steps out with --skip_nonfinite"
+        )
 
 
 def finished(config: Config, history: History) -> bool:
@@ -118,57 +242,14 @@ def finished(config: Config, history: History) -> bool:
 
 def write_history(workdir: Path, history: History) -> None:
     """Writes metrics.jsonl anew, whole: the history in the checkpoint is the truth, this its readable copy."""
-    write_text(workdir / METRICS, "".join(json.dumps(record) + "\n" for record in history))
+    if is_primary():
+        write_text(workdir / METRICS, "".join(json.dumps(record) + "\n" for record in history))
 
 
-def evaluate_sums(
-    eval_step: Any, variables: Any, source: SliceSource, batch_size: int, lung_variables: Any
-) -> dict[str, float]:
-    """What `eval_step` returns, added up over all slices."""
-    sums = [eval_step(variables, batch, lung_variables) for batch in eval_batches(source, batch_size)]
-    return _add_up(sums)
-
-
-def _validate(
-    eval_step: Any, variables: Any, source: SliceSource, batch_size: int, lung_variables: Any
-) -> dict[str, float]:
-    sums = evaluate_sums(eval_step, variables, source, batch_size, lung_variables)
-    return {"loss": sums["loss"] / sums["slices"], **hard_metrics(sums)}
-
-
-def _train_epoch(
-    step: Any, state: TrainState, batches: Any, steps: int, epoch: int
-) -> tuple[TrainState, list[float], dict[str, float], float]:
-    """The state after an epoch, each step's loss, the counts, and for how many seconds the host waited for data."""
-    pending: list[dict[str, jax.Array]] = []
-    first, waited = int(state.step), 0.0
-    with progress(f"epoch {epoch}", steps) as advance:
-        for _ in range(steps):
-            asked = time.monotonic()
-            batch = next(batches)
-            waited += time.monotonic() - asked
-            state, metrics = step(state, batch)
-            pending.append(metrics)
-            if len(pending) > _STEPS_AHEAD:
-                jax.block_until_ready(pending[-1 - _STEPS_AHEAD])
-            advance("")
-    losses = [float(metrics["loss"]) for metrics in jax.device_get(pending)]
-    for offset, loss in enumerate(losses):
-        _refuse_non_finite(loss, f"step {first + offset + 1} (epoch {epoch})")
-    return state, losses, _add_up(pending), waited
-
-
-def _add_up(sums: list[dict[str, jax.Array]]) -> dict[str, float]:
-    fetched: list[Mapping[str, Any]] = jax.device_get(sums)
+def evaluate_sums(step: Callable[[Variables, Batch], Any], variables: Variables, batches: Any) -> dict[str, float]:
+    """What an evaluation step returns, added up over batches."""
+    fetched: list[Mapping[str, Any]] = jax.device_get([step(variables, batch) for batch in batches])
     return {name: float(sum(np.float64(values[name]) for values in fetched)) for name in fetched[0]}
-
-
-def _refuse_non_finite(loss: float, where: str) -> None:
-    if not math.isfinite(loss):
-        raise InputError(
-            f"the loss is {loss} at {where}; the last good checkpoint is untouched. "
-            "Try a lower --learning_rate in a new --workdir"
-        )
 
 
 def _without_nan(record: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """One training run from data folder to workdir: a folder that explains itself."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -20,7 +21,7 @@ from resunet_jax.data.splits import DEFAULT_SPLIT, Split, SplitRequest, make_spl
 from resunet_jax.data.volumes import Array, FloatArray, read_volume
 from resunet_jax.errors import InputError
 from resunet_jax.evaluation.metrics import choose_threshold
-from resunet_jax.files import check_output_dir, make_output_dir, write_text
+from resunet_jax.files import check_output_dir, locked, make_output_dir, write_text
 from resunet_jax.model.cascade import infection_input, predict_probability
 from resunet_jax.progress import logger
 from resunet_jax.training.augment import augment
@@ -33,7 +34,8 @@ from resunet_jax.training.checkpoints import (
     load_model_for,
     save_threshold,
 )
-from resunet_jax.training.fit import fit
+from resunet_jax.training.devices import is_primary, make_mesh, wait_for_all
+from resunet_jax.training.fit import fit, never
 from resunet_jax.training.tasks import TASKS, Task
 
 _PACKAGES = (
@@ -60,6 +62,8 @@ def train(
     *,
     split: SplitRequest = DEFAULT_SPLIT,
     lung_checkpoint: Path | None = None,
+    devices: int | None = 1,
+    should_stop: Callable[[int], bool] = never,
 ) -> History:
     """Trains a model, or goes on where the workdir's latest checkpoint left off.
 
@@ -70,42 +74,51 @@ def train(
       cache_dir: see `prepare_cases`.
       split: see `make_split`; without validation cases all epochs are trained and the last is kept.
       lung_checkpoint: for task "infection", the lung model that feeds it.
+      devices: how many share a batch, None for all; see `make_mesh`.
+      should_stop: see `fit`.
 
     Returns:
       one record an epoch, see `fit`.
 
     Raises:
-      InputError: data, split, checkpoint or workdir are not fit for it; nothing was written then.
+      InputError: data, split, checkpoint or workdir are not fit for it, and nothing was written; or see `fit`.
+      StoppedError: see `fit`.
     """
     task = TASKS[config.task]
     check_output_dir(workdir)
+    mesh = make_mesh(devices, config.train.batch_size)
     lung, config = _load_lung(config, task, lung_checkpoint)
     cases = find_cases(data_dir)
     parts = make_split(cases, split)
     train_cases, val_cases = parts.cases("train", cases), parts.cases("val", cases) if parts.val else []
     if task.target == "infection":
         require_infection_masks([*train_cases, *val_cases])
-    _check_resumable(workdir, config, parts)
     lung_split = lung_checkpoint / "split.json" if lung_checkpoint else None
     if lung_split and lung_split.is_file() and read_split(lung_split) != parts:
         logger.warning(
             "%s differs from this split: the lung model may have seen this run's validation or test cases", lung_split
         )
 
-    prepared = prepare_cases([*train_cases, *val_cases], config.preprocess, cache_dir)
-    train_set, val_set = prepared[: len(train_cases)], prepared[len(train_cases) :]
-    train_source = SliceSource(train_set, task.target)
-    val_source = SliceSource(val_set, task.target) if val_set else None
-    logger.info("%s: %d training and %d validation slices", config.task, len(train_source), len(val_source or ()))
-    if not val_set:
-        logger.info("no validation cases: all epochs are trained, and the last is kept")
-    _write_settings(workdir, config, parts)
-    _draw_inputs(workdir, config, train_set, train_source, task)
-    history = fit(config, train_source, val_source, workdir, lung)
-    figures.save_loss_curves(workdir / "figures" / "loss_curves.png", history)
-    if val_set:
-        _use_validation(workdir, val_set, lung, task)
-    logger.info("done: %s", workdir)
+    with locked(workdir) if is_primary() else contextlib.nullcontext():
+        _check_resumable(workdir, config, parts)
+        prepared = prepare_cases([*train_cases, *val_cases], config.preprocess, cache_dir)
+        train_set, val_set = prepared[: len(train_cases)], prepared[len(train_cases) :]
+        train_source = SliceSource(train_set, task.target)
+        val_source = SliceSource(val_set, task.target) if val_set else None
+        logger.info("%s: %d training and %d validation slices", config.task, len(train_source), len(val_source or ()))
+        if not val_set:
+            logger.info("no validation cases: all epochs are trained, and the last is kept")
+        wait_for_all("settings checked")
+        if is_primary():
+            _write_settings(workdir, config, parts)
+            _draw_inputs(workdir, config, train_set, train_source, task)
+        history = fit(config, train_source, val_source, workdir, lung, mesh=mesh, should_stop=should_stop)
+        best = load_model(workdir)
+        if is_primary():
+            figures.save_loss_curves(workdir / "figures" / "loss_curves.png", history)
+            if val_set:
+                _use_validation(workdir, best, val_set, lung, task)
+        logger.info("done: %s", workdir)
     return history
 
 
@@ -193,9 +206,11 @@ def _draw_inputs(
     figures.save_batch(workdir / "figures" / "augmented_batch.png", np.asarray(image), np.asarray(mask), task.target)
 
 
-def _use_validation(workdir: Path, val_set: Sequence[PreparedCase], lung: LoadedModel | None, task: Task) -> None:
+def _use_validation(
+    workdir: Path, best: LoadedModel, val_set: Sequence[PreparedCase], lung: LoadedModel | None, task: Task
+) -> None:
     """Chooses the best model's threshold, and draws it on the validation slices with most of the target."""
-    predict = _make_predict(load_model(workdir), lung)
+    predict = _make_predict(best, lung)
     volumes: list[tuple[FloatArray, Array]] = []
     overlays: list[figures.Overlay] = []
     for prepared in val_set:

@@ -1,11 +1,13 @@
 """The training and evaluation step: pure functions from state and batch to state and numbers."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from resunet_jax.config import Config
@@ -49,20 +51,25 @@ EvalStep = Callable[[Variables, Batch, Variables | None], dict[str, jax.Array]]
 
 
 def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
-    """Adam whose learning rate falls by `decay_factor` every `decay_epochs`, as the original's.
+    """Adam whose learning rate falls by `decay_factor` every `decay_epochs`, as the original's; see `TrainConfig`.
 
     Args:
       config: of the run; with `accumulate_steps` k, every k-th step updates, by the mean of the last k gradients.
       steps_per_epoch: steps, not updates.
     """
+    optimizer = optax.adam(make_schedule(config, steps_per_epoch))
+    if config.train.accumulate_steps > 1:
+        optimizer = optax.MultiSteps(optimizer, config.train.accumulate_steps).gradient_transformation()
+    if config.train.skip_nonfinite:
+        optimizer = optax.apply_if_finite(optimizer, np.iinfo(np.int32).max)
+    return optimizer
+
+
+def make_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
+    """The learning rate by the number of updates."""
     train = config.train
     updates = max(1, round(train.decay_epochs * steps_per_epoch / train.accumulate_steps))
-    adam = optax.adam(
-        optax.schedules.exponential_decay(train.learning_rate, updates, train.decay_factor, staircase=True)
-    )
-    if train.accumulate_steps == 1:
-        return adam
-    return optax.MultiSteps(adam, train.accumulate_steps).gradient_transformation()
+    return optax.schedules.exponential_decay(train.learning_rate, updates, train.decay_factor, staircase=True)
 
 
 def create_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
@@ -99,7 +106,8 @@ def make_train_step(
 
     Returns:
       `step(state, batch, key, lung_variables) -> (state, metrics)`. Randomness is `fold_in(key, state.step)`;
-      `lung_variables` is None except for task "infection"; metrics are the scalar "loss" and the summed counts.
+      `lung_variables` is None except for task "infection"; metrics are the scalars "loss" and "finite" (whether loss
+      and gradient are), the summed counts, and the batch's "index".
     """
     model = build_model(config, fastest_convolution())
     loss_fn, patches = LOSSES[config.train.loss], config.train.patch_factor
@@ -122,10 +130,18 @@ def make_train_step(
 
         params = state.variables["params"]
         (value, (logits, batch_stats)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((value, gradient))]))
         updates, opt_state = optimizer.update(gradient, state.opt_state, params)
-        variables = {"params": optax.apply_updates(params, updates), "batch_stats": batch_stats}
         counts = jax.tree.map(jnp.sum, confusion_counts(logits, target))
-        return TrainState(state.step + 1, variables, opt_state), {"loss": value, **counts}
+        if config.train.skip_nonfinite:  # the optimizer has left the parameters as they were
+            batch_stats, counts = jax.tree.map(
+                partial(jnp.where, finite),
+                (batch_stats, counts),
+                (state.variables["batch_stats"], jax.tree.map(jnp.zeros_like, counts)),
+            )
+        variables = {"params": optax.apply_updates(params, updates), "batch_stats": batch_stats}
+        metrics = {"loss": value, "finite": finite, **counts, "index": batch["index"]}
+        return TrainState(state.step + 1, variables, opt_state), metrics
 
     return step
 

@@ -1,14 +1,16 @@
 from pathlib import Path
 
 import grain
-import jax
 import numpy as np
 import pytest
 
 from resunet_jax.config import PreprocessConfig
+from resunet_jax.data import pipeline
 from resunet_jax.data.cases import find_cases
-from resunet_jax.data.pipeline import SliceSource, eval_batches, train_batches
+from resunet_jax.data.pipeline import Share, SliceSource, eval_batches, train_batches
 from resunet_jax.data.prepared import prepare_cases
+
+ALONE = Share(lambda batch: batch)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +35,8 @@ def test_source_is_the_slices_in_order(source: SliceSource, prepared) -> None:
     assert "33 slices of coronacases_002" in repr(source)
 
 
-def take(source: SliceSource, batches: int, seed: int) -> list[list[int]]:
-    iterator = train_batches(source, 4, seed, jax.devices()[0])
+def take(source: SliceSource, batches: int, seed: int, start: int = 0, **share) -> list[list[int]]:
+    iterator = train_batches(source, 4, seed, Share(lambda batch: batch, **share), start)
     taken = [next(iterator)["index"].tolist() for _ in range(batches)]
     iterator.close()
     return taken
@@ -52,25 +54,42 @@ def test_order_is_decided_by_the_seed(source: SliceSource) -> None:
     assert take(source, 9, seed=1) != take(source, 9, seed=2)
 
 
-def test_state_can_be_saved_and_restored(source: SliceSource) -> None:
-    iterator = train_batches(source, 4, 0, jax.devices()[0])
-    for _ in range(5):
-        next(iterator)
-    state = iterator.get_state()
-    expected = [next(iterator)["index"].tolist() for _ in range(6)]
-    iterator.close()
-    fresh = train_batches(source, 4, 0, jax.devices()[0])
-    fresh.set_state(state)
-    assert [next(fresh)["index"].tolist() for _ in range(6)] == expected
-    fresh.close()
+@pytest.mark.parametrize("start", [0, 1, 5, 40])
+def test_goes_on_from_any_batch(source: SliceSource, start: int) -> None:
+    assert take(source, 6, seed=0, start=start) == take(source, start + 6, seed=0)[start:]
+
+
+def test_order_does_not_depend_on_the_number_of_threads(source: SliceSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = take(source, 20, seed=0)
+    for threads in (0, 1, 4, 16):
+        monkeypatch.setattr(pipeline, "_READ", grain.ReadOptions(num_threads=threads, prefetch_buffer_size=16))
+        assert take(source, 20, seed=0) == expected
+
+
+def test_processes_read_their_shares_of_each_batch(source: SliceSource) -> None:
+    whole = take(source, 10, seed=0)
+    shares = [take(source, 10, seed=0, process=process, processes=2) for process in (0, 1)]
+    assert [first + second for first, second in zip(*shares, strict=True)] == whole
+    evaluated = [list(eval_batches(source, 8, Share(lambda x: x, process, 2))) for process in (0, 1)]
+    valid = [[int(batch["valid"].sum()) for batch in batches] for batches in evaluated]
+    assert valid == [[4, 4, 4, 4, 1], [4, 4, 4, 4, 0]]
+
+
+def test_slices_have_names(source: SliceSource) -> None:
+    assert source.names([0, 11, 12, 32]) == [
+        "coronacases_002 slice 0",
+        "coronacases_002 slice 11",
+        "coronacases_003 slice 0",
+        "radiopaedia_10_85902_1 slice 8",
+    ]
 
 
 def test_checkpointing_as_grain_tests_it(source: SliceSource) -> None:
-    grain.experimental.assert_equal_output_after_checkpoint(eval_batches(source, 8))
+    grain.experimental.assert_equal_output_after_checkpoint(eval_batches(source, 8, ALONE))
 
 
 def test_evaluation_pads_the_last_batch_and_says_so(source: SliceSource) -> None:
-    batches = list(eval_batches(source, 8))
+    batches = list(eval_batches(source, 8, ALONE))
     assert [int(batch["valid"].sum()) for batch in batches] == [8, 8, 8, 8, 1]
     assert {batch["image"].shape for batch in batches} == {(8, 16, 16, 1)}
     order = np.concatenate([batch["index"][batch["valid"]] for batch in batches])

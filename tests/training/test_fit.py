@@ -4,20 +4,25 @@ import json
 import shutil
 from pathlib import Path
 
+import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from resunet_jax.config import Config
+from resunet_jax.data import pipeline
 from resunet_jax.data.cases import find_cases
 from resunet_jax.data.pipeline import SliceSource
 from resunet_jax.data.prepared import prepare_cases
 from resunet_jax.data.splits import SplitRequest
-from resunet_jax.errors import InputError
+from resunet_jax.errors import InputError, StoppedError
 from resunet_jax.training import fit as module
 from resunet_jax.training import run as run_module
+from resunet_jax.training import steps as steps_module
 from resunet_jax.training.checkpoints import (
     Checkpoints,
+    best_step,
     fingerprint,
     load_model,
     load_model_for,
@@ -25,6 +30,7 @@ from resunet_jax.training.checkpoints import (
 )
 from resunet_jax.training.fit import finished, fit
 from resunet_jax.training.run import train
+from resunet_jax.training.steps import create_state, make_optimizer
 from tests.conftest import TINY, Trained
 
 
@@ -49,28 +55,60 @@ def without_times(path: Path) -> list[dict]:
     return [{k: v for k, v in record.items() if "second" not in k} for record in records]
 
 
-def test_resumed_ends_where_uninterrupted_does(sources, tmp_path: Path) -> None:
-    fit(tiny(3), *sources, tmp_path / "whole")
-    fit(tiny(1), *sources, tmp_path / "parts")
-    fit(tiny(3), *sources, tmp_path / "parts")
-    assert without_times(tmp_path / "whole") == without_times(tmp_path / "parts")
-    assert [record["epoch"] for record in without_times(tmp_path / "parts")] == [1, 2, 3]
-    for a, b in zip(parameters(tmp_path / "whole"), parameters(tmp_path / "parts"), strict=True):
-        np.testing.assert_array_equal(a, b)
+STEPS = 3  # an epoch: 9 slices, 4 a step
+
+
+@pytest.fixture(scope="module")
+def whole(sources, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three epochs without an interruption."""
+    workdir = tmp_path_factory.mktemp("whole")
+    assert [record["step"] for record in fit(tiny(3), *sources, workdir)] == [STEPS, 2 * STEPS, 3 * STEPS]
+    return workdir
+
+
+def latest(workdir: Path):
+    """Everything in the latest checkpoint."""
+    config = tiny(3)
+    with Checkpoints(workdir) as checkpoints:
+        return checkpoints.restore_latest(create_state(config, make_optimizer(config, STEPS)))
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Every byte of the latest state and of the best model, and every record but for the times."""
+    for one, other in zip(jax.tree.leaves(latest(a).state), jax.tree.leaves(latest(b).state), strict=True):
+        np.testing.assert_array_equal(one, other)
+    for one, other in zip(parameters(a), parameters(b), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert without_times(a) == without_times(b)
+
+
+def test_same_seed_gives_the_same_bytes(whole, sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_READ", grain.ReadOptions(num_threads=4, prefetch_buffer_size=16))
+    fit(tiny(3), *sources, tmp_path)
+    assert_same_run(whole, tmp_path)
+
+
+def test_resumed_ends_where_uninterrupted_does(whole, sources, tmp_path: Path) -> None:
+    fit(tiny(1), *sources, tmp_path)
+    fit(tiny(3), *sources, tmp_path)
+    assert_same_run(whole, tmp_path)
+    assert [record["epoch"] for record in without_times(tmp_path)] == [1, 2, 3]
 
 
 def test_best_and_latest_are_kept_and_the_best_is_loaded(
     sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    val_losses = iter([3.0, 1.0, 2.0, 2.5])
+    val_losses = iter([3.0, 1.0, 2.0, 2.5, 1.5])
     real = module.evaluate_sums
     monkeypatch.setattr(module, "evaluate_sums", lambda *args: {**real(*args), "loss": next(val_losses), "slices": 1.0})
-    fit(tiny(4), *sources, tmp_path)
+    fit(tiny(2), *sources, tmp_path)
+    second = parameters(tmp_path)
+    fit(tiny(5), *sources, tmp_path)
     steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
-    per_epoch = steps[-1] // 4
-    assert steps == [2 * per_epoch, 4 * per_epoch]
-    with Checkpoints(tmp_path, read_only=True) as checkpoints:
-        assert checkpoints._manager.best_step() == 2 * per_epoch
+    per_epoch = steps[-1] // 5
+    assert steps == [2 * per_epoch, 4 * per_epoch, 5 * per_epoch]
+    for a, b in zip(second, parameters(tmp_path), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_without_validation_the_last_epoch_is_kept(sources, tmp_path: Path) -> None:
@@ -78,8 +116,7 @@ def test_without_validation_the_last_epoch_is_kept(sources, tmp_path: Path) -> N
     history = fit(tiny(2, patience=1), sources[0], None, without)
     assert [record["val_loss"] for record in history] == [None, None]
     assert [record["val_dice"] for record in history] == [None, None]
-    with Checkpoints(without, read_only=True) as checkpoints:
-        assert checkpoints._manager.best_step() == checkpoints._manager.latest_step() == history[-1]["step"]
+    assert best_step(history) == history[-1]["step"]
     losses = [record["train_loss"] for record in fit(tiny(2), *sources, with_validation)]
     assert [record["train_loss"] for record in history] == losses
 
@@ -101,18 +138,73 @@ def test_non_finite_loss_stops_and_leaves_the_last_checkpoint(sources, tmp_path:
     fit(tiny(1), *sources, tmp_path)
     before, lines = parameters(tmp_path), (tmp_path / "metrics.jsonl").read_text()
 
-    class Spoilt(SliceSource):
-        def batch(self, indices: np.ndarray, size: int):
-            batch = super().batch(indices, size)
-            return {**batch, "image": batch["image"] * np.float32(np.nan)}
-
-    spoilt = Spoilt.__new__(Spoilt)
-    spoilt.__dict__ = sources[0].__dict__
-    with pytest.raises(InputError, match=r"the loss is nan at step \d+ \(epoch 2\).*--learning_rate"):
-        fit(tiny(2), spoilt, sources[1], tmp_path)
+    named = (
+        r"the loss is nan at step \d+, in one of (.*, )?radiopaedia_10_85902_1 slice 5(, .*)? \(learning rate 0.003\)"
+    )
+    with pytest.raises(InputError, match=rf"{named}.*--skip_nonfinite"):
+        fit(tiny(2), spoilt(sources[0], [5]), sources[1], tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == lines
     for a, b in zip(before, parameters(tmp_path), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def spoilt(source: SliceSource, numbers: list[int], factor: float = np.nan) -> SliceSource:
+    """The source with some slices multiplied by a factor."""
+
+    class Spoilt(SliceSource):
+        def batch(self, indices: np.ndarray, size: int):
+            batch = super().batch(indices, size)
+            hit = np.isin(batch["index"], numbers) & batch["valid"]
+            image = np.where(hit[:, None, None, None], batch["image"] * np.float32(factor), batch["image"])
+            return {**batch, "image": image}
+
+    copy = Spoilt.__new__(Spoilt)
+    copy.__dict__ = source.__dict__
+    return copy
+
+
+def test_steps_that_are_not_finite_can_be_left_out(sources, tmp_path: Path) -> None:
+    config = tiny(2, skip_nonfinite=True)
+    history = fit(config, spoilt(sources[0], [5]), sources[1], tmp_path / "one")
+    assert all(record["skipped_steps"] == 1 for record in history)
+    assert all(np.isfinite(leaf).all() for leaf in parameters(tmp_path / "one"))
+    assert 0 < history[-1]["train_loss"] < history[0]["train_loss"]
+    slices = sum(history[0][f"train_{name}"] is not None for name in ("dice", "recall"))
+    assert slices == 2
+    untouched = fit(config, *sources, tmp_path / "none")
+    plain = fit(tiny(2), *sources, tmp_path / "plain")
+    assert [record["train_loss"] for record in untouched] == [record["train_loss"] for record in plain]
+    with pytest.raises(InputError, match=f"{STEPS} steps in a row were not finite, up to step {STEPS} "):
+        fit(tiny(9, skip_nonfinite=True), spoilt(sources[0], list(range(99))), sources[1], tmp_path / "all")
+
+
+def test_gradient_that_is_not_finite_is_told(sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @jax.custom_vjp
+    def loss(logits: jax.Array, target: jax.Array) -> jax.Array:
+        return jnp.zeros(logits.shape[0]) + 0 * target.sum((1, 2, 3))
+
+    loss.defvjp(lambda x, y: (loss(x, y), (x, y)), lambda saved, _: (jnp.full_like(saved[0], jnp.inf), saved[1]))
+    monkeypatch.setitem(steps_module.LOSSES, "bce", loss)
+    with pytest.raises(InputError, match="a gradient is not finite at step 1, in one of radiopaedia_10_85902_1 slice"):
+        fit(tiny(1), *sources, tmp_path)
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 7])
+def test_stopped_and_resumed_ends_where_uninterrupted_does(whole, sources, tmp_path: Path, stop_after: int) -> None:
+    asked = []
+
+    def should_stop(step: int) -> bool:
+        asked.append(step)
+        return step == stop_after
+
+    if stop_after % STEPS:
+        with pytest.raises(StoppedError, match=rf"stopped after step {stop_after}; the same command"):
+            fit(tiny(3), *sources, tmp_path, should_stop=should_stop)
+        assert asked == list(range(1, stop_after + 1))
+    else:  # the epoch was over: nothing is cut
+        fit(tiny(3), *sources, tmp_path, should_stop=should_stop)
+    fit(tiny(3), *sources, tmp_path)
+    assert_same_run(whole, tmp_path)
 
 
 def test_run_folder_explains_itself(trained: Trained) -> None:
@@ -159,7 +251,7 @@ def test_another_split_than_the_lungs_is_told(
 ) -> None:
     other = tmp_path / "split.json"
     other.write_text('{"train": ["coronacases_002"], "val": ["coronacases_001"], "test": []}')
-    monkeypatch.setattr(run_module, "fit", lambda *_: (_ for _ in ()).throw(StopError))
+    monkeypatch.setattr(run_module, "fit", lambda *_, **__: (_ for _ in ()).throw(StopError))
     monkeypatch.setattr(run_module, "_draw_inputs", lambda *_: None)
     config = dataclasses.replace(tiny(1), task="infection")
     for split_file, told in ((trained.split_file, False), (other, True)):
@@ -210,8 +302,11 @@ def test_another_architecture_is_refused(trained: Trained, tmp_path: Path) -> No
     values = json.loads(config_file.read_text())
     values["model"]["filters"] = [8, 8, 16, 32]
     config_file.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"damaged \(config.json: not what was written\)"):
+        load_model(tmp_path / "model")
+    (tmp_path / "model" / "files.json").unlink()
     with pytest.raises(InputError, match="another architecture"):
         load_model(tmp_path / "model")
     config_file.write_text("{")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r"damaged \(config.json: "):
         load_model(tmp_path / "model")

@@ -1,0 +1,165 @@
+"""Checkpoints that were damaged, or written by an older version."""
+
+import functools
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TrainConfig
+from resunet_jax.errors import InputError
+from resunet_jax.training.checkpoints import Checkpoints, Saved, fingerprint, load_model, save_model
+from resunet_jax.training.steps import TrainState, create_state, make_optimizer
+from tests.conftest import REFERENCE
+
+CONFIG = Config(
+    preprocess=PreprocessConfig(image_size=16), model=ModelConfig(filters=(1, 1, 1, 1)), train=TrainConfig(epochs=9)
+)
+
+
+@functools.cache
+def state(step: int) -> TrainState:
+    """As many steps taken; other values at each step."""
+    if step > 0:
+        changed = jax.tree.map(lambda leaf: leaf + step, state(0))
+    else:
+        changed = jax.tree.map(np.asarray, create_state(CONFIG, make_optimizer(CONFIG, 4)))
+    return changed.replace(step=np.int32(step))
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of four epochs; the second is the best."""
+    folder = tmp_path_factory.mktemp("run")
+    history = []
+    with Checkpoints(folder) as checkpoints:
+        for epoch, val_loss in enumerate((3.0, 1.0, 2.0, 2.5), start=1):
+            history.append({"epoch": epoch, "step": 4 * epoch, "val_loss": val_loss})
+            checkpoints.save(state(4 * epoch), CONFIG, history, None)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["12", "16", "8"]
+    return folder
+
+
+def restore(folder: Path) -> Saved:
+    with Checkpoints(folder) as checkpoints:
+        return checkpoints.restore_latest(state(0))
+
+
+def assert_is_step(saved: Saved, step: int) -> None:
+    assert [record["step"] for record in saved.history] == list(range(4, step + 1, 4))
+    for leaf, expected in zip(jax.tree.leaves(saved.state), jax.tree.leaves(state(step)), strict=True):
+        np.testing.assert_array_equal(leaf, expected)
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip(path: Path) -> None:
+    """One bit in each of five places."""
+    content = bytearray(path.read_bytes())
+    for place in np.linspace(0, len(content) - 1, 5, dtype=int):
+        content[place] ^= 1 << int(place) % 7
+    path.write_bytes(bytes(content))
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("damage", [delete, truncate, empty, flip])
+def test_damage_anywhere_in_the_latest_is_noticed(
+    workdir: Path, tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    for file in files(workdir / "checkpoints" / "16"):
+        copy = tmp_path / "run"
+        shutil.copytree(workdir, copy)
+        damage(copy / "checkpoints" / "16" / file)
+        caplog.clear()
+        assert_is_step(restore(copy), 12)
+        named = file.name if file.name == "files.json" else file
+        assert f"{copy}/checkpoints/16: damaged ({named}: " in caplog.text, file
+        assert "going on from the checkpoint of step 12" in caplog.text
+        assert (copy / "damaged_checkpoints" / "16").is_dir()
+        assert not (copy / "checkpoints" / "16").exists()
+        assert fingerprint(load_model(copy).variables) == fingerprint(state(8).variables)
+        shutil.rmtree(copy)
+
+
+def test_run_goes_on_over_a_damaged_checkpoint(workdir: Path, tmp_path: Path) -> None:
+    shutil.copytree(workdir, tmp_path / "run")
+    delete(tmp_path / "run" / "checkpoints" / "16" / "history.json")
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        history = [*checkpoints.restore_latest(state(0)).history, {"epoch": 4, "step": 16, "val_loss": 0.5}]
+        checkpoints.save(state(16), CONFIG, history, None)
+    assert_is_step(restore(tmp_path / "run"), 16)
+    assert fingerprint(load_model(tmp_path / "run").variables) == fingerprint(state(16).variables)
+
+
+def test_where_none_is_good_nothing_is_trained_over(workdir: Path, tmp_path: Path) -> None:
+    shutil.copytree(workdir, tmp_path / "run")
+    for step in (8, 12, 16):
+        truncate(tmp_path / "run" / "checkpoints" / str(step) / "history.json")
+    with pytest.raises(InputError, match=r"run: none of its checkpoints is good; choose a new --workdir"):
+        restore(tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["12", "16", "8"]
+
+
+@pytest.mark.parametrize("damage", [delete, truncate, empty, flip])
+def test_damage_anywhere_in_the_best_model_is_refused(
+    workdir: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    for file in files(workdir / "checkpoints" / "8"):
+        copy = tmp_path / "run"
+        shutil.copytree(workdir, copy)
+        damage(copy / "checkpoints" / "8" / file)
+        with pytest.raises(InputError, match=rf"^{copy}/checkpoints/8: damaged \(.*; use a copy of it, or train again"):
+            load_model(copy)
+        shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize("damage", [delete, truncate, empty, flip])
+def test_damage_anywhere_in_an_exported_model_is_refused(
+    tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    variables = state(1).variables
+    save_model(tmp_path / "model", variables, CONFIG)
+    for file in files(tmp_path / "model"):
+        copy = tmp_path / "copy"
+        shutil.copytree(tmp_path / "model", copy)
+        damage(copy / file)
+        caplog.clear()
+        if file.name == "files.json" and damage is delete:
+            assert fingerprint(load_model(copy).variables) == fingerprint(variables)
+            assert "nobody can tell" in caplog.text
+        else:
+            with pytest.raises(InputError, match=rf"^{copy}: damaged \("):
+                load_model(copy)
+        shutil.rmtree(copy)
+
+
+def test_training_of_the_first_version_can_be_used_but_not_gone_on_with(tmp_path: Path) -> None:
+    """Its checkpoint has no digests, and its config lacks fields that came later."""
+    with zipfile.ZipFile(REFERENCE / "workdir_0_1_0.zip") as archive:
+        archive.extractall(tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.config.model.filters == (1, 1, 1, 1)
+    assert "skip_nonfinite" not in json.loads((tmp_path / "config.json").read_text())["train"]
+    assert not loaded.config.train.skip_nonfinite
+    logits = loaded.model.apply(loaded.variables, np.full((1, 16, 16, 1), 0.5, np.float32), train=False)
+    assert np.isfinite(logits).all()
+    with pytest.raises(InputError, match=r"was written by resunet_jax 0\.1\.0 .* choose a new --workdir"):
+        restore(tmp_path)

@@ -1,0 +1,154 @@
+"""One training on several devices, and several trainings on one."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from resunet_jax.config import Config
+from resunet_jax.data.cases import find_cases
+from resunet_jax.data.pipeline import SliceSource
+from resunet_jax.data.prepared import prepare_cases
+from resunet_jax.errors import InputError
+from resunet_jax.training.devices import make_mesh
+from resunet_jax.training.steps import create_state, make_train_step
+from tests.conftest import ROOT, TINY, TINY_FLAGS, Trained, run_script
+
+STEPS = 20
+CODE = """
+import json, sys
+from pathlib import Path
+import jax
+from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TrainConfig
+from resunet_jax.data.cases import find_cases
+from resunet_jax.data.pipeline import SliceSource
+from resunet_jax.data.prepared import prepare_cases
+from resunet_jax.errors import StoppedError
+from resunet_jax.training.checkpoints import Checkpoints
+from resunet_jax.training.devices import make_mesh
+from resunet_jax.training.fit import fit
+from resunet_jax.training.steps import create_state, make_optimizer
+
+data, cache, root, steps = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+preprocess = PreprocessConfig(image_size=32)
+prepared = prepare_cases(find_cases(data), preprocess, cache)
+source = SliceSource(prepared * 3, "lung")  # more than 20 steps an epoch
+config = Config(preprocess=preprocess, model=ModelConfig(filters=(4, 8, 16, 32)), train=TrainConfig(batch_size=8))
+losses = {}
+for count in (1, 2, 4, 8):
+    workdir = root / str(count)
+    try:
+        fit(config, source, None, workdir, mesh=make_mesh(count, 8), should_stop=lambda step: step == steps)
+    except StoppedError:
+        with Checkpoints(workdir) as checkpoints:
+            saved = checkpoints.restore_latest(create_state(config, make_optimizer(config, 99)))
+        losses[count] = saved.unfinished["losses"]
+print(json.dumps(losses))
+"""
+
+
+def test_any_number_of_devices_gives_the_same_losses(trained: Trained, tmp_path: Path) -> None:
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    command = [sys.executable, "-c", CODE, trained.data, trained.cache, tmp_path, str(STEPS)]
+    environment = {**os.environ, "XLA_FLAGS": flags}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert result.returncode == 0, result.stderr
+    losses = json.loads(result.stdout)
+    assert list(losses) == ["1", "2", "4", "8"]
+    assert [len(values) for values in losses.values()] == [STEPS] * 4
+    for values in losses.values():
+        np.testing.assert_allclose(values, losses["1"], rtol=1e-5)
+    assert losses["1"][-1] < losses["1"][0] - 0.01  # it learns, so the steps are not one and the same
+
+
+def test_devices_that_cannot_be_had_are_refused() -> None:
+    with pytest.raises(InputError, match=r"--devices=99: this machine has \d+; give 1 to \d+, or all"):
+        make_mesh(99, 8)
+    with pytest.raises(InputError, match="--devices=0"):
+        make_mesh(0, 8)
+    assert make_mesh(None, 8 * jax.device_count()).size == jax.device_count()
+
+
+def test_ensemble_under_vmap_is_its_members(trained: Trained) -> None:
+    config = Config(**TINY)
+    optimizer = optax.sgd(0.1)  # Adam's steps are as large where a gradient is nothing but rounding
+    step = make_train_step(config, optimizer)
+    configs = [dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed)) for seed in range(3)]
+    states = [create_state(one, optimizer) for one in configs]
+    keys = jax.random.split(jax.random.key(0), 3)
+    prepared = prepare_cases(find_cases(trained.data)[:1], config.preprocess, trained.cache)
+    batch = SliceSource(prepared, "lung").batch(np.arange(4), 4)
+
+    ensemble = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    together = jax.jit(jax.vmap(step, in_axes=(0, None, 0, None)))
+    alone = jax.jit(step)
+    for _ in range(2):
+        ensemble, metrics = together(ensemble, batch, keys, None)
+        results = [alone(state, batch, key, None) for state, key in zip(states, keys, strict=True)]
+        states = [state for state, _ in results]
+        np.testing.assert_allclose(metrics["loss"], [one["loss"] for _, one in results], rtol=1e-5)
+    for i, state in enumerate(states):
+        for one, all_ in zip(jax.tree.leaves(state), jax.tree.leaves(ensemble), strict=True):
+            assert np.linalg.norm(all_[i] - one) <= 1e-5 * max(np.linalg.norm(one), 1)
+
+
+class Pair:
+    """Two processes of one training on this machine."""
+
+    def __init__(self, *flags: object) -> None:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        common = (f"--coordinator_address={address}", "--num_processes=2", *map(str, flags))
+        script = ROOT / "experiments" / "train_lung.py"
+        self.processes = [
+            subprocess.Popen([sys.executable, script, *common, f"--process_id={i}"], stderr=subprocess.PIPE, text=True)
+            for i in range(2)
+        ]
+
+    def wait(self, timeout: float = 300) -> tuple[list[int], list[str]]:
+        errors = [process.communicate(timeout=timeout)[1] for process in self.processes]
+        return [process.returncode for process in self.processes], errors
+
+
+def test_two_processes_are_one_and_go_on_when_one_was_killed(trained: Trained, tmp_path: Path) -> None:
+    flags = [f"--data_dir={trained.data}", f"--cache_dir={trained.cache}", f"--split_file={trained.split_file}"]
+    flags += [flag for flag in TINY_FLAGS if "rate" not in flag]
+    pair_dir, one_dir = tmp_path / "pair", tmp_path / "one"
+
+    pair = Pair(*flags, f"--workdir={pair_dir}", "--epochs=200", "--patience=200")
+    metrics = pair_dir / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
+        assert all(process.poll() is None for process in pair.processes)
+        time.sleep(0.05)
+    pair.processes[1].kill()
+    codes, errors = pair.wait(timeout=60)
+    assert codes[1] == -signal.SIGKILL
+    assert codes[0] != 0
+    assert re.search("another (process|task)", errors[0]), errors[0]
+
+    done = len(metrics.read_text().splitlines())
+    epochs = done + 1
+    codes, errors = Pair(*flags, f"--workdir={pair_dir}", f"--epochs={epochs}", "--patience=200").wait()
+    assert codes == [0, 0], errors
+    assert "resuming after epoch" in errors[0]
+    assert "epoch" not in errors[1]  # one of them tells
+
+    result = run_script("train_lung", *flags, f"--workdir={one_dir}", f"--epochs={epochs}", "--patience=200")
+    assert result.returncode == 0, result.stderr
+    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (pair_dir, one_dir)]
+    losses = [[json.loads(line)["train_loss"] for line in some] for some in lines]
+    assert len(losses[0]) == epochs
+    np.testing.assert_allclose(*losses, rtol=1e-5)

@@ -1,0 +1,196 @@
+"""Trainings that are killed, stopped, refused the disk, or started twice, as a user starts them."""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from resunet_jax.config import from_dict
+from resunet_jax.training.checkpoints import Checkpoints, load_model
+from resunet_jax.training.steps import create_state, make_optimizer
+from tests.conftest import ROOT, TINY_FLAGS, Trained, run_script
+from tests.killed import MOMENTS
+
+
+def train_flags(task: str, trained: Trained, workdir: Path, cache: Path, epochs: int) -> list[str]:
+    lung = [f"--lung_checkpoint={trained.lung}"] if task == "infection" else []
+    return [
+        f"--data_dir={trained.data}",
+        f"--workdir={workdir}",
+        f"--cache_dir={cache}",
+        f"--split_file={trained.split_file}",
+        f"--epochs={epochs}",
+        f"--patience={epochs}",
+        *TINY_FLAGS,
+        *lung,
+    ]
+
+
+def outcome(workdir: Path) -> tuple[list[np.ndarray], list[dict]]:
+    """Every array of the latest state and of the best model, and the records but for their times."""
+    best = load_model(workdir)
+    config = from_dict(json.loads((workdir / "config.json").read_text()))
+    with Checkpoints(workdir) as checkpoints:
+        saved = checkpoints.restore_latest(create_state(config, make_optimizer(config, 8)))
+    assert saved.unfinished is None
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    plain = [{name: value for name, value in record.items() if "second" not in name} for record in records]
+    return [np.asarray(leaf) for leaf in jax.tree.leaves((saved.state, best.variables))], plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["lung", "infection"])
+def test_killed_at_ten_moments_ends_where_uninterrupted_does(task: str, trained: Trained, tmp_path: Path) -> None:
+    flags = train_flags(task, trained, tmp_path / "killed", tmp_path / "cache", epochs=12)
+    script = ROOT / "experiments" / f"train_{task}.py"
+    for moment in MOMENTS:
+        command = [sys.executable, ROOT / "tests" / "killed.py", moment, script, *flags]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == -signal.SIGKILL, (moment, result.stderr)
+    result = run_script(f"train_{task}", *flags)
+    assert result.returncode == 0, result.stderr
+    left = [path.name for folder in ("killed", "cache") for path in (tmp_path / folder).rglob("*")]
+    assert not [name for name in left if re.search(r"partial|deleted|tmp|\.lock", name)]
+
+    whole = run_script(f"train_{task}", *train_flags(task, trained, tmp_path / "whole", trained.cache, epochs=12))
+    assert whole.returncode == 0, whole.stderr
+    (arrays, records), (expected_arrays, expected_records) = outcome(tmp_path / "killed"), outcome(tmp_path / "whole")
+    assert records == expected_records
+    assert [record["epoch"] for record in records] == list(range(1, 13))
+    for array, expected in zip(arrays, expected_arrays, strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
+class Training:
+    """A training of the lung model in the background."""
+
+    def __init__(self, trained: Trained, workdir: Path, epochs: int = 1000) -> None:
+        self.flags = train_flags("lung", trained, workdir, trained.cache, epochs)
+        self.metrics = workdir / "metrics.jsonl"
+        self.errors = workdir.with_name("stderr.txt")
+        script = ROOT / "experiments" / "train_lung.py"
+        # Root may write anywhere, unless it gives that up.
+        plain_user = ["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen([*plain_user, sys.executable, script, *self.flags], stderr=errors)
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + 120
+        while not condition():
+            assert self.process.poll() is None, self.errors.read_text()
+            assert time.monotonic() < end, self.errors.read_text()
+            time.sleep(0.02)
+
+    def wait_for_epochs(self, number: int) -> None:
+        self.wait_for(lambda: self.metrics.exists() and len(self.metrics.read_text().splitlines()) >= number)
+
+    def wait_for_text(self, text: str) -> None:
+        self.wait_for(lambda: text in self.errors.read_text())
+
+    @contextlib.contextmanager
+    def paused_between_saves(self) -> Iterator[None]:
+        while True:
+            self.process.send_signal(signal.SIGSTOP)
+            if all(path.name.isdecimal() for path in self.metrics.with_name("checkpoints").iterdir()):
+                break
+            self.process.send_signal(signal.SIGCONT)
+            time.sleep(0.01)
+        yield
+        self.process.send_signal(signal.SIGCONT)
+
+    def end(self) -> tuple[int, str]:
+        code = self.process.wait(timeout=60)
+        return code, self.errors.read_text()
+
+
+@pytest.fixture
+def start(trained: Trained, tmp_path: Path) -> Iterator[Callable[..., Training]]:
+    started: list[Training] = []
+
+    def start_one(**changes) -> Training:
+        started.append(Training(trained, tmp_path / "run", **changes))
+        return started[-1]
+
+    yield start_one
+    for training in started:
+        training.process.kill()
+        training.process.wait()
+
+
+def test_sigterm_saves_and_a_second_trainer_is_refused_meanwhile(start) -> None:
+    training = start()
+    training.wait_for_epochs(1)
+    second = run_script("train_lung", *training.flags)
+    assert second.returncode == 2
+    assert re.search(rf"error: .*run: process {training.process.pid} on .* works in it", second.stderr)
+    training.process.send_signal(signal.SIGTERM)
+    code, errors = training.end()
+    assert code == 75, errors
+    assert "SIGTERM: stopping at the next step" in errors
+    stopped = int(re.search(r"run: stopped after step (\d+); the same command goes on", errors)[1])
+
+    training = start()
+    training.wait_for_text("resuming")
+    training.process.send_signal(signal.SIGINT)
+    code, errors = training.end()
+    assert code == 75, errors
+    assert re.search(rf"resuming after epoch {stopped // 8}(, step {stopped})?\n", errors)
+    assert f"stopped after step {stopped + 1};" in errors
+
+
+def test_second_signal_ends_at_once(start) -> None:
+    training = start()
+    training.wait_for_text("training and")  # compiling comes next
+    training.process.send_signal(signal.SIGINT)
+    training.wait_for_text("SIGINT: stopping at the next step; once more stops at once")
+    training.process.send_signal(signal.SIGINT)
+    code, errors = training.end()
+    assert code == -signal.SIGINT
+    assert "Traceback" not in errors
+
+
+def fill_the_disk(training: Training, workdir: Path) -> None:
+    """From now on the process can write no file longer than this: the same error at the same place as a full disk."""
+    del workdir
+    resource.prlimit(training.process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+
+def make_read_only(training: Training, workdir: Path) -> None:
+    del training
+    (workdir / "checkpoints").chmod(0o555)
+
+
+@pytest.mark.parametrize("hinder", [fill_the_disk, make_read_only])
+def test_what_hinders_writing_is_told_and_the_last_good_checkpoint_stays(
+    start, tmp_path: Path, hinder: Callable[[Training, Path], None]
+) -> None:
+    training = start()
+    training.wait_for_epochs(2)
+    with training.paused_between_saves():
+        hinder(training, tmp_path / "run")
+    code, errors = training.end()
+    assert code == 2, errors
+    assert len(re.findall(r"^error: .*cannot be written \(", errors, re.MULTILINE)) == 1, errors
+    assert "Traceback" not in errors
+    (tmp_path / "run" / "checkpoints").chmod(0o755)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(load_model(tmp_path / "run").variables))
+    done = len(training.metrics.read_text().splitlines())
+    training = start(epochs=done + 1)
+    code, errors = training.end()
+    assert code == 0, errors
+    assert "resuming after epoch" in errors
+    epochs = [json.loads(line)["epoch"] for line in training.metrics.read_text().splitlines()]
+    assert epochs == list(range(1, done + 2))
+    shutil.rmtree(tmp_path / "run")
