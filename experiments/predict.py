@@ -27,7 +27,8 @@ flags.adopt_module_key_flags(cli)  # so that --help shows them
 
 def main() -> None:
     """Segments by the flags; goes on after a bad scan."""
-    from resunet_jax.inference.segment import find_scans, load_segmenter, segment_scan
+    from resunet_jax.inference.folder import find_scans, segment_scans
+    from resunet_jax.inference.segment import load_segmenter
 
     source, output_dir = Path(FLAGS.input), Path(FLAGS.output_dir)
     scans = find_scans(source)
@@ -40,16 +41,19 @@ def main() -> None:
         FLAGS.batch_size,
         validated_threshold=FLAGS.threshold == "validated",
     )
-    failures = []
-    for scan in scans:
-        try:
-            print(*segment_scan(scan, output_dir, segmenter, save_probabilities=FLAGS.probabilities), sep="\n")
-        except InputError as error:
-            failures.append(str(error))
+    outcomes = []
+    for outcome in segment_scans(scans, output_dir, segmenter, save_probabilities=FLAGS.probabilities):
+        outcomes.append(outcome)
+        for mask in outcome.masks:
+            print(mask, *["(done before)"] * outcome.done_before, flush=True)
+    failures = [outcome for outcome in outcomes if outcome.error]
     for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
+        print(f"error: {failure.error}", file=sys.stderr)
     if len(scans) > 1:
-        print(f"{len(scans) - len(failures)} of {len(scans)} scans segmented")
+        before = sum(outcome.done_before for outcome in outcomes)
+        print(
+            f"{len(scans) - len(failures)} of {len(scans)} scans segmented{f', {before} of them before' * (before > 0)}"
+        )
     if failures:
         sys.exit(2)
 

@@ -1,5 +1,6 @@
 from .config import AugmentConfig, Config, ModelConfig, PreprocessConfig, TrainConfig
 from .errors import InputError
+from .inference.folder import segment_scans
 from .inference.segment import Segmenter, load_segmenter, segment_scan
 from .model.cascade import cascade, predict_probability
 from .model.conv import fastest_convolution
@@ -44,4 +45,5 @@ __all__ = [
     "predict_probability",
     "save_model",
     "segment_scan",
+    "segment_scans",
 ]

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TrainConfig
 from resunet_jax.data.phantom import SMALL, make_phantom
@@ -34,6 +35,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 _CACHE = pytest.StashKey[tempfile.TemporaryDirectory]()
+
+# The seeded part that every run does; `--hypothesis-profile=long` goes on for about ten minutes a test.
+settings.register_profile("seeded", deadline=None, database=None, derandomize=True, max_examples=300)
+settings.register_profile("long", deadline=None, database=None, max_examples=20_000)
+settings.load_profile("seeded")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

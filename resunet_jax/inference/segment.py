@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ import numpy.typing as npt
 from resunet_jax.config import PreprocessConfig
 from resunet_jax.data.prepared import prepare_volume
 from resunet_jax.data.roi import Box, resize_paste
-from resunet_jax.data.volumes import FloatArray, nifti_writer, open_scan
+from resunet_jax.data.volumes import Array, FloatArray, Grid, nifti_writer, open_scan
 from resunet_jax.errors import InputError
 from resunet_jax.files import make_output_dir
 from resunet_jax.model.cascade import predict_probability
@@ -24,6 +26,8 @@ from resunet_jax.progress import logger, progress
 from resunet_jax.training.checkpoints import LoadedModel, fingerprint, load_model_for, load_threshold
 
 _SLICES_IN_MEMORY = 64  # of a scan at a time: a scan may have any number of them
+
+_T = TypeVar("_T")
 
 THRESHOLD = 0.5
 """A voxel whose probability is above it belongs to the mask, unless another threshold is asked for."""
@@ -163,13 +167,13 @@ def native_slices(
 def segment_scan(scan: Path, output_dir: Path, segmenter: Segmenter, *, save_probabilities: bool = False) -> list[Path]:
     """Segments one scan and writes its masks: uint8, 0 or 1, with the scan's own shape, affine and codes.
 
-    The memory it takes does not grow with the number of slices.
+    The memory it takes does not grow with the number of slices; the next slices are read while the models work.
 
     Args:
       scan: .nii or .nii.gz.
-      output_dir: gets `<scan>_lung.nii.gz` and `<scan>_infection.nii.gz`; made if need be.
+      output_dir: gets the files of `mask_paths`; made if need be.
       segmenter: the models.
-      save_probabilities: also writes `<scan>_lung_probability.nii.gz` and so on, float32 in [0, 1].
+      save_probabilities: also writes the probabilities, float32 in [0, 1].
 
     Returns:
       the files written.
@@ -177,54 +181,108 @@ def segment_scan(scan: Path, output_dir: Path, segmenter: Segmenter, *, save_pro
     Raises:
       InputError: the scan is bad, or the folder cannot be written.
     """
+    with contextlib.closing(read_ahead(prepared_parts([scan], segmenter.preprocess))) as parts:
+        return write_masks(scan, parts, output_dir, segmenter, save_probabilities=save_probabilities)
+
+
+def mask_paths(scan: Path, output_dir: Path, segmenter: Segmenter, save_probabilities: bool) -> list[Path]:
+    """`<scan>_lung.nii.gz` and so on, and with probabilities `<scan>_lung_probability.nii.gz` and so on."""
+    kinds = ("", "_probability") if save_probabilities else ("",)
+    return [output_dir / f"{scan_name(scan)}_{name}{kind}.nii.gz" for name in segmenter.structures for kind in kinds]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedPart:
+    """Some slices of a scan, ready for the models; or why the scan cannot be segmented.
+
+    Attributes:
+      scan: the file.
+      grid: of the whole scan.
+      start: number of the first slice.
+      images: float32 (slices, S, S) in [0, 1].
+      boxes: int32 (slices, 4), see `prepare_volume`.
+    """
+
+    scan: Path
+    grid: Grid
+    start: int
+    images: FloatArray
+    boxes: npt.NDArray[np.int32]
+
+
+@dataclasses.dataclass(frozen=True)
+class BadScan:
+    """A scan that cannot be segmented.
+
+    Attributes:
+      scan: the file.
+      error: why.
+    """
+
+    scan: Path
+    error: InputError
+
+
+def prepared_parts(scans: Iterable[Path], preprocess: PreprocessConfig) -> Iterator[PreparedPart | BadScan]:
+    """The slices of some scans, a part in memory at a time; a bad scan ends with a `BadScan`, and the next follows."""
+    for path in scans:
+        try:
+            with open_scan(path) as scan:
+                slices = scan.grid.oriented_shape[-1]
+                for start in range(0, slices, _SLICES_IN_MEMORY):
+                    part = scan.part(start, min(start + _SLICES_IN_MEMORY, slices))
+                    yield PreparedPart(path, scan.grid, start, *prepare_volume(part, preprocess))
+        except InputError as error:
+            yield BadScan(path, error)
+
+
+def read_ahead(items: Iterator[_T]) -> Generator[_T]:
+    """The same items; each is made, in another thread, while the one before is used. Close it when done."""
+    executor = ThreadPoolExecutor(1)
+    try:
+        coming = executor.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = executor.submit(next, items, None)
+            yield item
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)  # waiting would block the garbage collector
+
+
+def write_masks(
+    scan: Path,
+    parts: Iterable[PreparedPart | BadScan],
+    output_dir: Path,
+    segmenter: Segmenter,
+    *,
+    save_probabilities: bool = False,
+) -> list[Path]:
+    """Runs the models over the parts of one scan, in order, and writes its masks whole; see `segment_scan`."""
+    paths = mask_paths(scan, output_dir, segmenter, save_probabilities)
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(open_scan(scan))
-        make_output_dir(output_dir)
-        kinds: dict[str, npt.DTypeLike] = {"": np.uint8, **({"_probability": np.float32} if save_probabilities else {})}
-        paths = {
-            (name, kind): output_dir / f"{scan_name(scan)}_{name}{kind}.nii.gz"
-            for name in segmenter.structures
-            for kind in kinds
-        }
-        write = {
-            key: stack.enter_context(nifti_writer(path, kinds[key[1]], source.grid)) for key, path in paths.items()
-        }
-        rows, columns, slices = source.grid.oriented_shape
-        starts = range(0, slices, _SLICES_IN_MEMORY)
-        with progress(scan.name, len(starts)) as advance:
-            for start in starts:
-                images, boxes = prepare_volume(
-                    source.part(start, min(start + _SLICES_IN_MEMORY, slices)), segmenter.preprocess
-                )
-                for name, probabilities in segmenter.probabilities(images).items():
-                    native = np.stack(list(native_slices(probabilities, boxes, (rows, columns))), axis=-1)
-                    write[name, ""](start, (native > segmenter.threshold(name)).astype(np.uint8))
-                    if save_probabilities:
-                        write[name, "_probability"](start, native)
-                advance("")
-    return list(paths.values())
+        writers: list[Callable[[int, Array], None]] = []
+        advance: Callable[[str], None]
+        for part in parts:
+            if isinstance(part, BadScan):
+                raise part.error
+            rows, columns, slices = part.grid.oriented_shape
+            if not writers:
+                make_output_dir(output_dir)
+                kinds = [np.float32 if path.name.endswith("_probability.nii.gz") else np.uint8 for path in paths]
+                writers = [
+                    stack.enter_context(nifti_writer(path, kind, part.grid))
+                    for path, kind in zip(paths, kinds, strict=True)
+                ]
+                advance = stack.enter_context(progress(scan.name, -(-slices // _SLICES_IN_MEMORY)))
+            arrays: list[Array] = []
+            for name, probabilities in segmenter.probabilities(part.images).items():
+                native = np.stack(list(native_slices(probabilities, part.boxes, (rows, columns))), axis=-1)
+                arrays += [(native > segmenter.threshold(name)).astype(np.uint8), *([native] * save_probabilities)]
+            for write, array in zip(writers, arrays, strict=True):
+                write(part.start, array)
+            advance("")
+    return paths
 
 
 def scan_name(path: Path) -> str:
     """File name without .nii or .nii.gz."""
     return path.name.removesuffix(".gz").removesuffix(".nii")
-
-
-def find_scans(path: Path) -> list[Path]:
-    """The scan itself, or the .nii and .nii.gz files of a folder, sorted.
-
-    Raises:
-      InputError: nothing there, no scan in the folder, or two scans of one name.
-    """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise InputError(f"{path}: no such file or folder; check --input")
-    scans = sorted(p for p in path.iterdir() if p.name.endswith((".nii", ".nii.gz")) and not p.name.startswith("."))
-    if not scans:
-        raise InputError(f"{path}: no .nii or .nii.gz file in it; check --input")
-    names = [scan_name(scan) for scan in scans]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"{path}: {name}.nii and {name}.nii.gz would write the same masks; remove one of them")
-    return scans

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from resunet_jax.config import Config
-from resunet_jax.data.pipeline import Batch, SliceSource, eval_batches, train_batches
+from resunet_jax.data.pipeline import Batch, Share, SliceSource, eval_batches, train_batches
 from resunet_jax.errors import InputError, StoppedError
 from resunet_jax.evaluation.metrics import HARD_METRICS, hard_metrics
 from resunet_jax.files import write_text
@@ -215,11 +215,18 @@ class _Run(NamedTuple):
             if not finite and not self.config.train.skip_nonfinite:
                 loss = float(metrics["loss"])
                 what = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
-                slices = ", ".join(self.train.names(metrics["index"]))
-                raise self._not_finite(f"{what} at step {step}, in one of {slices}", step - 1)
+                raise self._not_finite(f"{what} at step {step}, in one of {self._slices(step - 1)}", step - 1)
             limit = min(_MAX_SKIPPED, self.steps_per_epoch)
             if sums.losses[-limit:] == [None] * limit:
                 raise self._not_finite(f"{limit} steps in a row were not finite, up to step {step}", step - 1)
+
+    def _slices(self, number: int) -> str:
+        """The names of the slices of a batch, counted from 0."""
+        train = self.config.train
+        batches = train_batches(self.train, train.batch_size, train.seed, Share(lambda batch: batch), number)
+        index = next(batches)["index"]
+        batches.close()
+        return ", ".join(self.train.names(index))
 
     def _not_finite(self, what: str, step: Any) -> InputError:
         updates = int(step) // self.config.train.accumulate_steps

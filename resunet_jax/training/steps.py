@@ -107,7 +107,7 @@ def make_train_step(
     Returns:
       `step(state, batch, key, lung_variables) -> (state, metrics)`. Randomness is `fold_in(key, state.step)`;
       `lung_variables` is None except for task "infection"; metrics are the scalars "loss" and "finite" (whether loss
-      and gradient are), the summed counts, and the batch's "index".
+      and gradient are) and the summed counts.
     """
     model = build_model(config, fastest_convolution())
     loss_fn, patches = LOSSES[config.train.loss], config.train.patch_factor
@@ -140,8 +140,7 @@ def make_train_step(
                 (state.variables["batch_stats"], jax.tree.map(jnp.zeros_like, counts)),
             )
         variables = {"params": optax.apply_updates(params, updates), "batch_stats": batch_stats}
-        metrics = {"loss": value, "finite": finite, **counts, "index": batch["index"]}
-        return TrainState(state.step + 1, variables, opt_state), metrics
+        return TrainState(state.step + 1, variables, opt_state), {"loss": value, "finite": finite, **counts}
 
     return step
 

@@ -22,7 +22,8 @@ from resunet_jax.data.prepared import prepare_volume
 from resunet_jax.data.volumes import read_volume
 from resunet_jax.errors import InputError
 from resunet_jax.inference import segment as module
-from resunet_jax.inference.segment import find_scans, native_slices
+from resunet_jax.inference.folder import find_scans
+from resunet_jax.inference.segment import native_slices
 from resunet_jax.training.tasks import build_model
 from tests.conftest import TINY, Trained
 
