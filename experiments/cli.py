@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -44,22 +45,35 @@ def run(main: Callable[[], None]) -> None:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
-        except RuntimeError as error:
+        except Exception as error:
             if not _is_one_of_several():
                 raise
-            _fail(
-                f"another process of this training has ended, or cannot be reached ({first_line(error)}); "
-                "start all of them again, they go on from the last checkpoint"
-            )
+            _end_one_of_several(error)
 
     app.run(guarded)
 
 
 def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {message}", file=sys.stderr)
+    _leave(2)
+
+
+def _end_one_of_several(error: Exception) -> None:
+    if isinstance(error, RuntimeError):  # so JAX tells it
+        _fail(
+            f"another process of this training has ended, or cannot be reached ({first_line(error)}); "
+            "start all of them again, they go on from the last checkpoint"
+        )
+    traceback.print_exception(error)
+    _leave(1)
+
+
+def _leave(code: int) -> None:
+    """Ends the process; at an orderly end, one of several would wait for the others, who wait for it."""
     if _is_one_of_several():
-        os._exit(2)  # at an orderly exit it would wait for the others, who wait for it
-    sys.exit(2)
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _is_one_of_several() -> bool:

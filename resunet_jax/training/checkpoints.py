@@ -103,13 +103,16 @@ class Checkpoints:
             for path in self._folder.iterdir():
                 if not path.name.isdecimal():
                     shutil.rmtree(path, ignore_errors=True)
+        wait_for_all("folder of checkpoints")
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._executor:
             self._wait()
+        if kind is None:
+            wait_for_all("last checkpoint written")
 
     def save(self, state: TrainState, config: Config, history: History, unfinished: Mapping[str, Any] | None) -> None:
         """Saves everything that a run needs to go on; returns before it is on disk.

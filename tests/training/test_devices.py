@@ -131,7 +131,7 @@ def test_two_processes_are_one_and_go_on_when_one_was_killed(trained: Trained, t
     pair = Pair(*flags, f"--workdir={pair_dir}", "--epochs=200", "--patience=200")
     metrics = pair_dir / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
-        assert all(process.poll() is None for process in pair.processes)
+        assert all(process.poll() is None for process in pair.processes), pair.wait()
         time.sleep(0.05)
     pair.processes[1].kill()
     codes, errors = pair.wait(timeout=60)
