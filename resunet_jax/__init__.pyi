@@ -1,5 +1,5 @@
 from .config import AugmentConfig, Config, ModelConfig, PreprocessConfig, TrainConfig
-from .errors import InputError
+from .errors import InputError, StoppedError
 from .inference.folder import segment_scans
 from .inference.segment import Segmenter, load_segmenter, segment_scan
 from .model.cascade import cascade, predict_probability
@@ -26,6 +26,7 @@ __all__ = [
     "PreprocessConfig",
     "ResUnet",
     "Segmenter",
+    "StoppedError",
     "TrainConfig",
     "TrainState",
     "augment",

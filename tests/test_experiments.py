@@ -65,9 +65,15 @@ def test_the_whole_way(phantom: Path, tmp_path: Path) -> None:
     assert "2 of 3 scans segmented" in result.stdout
     first_error = next(line for line in result.stderr.splitlines() if line.startswith("error:"))
     assert first_error.startswith(f"error: {scans}/bad.nii")
-    assert sorted(path.name for path in masks.iterdir()) == sorted(
-        f"{name}_{structure}.nii.gz" for name in good for structure in ("lung", "infection")
-    )
+    expected = [f"{name}_{structure}.nii.gz" for name in good for structure in ("lung", "infection")]
+    assert sorted(path.name for path in masks.iterdir()) == sorted([*expected, "masks.json"])
+
+    (masks / expected[0]).unlink()
+    again = run_script("predict", f"--input={scans}", f"--output_dir={masks}", *checkpoints, compiled)
+    assert again.returncode == 2
+    assert again.stdout.count("(done before)") == 2
+    assert "2 of 3 scans segmented, 1 of them before" in again.stdout
+    assert (masks / expected[0]).is_file()
 
 
 def test_quickstart(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from resunet_jax.data.prepared import prepare_volume
 from resunet_jax.data.volumes import read_volume
 from resunet_jax.errors import InputError
 from resunet_jax.inference import segment as module
-from resunet_jax.inference.folder import find_scans
 from resunet_jax.inference.segment import native_slices
 from resunet_jax.training.tasks import build_model
 from tests.conftest import TINY, Trained
@@ -153,17 +152,3 @@ def test_infection_on_ct_alone_and_by_patches(trained: Trained, scan: Path) -> N
     quadrant = Segmenter(None, whole).probabilities(np.ascontiguousarray(images[:, :16, 16:]))
     np.testing.assert_allclose(alone["infection"][:, :16, 16:], quadrant["infection"], atol=1e-6)
     assert not np.allclose(alone["infection"], Segmenter(None, whole).probabilities(images)["infection"], atol=1e-3)
-
-
-def test_find_scans(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such file or folder"):
-        find_scans(tmp_path / "none")
-    with pytest.raises(InputError, match=r"no \.nii"):
-        find_scans(tmp_path)
-    for name in ("b.nii.gz", "a.nii", ".hidden.nii", "notes.txt"):
-        (tmp_path / name).touch()
-    assert [path.name for path in find_scans(tmp_path)] == ["a.nii", "b.nii.gz"]
-    assert find_scans(tmp_path / "a.nii") == [tmp_path / "a.nii"]
-    (tmp_path / "a.nii.gz").touch()
-    with pytest.raises(InputError, match="the same masks"):
-        find_scans(tmp_path)

@@ -1,6 +1,5 @@
 """One training on several devices, and several trainings on one."""
 
-import dataclasses
 import json
 import os
 import re
@@ -12,19 +11,12 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from resunet_jax.config import Config
-from resunet_jax.data.cases import find_cases
-from resunet_jax.data.pipeline import SliceSource
-from resunet_jax.data.prepared import prepare_cases
 from resunet_jax.errors import InputError
 from resunet_jax.training.devices import make_mesh
-from resunet_jax.training.steps import create_state, make_train_step
-from tests.conftest import ROOT, TINY, TINY_FLAGS, Trained, run_script
+from tests.conftest import ROOT, TINY_FLAGS, Trained, run_script
 
 STEPS = 20
 CODE = """
@@ -79,29 +71,6 @@ def test_devices_that_cannot_be_had_are_refused() -> None:
     with pytest.raises(InputError, match="--devices=0"):
         make_mesh(0, 8)
     assert make_mesh(None, 8 * jax.device_count()).size == jax.device_count()
-
-
-def test_ensemble_under_vmap_is_its_members(trained: Trained) -> None:
-    config = Config(**TINY)
-    optimizer = optax.sgd(0.1)  # Adam's steps are as large where a gradient is nothing but rounding
-    step = make_train_step(config, optimizer)
-    configs = [dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed)) for seed in range(3)]
-    states = [create_state(one, optimizer) for one in configs]
-    keys = jax.random.split(jax.random.key(0), 3)
-    prepared = prepare_cases(find_cases(trained.data)[:1], config.preprocess, trained.cache)
-    batch = SliceSource(prepared, "lung").batch(np.arange(4), 4)
-
-    ensemble = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    together = jax.jit(jax.vmap(step, in_axes=(0, None, 0, None)))
-    alone = jax.jit(step)
-    for _ in range(2):
-        ensemble, metrics = together(ensemble, batch, keys, None)
-        results = [alone(state, batch, key, None) for state, key in zip(states, keys, strict=True)]
-        states = [state for state, _ in results]
-        np.testing.assert_allclose(metrics["loss"], [one["loss"] for _, one in results], rtol=1e-5)
-    for i, state in enumerate(states):
-        for one, all_ in zip(jax.tree.leaves(state), jax.tree.leaves(ensemble), strict=True):
-            assert np.linalg.norm(all_[i] - one) <= 1e-5 * max(np.linalg.norm(one), 1)
 
 
 class Pair:
