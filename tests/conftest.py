@@ -29,6 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: begun last, one of them would leave the other worker idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     if _CACHE in config.stash:
         config.stash[_CACHE].cleanup()
@@ -114,6 +120,21 @@ def trained(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
                 config, split = Config(task=task, **TINY), SplitRequest(paths.split_file)
                 train(config, phantom, workdir, paths.cache, split=split, lung_checkpoint=lung)
     return paths
+
+
+def training_flags(task: str, trained: Trained, workdir: Path, cache: Path, epochs: int) -> list[str]:
+    """Flags of a tiny training by train_lung.py or train_infection.py."""
+    lung = [f"--lung_checkpoint={trained.lung}"] if task == "infection" else []
+    return [
+        f"--data_dir={trained.data}",
+        f"--workdir={workdir}",
+        f"--cache_dir={cache}",
+        f"--split_file={trained.split_file}",
+        f"--epochs={epochs}",
+        f"--patience={epochs}",
+        *TINY_FLAGS,
+        *lung,
+    ]
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ TRAINING = (
 )
 
 
+@pytest.mark.slow
 def test_the_whole_way(phantom: Path, tmp_path: Path) -> None:
     common = (f"--data_dir={phantom}", f"--cache_dir={tmp_path / 'cache'}", *TINY_FLAGS, "--split_seed=1")
     lung = ("train_lung", *common, f"--workdir={tmp_path / 'lung'}")
@@ -76,6 +77,7 @@ def test_the_whole_way(phantom: Path, tmp_path: Path) -> None:
     assert (masks / expected[0]).is_file()
 
 
+@pytest.mark.slow
 def test_quickstart(tmp_path: Path) -> None:
     command = ("quickstart", "--small", "--epochs=1", f"--output_dir={tmp_path / 'run'}")
     result = run_script(*command)

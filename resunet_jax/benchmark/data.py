@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
-from resunet_jax.benchmark.measure import Row, alternate, row
+from resunet_jax.benchmark.measure import Row, alternate, in_subprocess, row
 from resunet_jax.benchmark.training import BATCH, NARROW, Setting, config_of
 from resunet_jax.config import PreprocessConfig
 from resunet_jax.data.cases import Case, find_cases
@@ -44,6 +44,7 @@ def data_suite(rounds: int) -> list[Row]:
             _building(root, _zipped(root, cases), rounds, zipped=True),
             _cores(root, cases, rounds),
             _waiting(root, cases),
+            *(_building_memory(root, volumes) for volumes in (2, len(cases))),
         ]
 
 
@@ -109,6 +110,20 @@ def _build(root: Path, cases: Sequence[Case]) -> Any:
         prepare_cases(cases, _CONFIG, root / "fresh")
 
     return build
+
+
+def _building_memory(root: Path, volumes: int) -> Row:
+    """The most memory that a process holds which prepares some volumes."""
+    code = (
+        "from pathlib import Path\n"
+        "from resunet_jax.config import PreprocessConfig\n"
+        "from resunet_jax.data.cases import find_cases\n"
+        "from resunet_jax.data.prepared import prepare_cases\n"
+        f"cases = find_cases(Path({str(root / 'set')!r}))[:{volumes}]\n"
+        f"prepare_cases(cases, PreprocessConfig(), Path({str(root / f'memory_{volumes}')!r}))\n"
+    )
+    _, _, peak = in_subprocess(code)
+    return row("data", f"building the slice store, {volumes} volumes: peak", "GB", [peak])
 
 
 def _rates(seconds: tuple[list[float], list[float]], ours: int) -> list[list[float]]:

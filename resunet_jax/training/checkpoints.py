@@ -133,7 +133,8 @@ class Checkpoints:
         trees = {_VARIABLES: state.variables, _OPTIMIZER: _optimizer(state)}
         trees = jax.tree.map(np.array, jax.device_get(trees))  # a copy: the next step overwrites the state
         values = {_CONFIG: to_dict(config), _HISTORY: {"epochs": list(history), "unfinished": unfinished}}
-        keep = {step, *_steps(self._folder)[-1:], *([best_step(history)] if history else [])}
+        there = _steps(self._folder)
+        keep = {step, *there[-1:], *_best([record for record in history if record["step"] in (*there, step)])}
         self._writing = self._executor.submit(self._write, step, trees, values, keep)
 
     def restore_latest(self, state: TrainState) -> Saved | None:
@@ -194,9 +195,9 @@ class Checkpoints:
         wait_for_all("damaged checkpoints set aside")
 
 
-def best_step(history: History) -> int:
-    """The step of the best checkpoint: the earliest of the epochs of least `rank`."""
-    return int(min(history, key=rank)["step"])
+def _best(history: History) -> list[int]:
+    """The step of the best checkpoint, the earliest of the epochs of least `rank`; empty where there is no epoch."""
+    return [int(min(history, key=rank)["step"])] if history else []
 
 
 def _steps(folder: Path) -> list[int]:
@@ -368,11 +369,17 @@ def _load_best(workdir: Path) -> LoadedModel:
     folder = workdir / CHECKPOINTS / str(steps[-1])
     _verify(folder)
     history = _read_values(folder, _HISTORY)["epochs"]
-    if not history:
+    there = _best([record for record in history if record["step"] in steps])
+    if not there:
         raise InputError(f"{workdir}: its training was stopped within the first epoch; go on with it")
-    if best_step(history) not in steps:
-        raise InputError(f"{workdir}: its best checkpoint, of step {best_step(history)}, is missing; use a copy of it")
-    return _load_folder(workdir / CHECKPOINTS / str(best_step(history)))
+    if there != _best(history):
+        logger.warning(
+            "%s: its best checkpoint, of step %d, is missing; taking the best of the others, of step %d",
+            workdir,
+            *_best(history),
+            *there,
+        )
+    return _load_folder(workdir / CHECKPOINTS / str(there[0]))
 
 
 def _load_folder(folder: Path) -> LoadedModel:

@@ -17,6 +17,7 @@ class KilledError(Exception):
     """Ends the run where a kill would."""
 
 
+@pytest.mark.slow
 def test_goes_on_after_a_kill_and_ends_with_one_table(
     phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -109,6 +109,23 @@ def test_run_goes_on_over_a_damaged_checkpoint(workdir: Path, tmp_path: Path) ->
     assert fingerprint(load_model(tmp_path / "run").variables) == fingerprint(state(16).variables)
 
 
+def test_run_goes_on_without_a_damaged_best_checkpoint(
+    workdir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(workdir, tmp_path / "run")
+    truncate(tmp_path / "run" / "checkpoints" / "8" / "config.json")
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        saved = checkpoints.restore_latest(state(0))
+        assert_is_step(saved, 16)
+        history = [*saved.history, {"epoch": 5, "step": 20, "val_loss": 2.2}]
+        checkpoints.save(state(20), CONFIG, history, None)
+        history = [*history, {"epoch": 6, "step": 24, "val_loss": 2.4}]
+        checkpoints.save(state(24), CONFIG, history, None)
+    assert "8: damaged (config.json: not what was written); it is left out" in caplog.text
+    assert fingerprint(load_model(tmp_path / "run").variables) == fingerprint(state(12).variables)
+    assert "its best checkpoint, of step 8, is missing; taking the best of the others, of step 12" in caplog.text
+
+
 def test_where_none_is_good_nothing_is_trained_over(workdir: Path, tmp_path: Path) -> None:
     shutil.copytree(workdir, tmp_path / "run")
     for step in (8, 12, 16):

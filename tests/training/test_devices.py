@@ -51,6 +51,7 @@ print(json.dumps(losses))
 """
 
 
+@pytest.mark.slow
 def test_any_number_of_devices_gives_the_same_losses(trained: Trained, tmp_path: Path) -> None:
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     command = [sys.executable, "-c", CODE, trained.data, trained.cache, tmp_path, str(STEPS)]
@@ -92,6 +93,7 @@ class Pair:
         return [process.returncode for process in self.processes], errors
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_and_go_on_when_one_was_killed(trained: Trained, tmp_path: Path) -> None:
     flags = [f"--data_dir={trained.data}", f"--cache_dir={trained.cache}", f"--split_file={trained.split_file}"]
     flags += [flag for flag in TINY_FLAGS if "rate" not in flag]

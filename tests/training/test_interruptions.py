@@ -1,4 +1,4 @@
-"""Trainings that are killed, stopped, refused the disk, or started twice, as a user starts them."""
+"""Trainings that are stopped, refused the disk, or started twice, as a user starts them."""
 
 import contextlib
 import json
@@ -17,67 +17,15 @@ import jax
 import numpy as np
 import pytest
 
-from resunet_jax.config import from_dict
-from resunet_jax.training.checkpoints import Checkpoints, load_model
-from resunet_jax.training.steps import create_state, make_optimizer
-from tests.conftest import ROOT, TINY_FLAGS, Trained, run_script
-from tests.killed import MOMENTS
-
-
-def train_flags(task: str, trained: Trained, workdir: Path, cache: Path, epochs: int) -> list[str]:
-    lung = [f"--lung_checkpoint={trained.lung}"] if task == "infection" else []
-    return [
-        f"--data_dir={trained.data}",
-        f"--workdir={workdir}",
-        f"--cache_dir={cache}",
-        f"--split_file={trained.split_file}",
-        f"--epochs={epochs}",
-        f"--patience={epochs}",
-        *TINY_FLAGS,
-        *lung,
-    ]
-
-
-def outcome(workdir: Path) -> tuple[list[np.ndarray], list[dict]]:
-    """Every array of the latest state and of the best model, and the records but for their times."""
-    best = load_model(workdir)
-    config = from_dict(json.loads((workdir / "config.json").read_text()))
-    with Checkpoints(workdir) as checkpoints:
-        saved = checkpoints.restore_latest(create_state(config, make_optimizer(config, 8)))
-    assert saved.unfinished is None
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    plain = [{name: value for name, value in record.items() if "second" not in name} for record in records]
-    return [np.asarray(leaf) for leaf in jax.tree.leaves((saved.state, best.variables))], plain
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["lung", "infection"])
-def test_killed_at_ten_moments_ends_where_uninterrupted_does(task: str, trained: Trained, tmp_path: Path) -> None:
-    flags = train_flags(task, trained, tmp_path / "killed", tmp_path / "cache", epochs=12)
-    script = ROOT / "experiments" / f"train_{task}.py"
-    for moment in MOMENTS:
-        command = [sys.executable, ROOT / "tests" / "killed.py", moment, script, *flags]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == -signal.SIGKILL, (moment, result.stderr)
-    result = run_script(f"train_{task}", *flags)
-    assert result.returncode == 0, result.stderr
-    left = [path.name for folder in ("killed", "cache") for path in (tmp_path / folder).rglob("*")]
-    assert not [name for name in left if re.search(r"partial|deleted|tmp|\.lock", name)]
-
-    whole = run_script(f"train_{task}", *train_flags(task, trained, tmp_path / "whole", trained.cache, epochs=12))
-    assert whole.returncode == 0, whole.stderr
-    (arrays, records), (expected_arrays, expected_records) = outcome(tmp_path / "killed"), outcome(tmp_path / "whole")
-    assert records == expected_records
-    assert [record["epoch"] for record in records] == list(range(1, 13))
-    for array, expected in zip(arrays, expected_arrays, strict=True):
-        np.testing.assert_array_equal(array, expected)
+from resunet_jax.training.checkpoints import load_model
+from tests.conftest import ROOT, Trained, run_script, training_flags
 
 
 class Training:
     """A training of the lung model in the background."""
 
     def __init__(self, trained: Trained, workdir: Path, epochs: int = 1000) -> None:
-        self.flags = train_flags("lung", trained, workdir, trained.cache, epochs)
+        self.flags = training_flags("lung", trained, workdir, trained.cache, epochs)
         self.metrics = workdir / "metrics.jsonl"
         self.errors = workdir.with_name("stderr.txt")
         script = ROOT / "experiments" / "train_lung.py"
@@ -147,7 +95,7 @@ def test_sigterm_saves_and_a_second_trainer_is_refused_meanwhile(start) -> None:
     code, errors = training.end()
     assert code == 75, errors
     assert re.search(rf"resuming after epoch {stopped // 8}(, step {stopped})?\n", errors)
-    assert f"stopped after step {stopped + 1};" in errors
+    assert int(re.search(r"stopped after step (\d+);", errors)[1]) > stopped
 
 
 def test_second_signal_ends_at_once(start) -> None:
