@@ -144,6 +144,12 @@ def _open(case: Case, folder: Path) -> PreparedCase:
     try:
         images, boxes, lung = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "boxes", "lung"))
         infection = np.load(folder / "infection.npy", mmap_mode="r") if case.infection_mask else None
+        slices = images.shape
+        wanted = {np.float32: [images], np.int32: [boxes], np.uint8: [lung] if infection is None else [lung, infection]}
+        if any(a.dtype != dtype for dtype, some in wanted.items() for a in some) or images.ndim != 3:
+            raise ValueError("arrays of another type")
+        if boxes.shape != (slices[0], 4) or any(mask.shape != slices for mask in wanted[np.uint8]):
+            raise ValueError("arrays of other shapes")
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{folder}: damaged ({error}); delete this folder, it will be made again") from error
     return PreparedCase(case, images, boxes, lung, infection)

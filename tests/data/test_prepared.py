@@ -74,6 +74,45 @@ def test_damage_is_named(cases, tmp_path: Path) -> None:
         prepare_cases(cases, CONFIG, tmp_path)
 
 
+class Harm:
+    """An object that creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_nothing_is_unpickled(cases, tmp_path: Path) -> None:
+    prepare_cases(cases, CONFIG, tmp_path / "cache")
+    victim = next((tmp_path / "cache").glob("*/images.npy"))
+    np.save(victim, np.array([Harm(tmp_path / "harm")], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match=f"{victim.parent}: damaged"):
+        prepare_cases(cases, CONFIG, tmp_path / "cache")
+    assert not (tmp_path / "harm").exists()
+    np.load(victim, allow_pickle=True)
+    assert (tmp_path / "harm").exists()  # it would have done harm
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("images", lambda a: a[:-1]),
+        ("images", lambda a: a.astype(np.float64)),
+        ("boxes", lambda a: a[:, :3]),
+        ("lung", lambda a: a[..., :-1]),
+        ("infection", lambda a: a[0]),
+    ],
+)
+def test_arrays_that_do_not_fit_are_named(cases, tmp_path: Path, name: str, change) -> None:
+    prepare_cases(cases, CONFIG, tmp_path)
+    victim = next(tmp_path.glob(f"*/{name}.npy"))
+    np.save(victim, change(np.load(victim)))
+    with pytest.raises(InputError, match=f"{victim.parent}: damaged \\(arrays of"):
+        prepare_cases(cases, CONFIG, tmp_path)
+
+
 def test_without_infection_mask(cases, tmp_path: Path) -> None:
     (prepared,) = prepare_cases([dataclasses.replace(cases[0], infection_mask=None)], CONFIG, tmp_path)
     assert prepared.infection is None
