@@ -13,6 +13,7 @@ from resunet_jax.config import PreprocessConfig
 from resunet_jax.data.prepared import body_scale, prepare_slice, slice_box
 from resunet_jax.data.roi import body_mask
 from resunet_jax.data.volumes import Array, FloatArray, Volume
+from resunet_jax.files import whole_file
 
 COLORS = {"lung": "tab:cyan", "infection": "tab:red"}
 
@@ -37,6 +38,11 @@ def _grid(rows: int, columns: int, cell: float = 2.6) -> tuple[Figure, Any]:
     # A Figure of its own, not pyplot, which keeps global state.
     figure = Figure(figsize=(columns * cell, rows * cell), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _save(figure: Figure, path: Path, dpi: int) -> None:
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=dpi)
 
 
 def _show(axes: Axes, image: Array, title: str = "") -> None:
@@ -66,7 +72,7 @@ def save_overlays(path: Path, overlays: Sequence[Overlay], note: str = "") -> No
         ):
             _show(column, overlay.image, title)
             _tint(column, masks)
-    figure.savefig(path, dpi=110)
+    _save(figure, path, dpi=110)
 
 
 def save_loss_curves(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
@@ -85,7 +91,7 @@ def save_loss_curves(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
         axis.set_xlabel("epoch")
         axis.set_ylabel(label)
         axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    _save(figure, path, dpi=110)
 
 
 def save_batch(path: Path, images: Array, masks: Array, structure: str) -> None:
@@ -96,7 +102,7 @@ def save_batch(path: Path, images: Array, masks: Array, structure: str) -> None:
     for axis, image, mask in zip(axes.flat, images, masks, strict=False):
         _show(axis, image[..., 0])
         _tint(axis, {structure: mask[..., 0]})
-    figure.savefig(path, dpi=110)
+    _save(figure, path, dpi=110)
 
 
 def save_roi_steps(path: Path, volumes: Mapping[str, Volume], config: PreprocessConfig) -> None:
@@ -118,7 +124,7 @@ def save_roi_steps(path: Path, volumes: Mapping[str, Volume], config: Preprocess
         corner = (box.column - 0.5, box.row - 0.5)
         row[3].add_patch(mpl.patches.Rectangle(corner, box.width, box.height, fill=False, color="yellow"))
         _show(row[4], prepare_slice(volume, k, config)[0], f"crop, {config.image_size}×{config.image_size}")
-    figure.savefig(path, dpi=90)
+    _save(figure, path, dpi=90)
 
 
 def _spread(volume: Volume) -> list[int]:
@@ -148,7 +154,7 @@ def save_boxes(path: Path, rows: Sequence[Mapping[str, Any]], metrics: Sequence[
         axis.set_ylim(-0.02, 1.02)
         axis.set_title(metric)
         axis.tick_params(labelsize=7)
-    figure.savefig(path, dpi=110)
+    _save(figure, path, dpi=110)
 
 
 def save_volumes(path: Path, rows: Sequence[Mapping[str, Any]], note: str = "") -> None:
@@ -164,7 +170,7 @@ def save_volumes(path: Path, rows: Sequence[Mapping[str, Any]], note: str = "") 
         axis.set_title(structure)
         axis.set_xlabel("reference, ml")
         axis.set_ylabel("predicted, ml")
-    figure.savefig(path, dpi=110)
+    _save(figure, path, dpi=110)
 
 
 def save_reliability(path: Path, calibration: Mapping[str, Mapping[str, Any]], note: str = "") -> None:
@@ -184,7 +190,7 @@ def save_reliability(path: Path, calibration: Mapping[str, Mapping[str, Any]], n
         axis.set_title(f"{structure}: expected error {values['ece']:.4f}, Brier {values['brier']:.4f}", fontsize=9)
         axis.set_xlabel("probability, mean of the bin")
         axis.set_ylabel("share of pixels in the structure")
-    figure.savefig(path, dpi=110)
+    _save(figure, path, dpi=110)
 
 
 def _color(structure: str) -> str:

@@ -191,10 +191,13 @@ def _write_settings(workdir: Path, config: Config, split: Split) -> None:
 def _draw_inputs(
     workdir: Path, config: Config, train_set: Sequence[PreparedCase], source: SliceSource, task: Task
 ) -> None:
-    """The steps of the region of interest for a scan of each source, and an augmented batch."""
+    """The steps of the region of interest for a scan of each source, and an augmented batch; once a run."""
+    roi_file, batch_file = workdir / "figures" / "roi_steps.png", workdir / "figures" / "augmented_batch.png"
+    if roi_file.is_file() and batch_file.is_file():
+        return
     by_source = {prepared.case.source: prepared.case for prepared in reversed(train_set)}
     volumes = {case.id: read_volume(case.ct) for case in by_source.values()}
-    figures.save_roi_steps(workdir / "figures" / "roi_steps.png", volumes, config.preprocess)
+    figures.save_roi_steps(roi_file, volumes, config.preprocess)
     picks = np.random.default_rng(config.train.seed).permutation(len(source))[:8]
     slices = [source[int(i)] for i in picks]
     image, mask = jax.jit(augment, static_argnames="config")(
@@ -203,7 +206,7 @@ def _draw_inputs(
         np.stack([s["mask"] for s in slices]).astype(np.float32),
         config=config.augment,
     )
-    figures.save_batch(workdir / "figures" / "augmented_batch.png", np.asarray(image), np.asarray(mask), task.target)
+    figures.save_batch(batch_file, np.asarray(image), np.asarray(mask), task.target)
 
 
 def _use_validation(
