@@ -59,7 +59,9 @@ def _fail(message: str) -> None:
 
 
 def _end_one_of_several(error: Exception) -> None:
-    if isinstance(error, RuntimeError):  # so JAX tells it
+    import jax
+
+    if isinstance(error, jax.errors.JaxRuntimeError):
         _fail(
             f"another process of this training has ended, or cannot be reached ({first_line(error)}); "
             "start all of them again, they go on from the last checkpoint"
@@ -171,8 +173,9 @@ def connect() -> tuple[int | None, Callable[[int], bool]]:
     """
     values = flags.FLAGS
     devices = values.devices or "1"
-    if values.distributed or values.coordinator_address:
-        _join()
+    given = (values.coordinator_address, values.num_processes, values.process_id)
+    if values.distributed or given != (None, None, None):
+        _join(*given)
         devices = values.devices or "all"
     try:
         count = None if devices == "all" else int(devices)
@@ -181,12 +184,10 @@ def connect() -> tuple[int | None, Callable[[int], bool]]:
     return count, stop_signals()
 
 
-def _join() -> None:
+def _join(*given: str | int | None) -> None:
     import jax
 
-    values = flags.FLAGS
-    given = (values.coordinator_address, values.num_processes, values.process_id)
-    if not values.distributed and None in given:
+    if not flags.FLAGS.distributed and None in given:
         raise InputError("--coordinator_address, --num_processes and --process_id belong together; give all three")
     try:
         jax.distributed.initialize(*given, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
@@ -200,7 +201,7 @@ def _join() -> None:
 
 
 def stop_signals() -> Callable[[int], bool]:
-    """A function that says whether to stop: at the next step after a signal. A second signal ends the process."""
+    """A function that says whether to stop, at the next step after a signal; a second one ends a lone process."""
     if _is_one_of_several():
         from jax.experimental import multihost_utils
 

@@ -46,6 +46,9 @@ def segment_scans(
       output_dir: gets the masks, and masks.json: {"settings": ..., "scans": {name: {"bytes", "modified_ns"}}}.
       segmenter: the models.
       save_probabilities: see `segment_scan`.
+
+    Raises:
+      InputError: the record of an earlier run cannot be replaced. What concerns one scan is in its `Outcome`.
     """
     settings = _settings(segmenter, save_probabilities)
     done = _read_record(output_dir / RECORD, settings)
@@ -59,14 +62,17 @@ def segment_scans(
         if scan in finished:
             yield Outcome(scan, masks[scan], done_before=True)
     missing = [scan for scan in scans if scan not in finished]
+    for scan in missing:
+        done.pop(scan.name, None)
+    if missing and (output_dir / RECORD).is_file():  # or it would vouch for masks that are being replaced
+        _write_record(output_dir / RECORD, settings, done)
     with contextlib.closing(read_ahead(prepared_parts(missing, segmenter.preprocess))) as parts:
         for scan, own_parts in itertools.groupby(parts, key=lambda part: part.scan):
             try:
                 state = _state(scan)
                 write_masks(scan, own_parts, output_dir, segmenter, save_probabilities=save_probabilities)
                 done[scan.name] = state
-                record = {"settings": settings, "scans": done}
-                write_text(output_dir / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+                _write_record(output_dir / RECORD, settings, done)
                 yield Outcome(scan, masks[scan])
             except InputError as error:
                 yield Outcome(scan, [], error)
@@ -101,6 +107,11 @@ def _read_record(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
         return dict(record["scans"]) if record["settings"] == settings else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
+
+
+def _write_record(file: Path, settings: dict[str, Any], done: dict[str, Any]) -> None:
+    record = {"settings": settings, "scans": done}
+    write_text(file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def find_scans(path: Path) -> list[Path]:

@@ -193,7 +193,7 @@ def mask_paths(scan: Path, output_dir: Path, segmenter: Segmenter, save_probabil
 
 @dataclasses.dataclass(frozen=True)
 class PreparedPart:
-    """Some slices of a scan, ready for the models; or why the scan cannot be segmented.
+    """Some slices of a scan, ready for the models.
 
     Attributes:
       scan: the file.

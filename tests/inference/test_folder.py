@@ -70,6 +70,26 @@ def test_killed_between_two_scans_goes_on_with_the_next(segmenter: Segmenter, sc
     assert run(scans, tmp_path / "masks", segmenter) == {"a.nii": "before", "b.nii": "error", "c.nii": "now"}
 
 
+def test_masks_being_replaced_are_not_vouched_for(
+    segmenter: Segmenter, scans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped when the masks of another threshold are there and the record is not: the first threshold is due again."""
+    output, good = tmp_path / "masks", [scans[0], scans[2]]
+    other = dataclasses.replace(segmenter, thresholds={"lung": 0.4})
+    run(good, output, segmenter)
+    real = module.write_masks
+
+    def write_and_stop(*args, **options):
+        real(*args, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "write_masks", write_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(good, output, other)
+    monkeypatch.undo()
+    assert set(run(good, output, segmenter).values()) == {"now"}
+
+
 def test_next_scan_is_read_while_this_one_is_segmented(
     segmenter: Segmenter, scans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
