@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resunet_jax.evaluation.evaluate import METRICS, Evaluation, summarize
+from resunet_jax.evaluation.lesions import dice_by_load
 from resunet_jax.evaluation.metrics import SOFT_METRICS
 from resunet_jax.figures import Overlay, save_boxes, save_overlays, save_reliability, save_volumes
 from resunet_jax.files import make_output_dir, whole_file, write_text
@@ -24,8 +25,10 @@ _SHORT = {
     "specificity": "specif.",
     "accuracy": "accur.",
     "hd95_mm": "HD95 mm",
-    "volume_error_ml": "error ml",
-    "lung_part_error": "part error",
+    "lesion_recall": "lesions",
+    "false_lesions": "false l.",
+    "volume_error_ml": "err. ml",
+    "lung_part_error": "part err.",
 }
 
 
@@ -93,6 +96,8 @@ def print_table(evaluation: Evaluation) -> None:
             console.print(
                 f"{row['case']}, {row['structure']}: {_EMPTY[row['empty']]}; – is undefined, left out of means"
             )
+    if loads := dice_by_load(evaluation.volumes):
+        console.print(f"Dice of the infection by how much of the lung it takes: {describe_loads(loads)}")
     for structure, calibration in evaluation.calibration.items():
         numbers = f"expected error {calibration.expected_error:.4f}, Brier {calibration.brier:.4f}"
         console.print(f"Calibration of {structure}, model grid: {numbers}")
@@ -117,6 +122,11 @@ def add_summary(table: Table, summary: Mapping[str, Mapping[str, Mapping[str, fl
         table.add_row(
             "undefined", structure, *(f"{metrics[m]['undefined']} of {metrics[m]['volumes']}" for m in METRICS)
         )
+
+
+def describe_loads(loads: Mapping[str, Mapping[str, float]]) -> str:
+    """What `dice_by_load` returns, in a line."""
+    return ", ".join(f"{name}: {group['mean']:.3f} ({group['volumes']:.0f} volumes)" for name, group in loads.items())
 
 
 def wide_console() -> Console:
