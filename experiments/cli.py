@@ -1,6 +1,7 @@
 """What the scripts share: flags, logging, and one clear line for input that is wrong; light to import, for --help."""
 
 import faulthandler
+import json
 import logging
 import os
 import signal
@@ -9,13 +10,15 @@ import traceback
 import typing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
-from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TaskName, TrainConfig
+from resunet_jax.config import Config, LossName, Normalization, TaskName, override
 from resunet_jax.data.splits import FOLDS, Protocol, SplitRequest
 from resunet_jax.errors import InputError, StoppedError, first_line
 from resunet_jax.files import default_cache_dir
+from resunet_jax.recipes import DEFAULT_RECIPE, RecipeName, recipe
 
 STOPPED = 75
 """Exit code of a training that was asked to stop and saved its state (EX_TEMPFAIL: the same command goes on)."""
@@ -133,24 +136,34 @@ def define_compilation_cache_flag() -> None:
 
 
 def define_recipe_flags() -> None:
-    """Flags of every script that trains; the defaults are those of `Config`."""
-    preprocess, model, train = PreprocessConfig(), ModelConfig(), TrainConfig()
+    """Flags of the scripts that train by one recipe."""
+    flags.DEFINE_enum(
+        "recipe", DEFAULT_RECIPE, typing.get_args(RecipeName), "What the flags below are where they are not given."
+    )
+    flags.DEFINE_integer("seed", None, "Of initial parameters, order of slices and augmentation.", lower_bound=0)
+    define_training_flags()
+
+
+def define_training_flags() -> None:
+    """Flags of every script that trains: what of a recipe is to be otherwise."""
     flags.DEFINE_string("data_dir", None, "Folder of the data set, in Kaggle's or Zenodo's layout.", required=True)
     flags.DEFINE_string("workdir", None, "Folder of this run; the same command goes on with it.", required=True)
-    flags.DEFINE_integer("image_size", preprocess.image_size, "Side of the slices that the model sees, in pixels.")
-    flags.DEFINE_enum("normalization", preprocess.normalization, ["window", "minmax"], "Intensity scale of a slice.")
-    flags.DEFINE_list("filters", list(map(str, model.filters)), "Channels of the four levels.")
-    flags.DEFINE_integer("batch_size", train.batch_size, "Slices a step.")
-    flags.DEFINE_integer("epochs", train.epochs, "Passes over the training slices, at most.")
-    flags.DEFINE_float("learning_rate", train.learning_rate, "Adam's step size; ×0.1 every 20 epochs.")
-    flags.DEFINE_enum("loss", train.loss, ["bce", "dice", "bce_dice"], "Loss.")
-    flags.DEFINE_integer("patience", train.patience, "Epochs without a lower validation loss before it stops.")
-    flags.DEFINE_enum("dtype", model.dtype, ["float32", "bfloat16"], "Of the computation; parameters stay float32.")
-    flags.DEFINE_bool("remat", train.remat, "Less memory: computes what lies within residual blocks twice.")
-    flags.DEFINE_integer("accumulate_steps", train.accumulate_steps, "Steps of which the mean gradient is one update.")
-    flags.DEFINE_bool("skip_nonfinite", train.skip_nonfinite, "Leaves out steps whose loss or gradient is not finite.")
-    flags.DEFINE_integer("patch_factor", train.patch_factor, "2 cuts slices into 2×2 patches seen apart, and so on.")
-    flags.DEFINE_integer("seed", train.seed, "Of initial parameters, order of slices and augmentation.", lower_bound=0)
+    flags.DEFINE_integer("image_size", None, "Side of the slices that the model sees, in pixels.")
+    flags.DEFINE_enum("normalization", None, typing.get_args(Normalization), "Intensity scale of a slice.")
+    flags.DEFINE_list("filters", None, "Channels of the four levels, as in 64,128,256,512.")
+    flags.DEFINE_integer("batch_size", None, "Slices a step.")
+    flags.DEFINE_integer("epochs", None, "Passes over the training slices, at most.")
+    flags.DEFINE_float("learning_rate", None, "Adam's step size, at its highest.")
+    flags.DEFINE_enum("loss", None, typing.get_args(LossName), "Loss.")
+    flags.DEFINE_integer("patience", None, "Epochs without a lower validation loss before it stops.")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the computation; parameters stay float32.")
+    flags.DEFINE_bool("remat", None, "Less memory: computes what lies within residual blocks twice.")
+    flags.DEFINE_integer("accumulate_steps", None, "Steps of which the mean gradient is one update.")
+    flags.DEFINE_bool("skip_nonfinite", None, "Leaves out steps whose loss or gradient is not finite.")
+    flags.DEFINE_integer("patch_factor", None, "2 cuts slices into 2×2 patches seen apart, and so on.")
+    flags.DEFINE_multi_string(
+        "set", [], "Any other field of config.json, as in --set=augment.max_zoom=0.3; may be given again and again."
+    )
     flags.DEFINE_bool("allow_missing", False, "Forms a protocol of the full set from the cases that are there.")
     define_cache_flag()
     define_compilation_cache_flag()
@@ -253,27 +266,44 @@ def define_threshold_flag() -> None:
     )
 
 
+_FIELDS = {
+    "image_size": "preprocess",
+    "normalization": "preprocess",
+    "filters": "model",
+    "dtype": "model",
+    **dict.fromkeys(
+        ("batch_size", "epochs", "learning_rate", "loss", "patience", "accumulate_steps", "skip_nonfinite", "remat"),
+        "train",
+    ),
+    "patch_factor": "train",
+    "seed": "train",
+}
+"""Flags that are fields of a config, and of which part."""
+
+
 def config_from_flags(task: TaskName) -> Config:
     """The config that the training flags describe."""
+    return override(recipe(flags.FLAGS.recipe, task), changes_from_flags(), "flags")
+
+
+def changes_from_flags() -> dict[str, Any]:
+    """What the flags change of a recipe, for `override`."""
     values = flags.FLAGS
-    try:
-        filters = tuple(int(f) for f in values.filters)
-    except ValueError as error:
-        raise InputError(f"--filters={','.join(values.filters)}: wanted four numbers, as in 64,128,256,512") from error
-    return Config(
-        task=task,
-        preprocess=PreprocessConfig(image_size=values.image_size, normalization=values.normalization),
-        model=ModelConfig(filters=filters, dtype=values.dtype),
-        train=TrainConfig(
-            batch_size=values.batch_size,
-            epochs=values.epochs,
-            learning_rate=values.learning_rate,
-            loss=values.loss,
-            patience=values.patience,
-            accumulate_steps=values.accumulate_steps,
-            skip_nonfinite=values.skip_nonfinite,
-            remat=values.remat,
-            patch_factor=values.patch_factor,
-            seed=values.seed,
-        ),
-    )
+    given = {name: values[name].value for name in _FIELDS if name in values}
+    changes = {f"{_FIELDS[name]}.{name}": value for name, value in given.items() if value is not None}
+    if values.filters is not None:
+        try:
+            changes["model.filters"] = [int(f) for f in values.filters]
+        except ValueError as error:
+            raise InputError(
+                f"--filters={','.join(values.filters)}: wanted four numbers, as in 64,128,256,512"
+            ) from error
+    for item in values.set:
+        path, equals, text = item.partition("=")
+        if not equals or "." not in path:
+            raise InputError(f"--set={item}: wanted a field and its value, as in --set=augment.max_zoom=0.3")
+        try:
+            changes[path] = json.loads(text)
+        except ValueError:
+            changes[path] = text
+    return changes

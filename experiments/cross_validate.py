@@ -23,6 +23,7 @@ def main() -> None:
     workdir = Path(FLAGS.workdir)
     results = cross_validate(
         cli.config_from_flags("lung"),
+        cli.config_from_flags("infection"),
         Path(FLAGS.data_dir),
         workdir,
         cli.cache_dir(),

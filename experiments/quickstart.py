@@ -8,9 +8,10 @@ from pathlib import Path
 import cli
 from absl import flags
 
-from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TrainConfig
+from resunet_jax.config import override
 from resunet_jax.data.cases import find_cases
 from resunet_jax.data.splits import Split, SplitRequest, write_split
+from resunet_jax.recipes import DEFAULT_RECIPE, recipe
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("output_dir", "runs/quickstart", "Gets everything; the same command goes on with it.")
@@ -56,17 +57,12 @@ def main() -> None:
     write_split(split_file, SMALL_SPLIT if small else SPLIT)
     workdirs = {task: root / task for task in ("lung", "infection")}
     for task, workdir in workdirs.items():
-        config = Config(
-            task=task,
-            model=ModelConfig(filters=(4, 8, 16, 32) if small else (8, 16, 32, 64)),
-            preprocess=PreprocessConfig(image_size=96),
-            train=TrainConfig(
-                epochs=FLAGS.epochs,
-                learning_rate=2e-3,
-                decay_epochs=max(1, FLAGS.epochs * 2 // 3),
-                patience=FLAGS.epochs,
-            ),
-        )
+        changes = {
+            "model.filters": [4, 8, 16, 32] if small else [8, 16, 32, 64],
+            "preprocess.image_size": 96,
+            "train.epochs": FLAGS.epochs,
+        }
+        config = override(recipe(DEFAULT_RECIPE, task), changes)
         lung = workdirs["lung"] if task == "infection" else None
         train(
             config,

@@ -1,13 +1,14 @@
-from .config import AugmentConfig, Config, ModelConfig, PreprocessConfig, TrainConfig
+from .config import AugmentConfig, Config, ModelConfig, PredictConfig, PreprocessConfig, TrainConfig, override
 from .errors import InputError, StoppedError
 from .inference.folder import segment_scans
 from .inference.segment import Segmenter, load_segmenter, segment_scan
 from .model.cascade import cascade, predict_probability
 from .model.conv import fastest_convolution
 from .model.resunet import ResUnet, init_variables
+from .recipes import recipe
 from .training.augment import augment
 from .training.checkpoints import LoadedModel, load_model, save_model
-from .training.losses import bce, bce_dice, dice
+from .training.losses import bce, bce_dice, bce_pooled_dice, dice, pooled_dice
 from .training.steps import (
     TrainState,
     create_state,
@@ -23,6 +24,7 @@ __all__ = [
     "InputError",
     "LoadedModel",
     "ModelConfig",
+    "PredictConfig",
     "PreprocessConfig",
     "ResUnet",
     "Segmenter",
@@ -32,6 +34,7 @@ __all__ = [
     "augment",
     "bce",
     "bce_dice",
+    "bce_pooled_dice",
     "cascade",
     "create_state",
     "dice",
@@ -43,7 +46,10 @@ __all__ = [
     "make_eval_step",
     "make_optimizer",
     "make_train_step",
+    "override",
+    "pooled_dice",
     "predict_probability",
+    "recipe",
     "save_model",
     "segment_scan",
     "segment_scans",

@@ -8,13 +8,25 @@ defaults; fields that this version does not know are refused.
 import dataclasses
 import json
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from resunet_jax.errors import InputError
 
 Normalization = Literal["window", "minmax"]
-LossName = Literal["bce", "dice", "bce_dice"]
+LossName = Literal["bce", "dice", "bce_dice", "bce_pooled_dice"]
+ScheduleName = Literal["step", "one_cycle"]
 TaskName = Literal["lung", "infection", "infection_ct"]
+
+_MOST_CHANGE = {
+    "max_rotation_deg": 180.0,
+    "max_zoom": 1.0,
+    "max_contrast": 0.9,
+    "max_brightness": 0.5,
+    "max_gamma": 2.0,
+    "max_noise": 0.5,
+}
+"""Largest sensible values in an `AugmentConfig`; the smallest is 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +72,14 @@ class AugmentConfig:
       quarter_turn: chance of a turn by 90°.
       rotation: chance of a rotation by one of `angles_deg`, each equally likely.
       angles_deg: angles in degrees, positive is counter-clockwise.
+      max_rotation_deg: every slice is rotated by up to this angle either way, in degrees.
+      max_zoom: every slice is enlarged by up to this part, or made smaller by up to as much.
+      max_contrast: grey values are multiplied by up to this part more or less than 1.
+      max_brightness: up to this is added to grey values, or taken from them, on their scale of [0, 1].
+      max_gamma: grey values are raised to a power between e^-g and e^g.
+      max_noise: up to this standard deviation of Gaussian noise is added, on the scale of [0, 1].
+      consolidation: chance that what the mask covers is made denser, up to soft tissue: for the infection, of which a
+        training set of ground glass has too few dense lesions.
     """
 
     vertical_flip: float = 0.4
@@ -67,6 +87,13 @@ class AugmentConfig:
     quarter_turn: float = 0.2
     rotation: float = 0.3
     angles_deg: tuple[float, ...] = (-30.0, -18.0, -6.0, 6.0, 18.0, 30.0)
+    max_rotation_deg: float = 0.0
+    max_zoom: float = 0.0
+    max_contrast: float = 0.0
+    max_brightness: float = 0.0
+    max_gamma: float = 0.0
+    max_noise: float = 0.0
+    consolidation: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +103,13 @@ class TrainConfig:
     Attributes:
       batch_size: slices per step.
       epochs: upper limit on passes over the training slices.
-      learning_rate: Adam's step size at the start.
-      decay_epochs: after this many epochs the learning rate is multiplied by `decay_factor`, again and again.
-      decay_factor: see `decay_epochs`.
-      loss: "bce", "dice" or "bce_dice" (their sum).
+      schedule: "step" multiplies the learning rate by `decay_factor` every `decay_epochs`; "one_cycle" raises it from a
+        tenth to `learning_rate` over the first 15 % of all steps, and lowers it along a cosine to a thousandth.
+      learning_rate: Adam's step size at the start ("step"), or at its highest ("one_cycle").
+      decay_epochs: see `schedule`.
+      decay_factor: see `schedule`.
+      weight_decay: of AdamW, times the learning rate; 0 is Adam.
+      loss: "bce", "dice", "bce_dice" (their sum), or "bce_pooled_dice", with one Dice over all slices of a batch.
       patience: epochs without a lower validation loss after which training stops.
       accumulate_steps: k > 1 updates the parameters every k-th step, by the mean of k gradients: the effective batch
         is k · batch_size slices, in the memory of batch_size. Batch statistics are of each step's slices.
@@ -91,9 +121,11 @@ class TrainConfig:
 
     batch_size: int = 8
     epochs: int = 60
+    schedule: ScheduleName = "step"
     learning_rate: float = 1e-4
     decay_epochs: int = 20
     decay_factor: float = 0.1
+    weight_decay: float = 0.0
     loss: LossName = "bce"
     patience: int = 10
     accumulate_steps: int = 1
@@ -101,6 +133,18 @@ class TrainConfig:
     remat: bool = False
     patch_factor: int = 1
     seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictConfig:
+    """From probabilities to masks of a whole scan.
+
+    Attributes:
+      smallest_region: regions of a lung mask that are smaller than this part of the largest are dropped, and with them
+        the infection in slices where no lung is left; 0 drops nothing.
+    """
+
+    smallest_region: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +157,7 @@ class Config:
       model: see `ModelConfig`.
       augment: see `AugmentConfig`.
       train: see `TrainConfig`.
+      predict: see `PredictConfig`; that of the lung model counts.
       lung_fingerprint: for task "infection", which lung model fed the training (see `fingerprint` in
         `training/checkpoints.py`); otherwise empty.
     """
@@ -122,6 +167,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()
+    predict: PredictConfig = PredictConfig()
     lung_fingerprint: str = ""
 
     def __post_init__(self) -> None:
@@ -148,7 +194,10 @@ def check(config: Config) -> None:
         preprocess.normalization,
         "window or minmax",
     )
-    _require(train.loss in typing.get_args(LossName), "loss", train.loss, "bce, dice or bce_dice")
+    for field, names in (("loss", LossName), ("schedule", ScheduleName)):
+        allowed = typing.get_args(names)
+        _require(getattr(train, field) in allowed, field, getattr(train, field), "one of " + ", ".join(allowed))
+    _require(train.weight_decay >= 0, "weight_decay", train.weight_decay, "0 or more")
     _require(model.dtype in ("float32", "bfloat16"), "dtype", model.dtype, "float32 or bfloat16")
     _require(train.patch_factor >= 1, "patch_factor", train.patch_factor, "1 or more")
     multiple = 8 * train.patch_factor
@@ -175,8 +224,13 @@ def check(config: Config) -> None:
     positive = ("batch_size", "epochs", "learning_rate", "decay_epochs", "decay_factor", "patience", "accumulate_steps")
     for field in positive:
         _require(getattr(train, field) > 0, field, getattr(train, field), "more than 0")
-    for field in ("vertical_flip", "horizontal_flip", "quarter_turn", "rotation"):
+    for field in ("vertical_flip", "horizontal_flip", "quarter_turn", "rotation", "consolidation"):
         _require(0 <= getattr(augment, field) <= 1, field, getattr(augment, field), "a probability in [0, 1]")
+    smallest = config.predict.smallest_region
+    _require(0 <= smallest <= 1, "smallest_region", smallest, "a part in [0, 1]")
+    for field, most in _MOST_CHANGE.items():
+        value = getattr(augment, field)
+        _require(0 <= value <= most, field, value, f"between 0 and {most:g}")
     _require(len(augment.angles_deg) > 0, "angles_deg", augment.angles_deg, "at least one angle")
 
 
@@ -184,6 +238,26 @@ def to_dict(config: Config) -> dict[str, Any]:
     """The config as plain JSON values: nested dicts, lists, numbers and strings."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return plain
+
+
+def override(config: Config, changes: Mapping[str, Any], origin: str = "config") -> Config:
+    """The config with some fields changed.
+
+    Args:
+      config: to start from.
+      changes: JSON values by path, as in {"train.loss": "bce", "augment.max_zoom": 0.3}.
+      origin: where they come from, for error messages.
+
+    Raises:
+      InputError: see `from_dict`.
+    """
+    values = to_dict(config)
+    for path, value in changes.items():
+        section, _, field = path.rpartition(".")
+        if section and not isinstance(values.get(section), dict):
+            raise InputError(f"{origin}: there is no {path}; fields look like train.loss")
+        (values[section] if section else values)[field] = value
+    return from_dict(values, origin)
 
 
 _T = TypeVar("_T")

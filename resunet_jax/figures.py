@@ -157,6 +157,30 @@ def save_boxes(path: Path, rows: Sequence[Mapping[str, Any]], metrics: Sequence[
     _save(figure, path, dpi=110)
 
 
+def save_differences(path: Path, rows: Sequence[Mapping[str, Any]], note: str = "") -> None:
+    """How each row of an ablation differs from the first one in mean Dice, with its 95 % interval; a panel a structure.
+
+    Args:
+      path: PNG to write.
+      rows: see `summarize_runs`.
+      note: above it all.
+    """
+    figure = Figure(figsize=(10, 1.2 + 0.32 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    figure.suptitle(note, fontsize=8)
+    for axis, structure in zip(axes, ("lung", "infection"), strict=True):
+        axis.axvline(0, color="gray", linewidth=0.8)
+        for place, values in enumerate(row.get(structure) for row in rows):
+            if values is None:
+                continue
+            axis.plot(values["difference"], place, "o", color=COLORS[structure])
+            axis.plot((values["difference_low"], values["difference_high"]), (place, place), color=COLORS[structure])
+        axis.set_title(f"{structure}: change in Dice against {rows[0]['name']!r}", fontsize=9)
+    axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes[0].invert_yaxis()
+    _save(figure, path, dpi=110)
+
+
 def save_volumes(path: Path, rows: Sequence[Mapping[str, Any]], note: str = "") -> None:
     """Predicted against reference volume in ml, with the identity line, a panel a structure."""
     structures = list(dict.fromkeys(row["structure"] for row in rows))

@@ -10,7 +10,7 @@ from resunet_jax.benchmark.measure import Row, on_gpu, row, timed
 from resunet_jax.benchmark.prediction import prediction_memory
 from resunet_jax.benchmark.training import FULL, Setting, config_of, make_batch
 from resunet_jax.config import Config
-from resunet_jax.training.steps import compiler_options, create_state, make_optimizer, make_train_step
+from resunet_jax.training.steps import compile_train_step, create_state, make_optimizer, make_train_step
 
 
 def memory_suite(rounds: int) -> list[Row]:
@@ -38,20 +38,12 @@ def _with(config: Config, **changes: Any) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
 
 
-def _compile(config: Config) -> Any:
-    optimizer = make_optimizer(config, 100)
-    state: Any = jax.eval_shape(lambda: create_state(config, optimizer))
-    batch: Any = make_batch(config.train.batch_size, config.preprocess.image_size)
-    step = jax.jit(make_train_step(config, optimizer), donate_argnums=0, compiler_options=compiler_options())
-    return step.lower(state, batch, jax.random.key(0), None).compile()
-
-
 def _temporary_gb(config: Config) -> float:
-    return float(_compile(config).memory_analysis().temp_size_in_bytes / 1e9)
+    return float(compile_train_step(config)[0].memory_analysis().temp_size_in_bytes / 1e9)
 
 
 def _real_steps(config: Config, rounds: int) -> list[float]:
-    step, state = _compile(config), create_state(config, make_optimizer(config, 100))
+    step, state = compile_train_step(config)[0], create_state(config, make_optimizer(config, 100))
     batch = jax.device_put(make_batch(config.train.batch_size, config.preprocess.image_size))
 
     def run() -> None:

@@ -32,7 +32,8 @@ _REPORT = "report"
 
 
 def cross_validate(
-    config: Config,
+    lung: Config,
+    infection: Config,
     data_dir: Path,
     workdir: Path,
     cache_dir: Path,
@@ -46,7 +47,8 @@ def cross_validate(
     A fold is done when its report is there, which is written last and whole; a done fold is not run again.
 
     Args:
-      config: of both trainings, but for the task.
+      lung: config of the lung trainings.
+      infection: config of the infection trainings.
       data_dir: see `find_cases`.
       workdir: gets fold_0/ to fold_4/, each with lung/, infection/ and report/; then summary.json, volumes.csv,
         boxes.png and volumes.png over all folds.
@@ -69,23 +71,23 @@ def cross_validate(
     requests = [SplitRequest(protocol=protocol, fold=fold, allow_missing=allow_missing) for fold in range(FOLDS)]
     splits = [make_split(cases, request) for request in requests]  # all of them before the first is trained
     with locked(workdir):
-        _check_settings(workdir, config, [dataclasses.asdict(split) for split in splits])
+        _check_settings(workdir, lung, infection, [dataclasses.asdict(split) for split in splits])
         for fold, request in enumerate(requests):
             folder = workdir / f"fold_{fold}"
             if (folder / _REPORT).is_dir():
                 logger.info("fold %d of %d: done before", fold, FOLDS)
             else:
                 logger.info("fold %d of %d: %s", fold, FOLDS, splits[fold].protocol)
-                _run_fold(config, data_dir, folder, cache_dir, split=request, should_stop=should_stop)
+                _run_fold(lung, infection, data_dir, folder, cache_dir, split=request, should_stop=should_stop)
         results = _collect(workdir, protocol, [case.id for case in cases], splits[0].protocol)
         _write(workdir, results)
     return results
 
 
-def _check_settings(workdir: Path, config: Config, splits: Sequence[Mapping[str, Any]]) -> None:
+def _check_settings(workdir: Path, lung: Config, infection: Config, splits: Sequence[Mapping[str, Any]]) -> None:
     """Writes what is run, or refuses a folder that holds something else."""
     file = workdir / _SETTINGS
-    values = json.loads(json.dumps({"config": to_dict(config), "splits": splits}))
+    values = json.loads(json.dumps({"lung": to_dict(lung), "infection": to_dict(infection), "splits": splits}))
     if file.is_file():
         try:
             old = json.loads(file.read_text(encoding="utf-8"))
@@ -102,7 +104,8 @@ def _check_settings(workdir: Path, config: Config, splits: Sequence[Mapping[str,
 
 
 def _run_fold(
-    config: Config,
+    lung: Config,
+    infection: Config,
     data_dir: Path,
     folder: Path,
     cache_dir: Path,
@@ -110,17 +113,17 @@ def _run_fold(
     split: SplitRequest,
     should_stop: Callable[[int], bool],
 ) -> None:
-    lung, infection = folder / "lung", folder / "infection"
+    lung_dir, infection_dir = folder / "lung", folder / "infection"
     run = functools.partial(train, split=split, should_stop=should_stop)
-    run(dataclasses.replace(config, task="lung"), data_dir, lung, cache_dir)
-    run(dataclasses.replace(config, task="infection"), data_dir, infection, cache_dir, lung_checkpoint=lung)
+    run(lung, data_dir, lung_dir, cache_dir)
+    run(infection, data_dir, infection_dir, cache_dir, lung_checkpoint=lung_dir)
     evaluation = evaluate(
         data_dir,
         cache_dir,
         output_dir=folder / _REPORT,
-        lung_checkpoint=lung,
-        infection_checkpoint=infection,
-        batch_size=config.train.batch_size,
+        lung_checkpoint=lung_dir,
+        infection_checkpoint=infection_dir,
+        batch_size=infection.train.batch_size,
     )
     with whole_folder(folder / _REPORT) as partial:
         write_report(evaluation, partial)

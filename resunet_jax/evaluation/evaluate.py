@@ -11,6 +11,7 @@ import numpy as np
 from resunet_jax.data.prepared import PreparedCase
 from resunet_jax.data.volumes import Array, FloatArray, Grid, read_mask, read_volume
 from resunet_jax.evaluation.calibration import Calibration, calibrate
+from resunet_jax.evaluation.lesions import LESION_METRICS, dice_by_load, lesion_metrics
 from resunet_jax.evaluation.metrics import (
     COUNTS,
     HARD_METRICS,
@@ -32,7 +33,7 @@ SOFT_BATCH_SIZE = 4
 """Slices a batch in the original's testing."""
 
 STRUCTURES = ("lung", "left_lung", "right_lung", "infection")
-METRICS = (*HARD_METRICS, *SURFACE_METRICS, "volume_error_ml", "lung_part_error")
+METRICS = (*HARD_METRICS, *SURFACE_METRICS, *LESION_METRICS, "volume_error_ml", "lung_part_error")
 """What is summarised over volumes."""
 
 _SOFT_NOTE = (
@@ -49,8 +50,9 @@ class Evaluation:
 
     Attributes:
       volumes: a row a case and structure on the native grid: "case", "patient", "structure", `METRICS`, the counts in
-        voxels, "volume_ml" and "reference_ml", for the infection "lung_part" and "reference_lung_part" (the part of
-        the lung that is infected, in [0, 1]), and "empty", which tells whether a mask is empty (see `emptiness`).
+        voxels, "volume_ml" and "reference_ml", for the infection alone `LESION_METRICS`, "lung_part" and
+        "reference_lung_part" (the part of the lung that is infected, in [0, 1]), and "empty", which tells whether a
+        mask is empty (see `emptiness`).
         "volume_error_ml" and "lung_part_error" are predicted minus reference.
       slices: a row a case, structure and native slice: "case", "structure", "slice" (0 is the lowest), the counts.
       model_grid: the volumes counted on the cropped and resized slices that the model sees; hard metrics only.
@@ -74,6 +76,7 @@ class Evaluation:
             "settings": self.settings,
             "volumes": self.volumes,
             "summary": summarize(self.volumes),
+            "infection_dice_by_load": dice_by_load(self.volumes),
             "model_grid": self.model_grid,
             "calibration": {s: calibration.to_dict() for s, calibration in self.calibration.items()},
             "soft_batch": {"note": _SOFT_NOTE, **self.soft_batch},
@@ -122,6 +125,7 @@ def evaluate_cases(
     with progress("evaluating", len(cases)) as advance:
         for prepared in cases:
             probabilities = segmenter.probabilities(prepared.images)
+            segmenter.clean(probabilities)
             for structure in segmenter.structures:
                 target = getattr(prepared, structure)
                 if target is not None:
@@ -183,7 +187,9 @@ def _compare_native(
     for structure in compared:
         tolerance = tolerance_mm["infection" if structure == "infection" else "lung"]
         row = _row(predicted[structure], reference[structure], volume.grid, tolerance)
-        infected = parts if structure == "infection" else dict.fromkeys(parts, math.nan)
+        infected = dict.fromkeys((*parts, *LESION_METRICS), math.nan)
+        if structure == "infection":
+            infected = parts | lesion_metrics(predicted[structure], reference[structure], volume.grid.voxel_ml)
         error = infected["lung_part"] - infected["reference_lung_part"]
         rows.append({**_names(prepared, structure), **row, **infected, "lung_part_error": error})
         slices += [

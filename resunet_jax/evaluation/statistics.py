@@ -1,8 +1,10 @@
 """From one number a volume to what a paper reports."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 RESAMPLES = 10_000
 """Bootstrap samples behind an interval."""
@@ -46,11 +48,32 @@ def bootstrap_interval(values: Sequence[float], patients: Sequence[str], seed: i
     Returns:
       (low, high); NaN with fewer than two patients, of whose spread nothing is known.
     """
-    names, patient_of = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
-    if len(names) < 2:
+    if len(set(patients)) < 2:
         return float("nan"), float("nan")
-    sums = np.bincount(patient_of, weights=np.asarray(values, float))
-    counts = np.bincount(patient_of)
-    drawn = np.random.default_rng(seed).integers(len(names), size=(RESAMPLES, len(names)))
-    low, high = np.percentile(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1), (2.5, 97.5))
+    return seed_patient_interval(np.asarray(values, float)[None], patients, seed)
+
+
+def seed_patient_interval(
+    values: npt.NDArray[np.floating[Any]], patients: Sequence[str], seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean, drawing training seeds and patients, each with replacement.
+
+    Args:
+      values: (seeds, volumes), finite; of one seed, or one patient, the interval is over the other alone.
+      patients: whose volume each is; all volumes of a patient are drawn together.
+      seed: of the bootstrap; the same gives the same interval.
+
+    Returns:
+      (low, high); NaN where there is one seed and one patient, of whose spread nothing is known.
+    """
+    names, patient_of = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
+    if values.size == 0 or (len(values) < 2 and len(names) < 2):
+        return float("nan"), float("nan")
+    sums = np.stack([np.bincount(patient_of, weights=row) for row in values])
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(len(names), size=(RESAMPLES, len(names)))
+    totals = np.bincount(patient_of)[drawn].sum(axis=1)
+    seeds = rng.integers(len(values), size=(RESAMPLES, len(values)))
+    chosen = sums[seeds[:, :, None], drawn[:, None, :]].sum(axis=2)  # (resamples, seeds)
+    low, high = np.percentile(chosen.mean(axis=1) / totals, (2.5, 97.5))
     return float(low), float(high)

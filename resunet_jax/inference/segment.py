@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import os
+import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,6 +21,7 @@ from resunet_jax.data.roi import Box, resize_paste
 from resunet_jax.data.volumes import Array, FloatArray, Grid, nifti_writer, open_scan
 from resunet_jax.errors import InputError
 from resunet_jax.files import make_output_dir
+from resunet_jax.inference.regions import large_regions
 from resunet_jax.model.cascade import predict_probability
 from resunet_jax.model.conv import fastest_convolution
 from resunet_jax.model.resunet import Variables
@@ -85,6 +88,21 @@ class Segmenter:
             outputs["infection"] = np.zeros(images.shape, np.float32)
             outputs["infection"][with_lung] = self._run("infection", *(channel[with_lung] for channel in inputs))
         return outputs
+
+    def clean(self, probabilities: Mapping[str, FloatArray]) -> None:
+        """Drops, in place, what the lung model's `PredictConfig` says; for the slices of a whole scan.
+
+        Args:
+          probabilities: as `probabilities` returns them; what is dropped becomes 0.
+        """
+        if self.lung is None or not self.lung.config.predict.smallest_region:
+            return
+        lung = probabilities["lung"]
+        mask = lung > self.threshold("lung")
+        kept = large_regions(mask, self.lung.config.predict.smallest_region)
+        lung[mask & ~kept] = 0
+        if "infection" in probabilities:
+            probabilities["infection"][~kept.any(axis=(1, 2))] = 0
 
     def _run(self, name: str, *channels: FloatArray) -> FloatArray:
         """One model over (slices, S, S) channels, by batches of one size, so that it is compiled once."""
@@ -167,7 +185,8 @@ def native_slices(
 def segment_scan(scan: Path, output_dir: Path, segmenter: Segmenter, *, save_probabilities: bool = False) -> list[Path]:
     """Segments one scan and writes its masks: uint8, 0 or 1, with the scan's own shape, affine and codes.
 
-    The memory it takes does not grow with the number of slices; the next slices are read while the models work.
+    Slices are read and written a part at a time, the next while the models work; what the models find meanwhile lies in
+    a temporary file.
 
     Args:
       scan: .nii or .nii.gz.
@@ -257,30 +276,50 @@ def write_masks(
     save_probabilities: bool = False,
 ) -> list[Path]:
     """Runs the models over the parts of one scan, in order, and writes its masks whole; see `segment_scan`."""
-    paths = mask_paths(scan, output_dir, segmenter, save_probabilities)
     with contextlib.ExitStack() as stack:
-        writers: list[Callable[[int, Array], None]] = []
+        found: dict[str, FloatArray] = {}
+        boxes: list[npt.NDArray[np.int32]] = []
         advance: Callable[[str], None]
         for part in parts:
             if isinstance(part, BadScan):
                 raise part.error
-            rows, columns, slices = part.grid.oriented_shape
-            if not writers:
+            if not found:
                 make_output_dir(output_dir)
-                kinds = [np.float32 if path.name.endswith("_probability.nii.gz") else np.uint8 for path in paths]
-                writers = [
-                    stack.enter_context(nifti_writer(path, kind, part.grid))
-                    for path, kind in zip(paths, kinds, strict=True)
-                ]
+                grid, slices = part.grid, part.grid.oriented_shape[-1]
+                shape = (slices, *part.images.shape[1:])
+                found = {name: stack.enter_context(_disk_array(shape)) for name in segmenter.structures}
                 advance = stack.enter_context(progress(scan.name, -(-slices // _SLICES_IN_MEMORY)))
-            arrays: list[Array] = []
             for name, probabilities in segmenter.probabilities(part.images).items():
-                native = np.stack(list(native_slices(probabilities, part.boxes, (rows, columns))), axis=-1)
+                found[name][part.start : part.start + len(probabilities)] = probabilities
+            boxes.append(part.boxes)
+            advance("")
+        segmenter.clean(found)
+        paths = mask_paths(scan, output_dir, segmenter, save_probabilities)
+        kinds = [np.float32 if path.name.endswith("_probability.nii.gz") else np.uint8 for path in paths]
+        writers = [stack.enter_context(nifti_writer(p, kind, grid)) for p, kind in zip(paths, kinds, strict=True)]
+        for start in range(0, slices, _SLICES_IN_MEMORY):
+            arrays: list[Array] = []
+            for name, probabilities in found.items():
+                part_ = slice(start, start + _SLICES_IN_MEMORY)
+                pasted = native_slices(probabilities[part_], np.concatenate(boxes)[part_], grid.oriented_shape[:2])
+                native = np.stack(list(pasted), axis=-1)
                 arrays += [(native > segmenter.threshold(name)).astype(np.uint8), *([native] * save_probabilities)]
             for write, array in zip(writers, arrays, strict=True):
-                write(part.start, array)
-            advance("")
+                write(start, array)
     return paths
+
+
+@contextlib.contextmanager
+def _disk_array(shape: tuple[int, ...]) -> Iterator[FloatArray]:
+    """Zeros, float32, in a temporary file that is gone afterwards."""
+    with tempfile.TemporaryFile() as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, 4 * int(np.prod(shape)))  # a full disk is told here, not by a signal
+        except OSError as error:
+            raise InputError(
+                f"{tempfile.gettempdir()}: no room for {shape} numbers ({error}); free the disk"
+            ) from error
+        yield np.memmap(file, np.float32, "r+", shape=shape)
 
 
 def scan_name(path: Path) -> str:

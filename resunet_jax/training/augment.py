@@ -1,10 +1,13 @@
-"""Random flips, quarter turns and rotations of slices and their masks, on the device."""
+"""Random changes to slices and their masks, on the device: where things lie, and how bright they are."""
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 
 from resunet_jax.config import AugmentConfig
+
+SOFT_TISSUE = 0.87
+"""Grey value of consolidated lung, 55 HU."""
 
 
 def random_matrix(key: jax.Array, config: AugmentConfig) -> jax.Array:
@@ -26,9 +29,58 @@ def random_matrix(key: jax.Array, config: AugmentConfig) -> jax.Array:
     matrix = jnp.where(turn < config.quarter_turn, quarter @ matrix, matrix)
     angles = jnp.deg2rad(jnp.array(config.angles_deg))
     theta = angles[jnp.int32(angle * len(config.angles_deg))]
+    matrix = jnp.where(rotate < config.rotation, _rotation(theta) @ matrix, matrix)
+    if config.max_rotation_deg or config.max_zoom:
+        degrees, zoom = jax.random.uniform(jax.random.fold_in(key, 1), (2,), minval=-1)
+        size = jnp.exp(zoom * jnp.log1p(config.max_zoom))
+        matrix = _rotation(jnp.deg2rad(degrees * config.max_rotation_deg)) @ matrix / size
+    return matrix
+
+
+def _rotation(theta: jax.Array) -> jax.Array:
     cos, sin = jnp.cos(theta), jnp.sin(theta)
-    rotation = jnp.stack([jnp.stack([cos, sin]), jnp.stack([-sin, cos])])
-    return jnp.where(rotate < config.rotation, rotation @ matrix, matrix)
+    return jnp.stack([jnp.stack([cos, sin]), jnp.stack([-sin, cos])])
+
+
+def jitter(key: jax.Array, image: jax.Array, config: AugmentConfig) -> jax.Array:
+    """Changes the grey values of a slice as another scanner might: contrast and brightness, gamma, noise.
+
+    Args:
+      key: a JAX random key.
+      image: float32 (S, S, C) in [0, 1].
+      config: by how much at most; where all of it is 0, the image comes back as it is.
+
+    Returns:
+      the same shape and range.
+    """
+    if config.max_contrast or config.max_brightness or config.max_gamma or config.max_noise:
+        contrast, brightness, gamma, noise = jax.random.uniform(key, (4,), minval=-1)
+        image = image * (1 + config.max_contrast * contrast) + config.max_brightness * brightness
+        # Away from 0, where the slope of a power below 1 has no bound.
+        image = jnp.clip(image, 1e-6, 1) ** jnp.exp(config.max_gamma * gamma)
+        deviation = config.max_noise * jnp.abs(noise)
+        image = image + deviation * jax.random.normal(jax.random.fold_in(key, 1), image.shape)
+        image = jnp.clip(image, 0, 1)
+    return image
+
+
+def consolidate(key: jax.Array, image: jax.Array, mask: jax.Array, config: AugmentConfig) -> jax.Array:
+    """Fills what a mask covers, by a random part, up to the grey value of soft tissue; what is denser stays.
+
+    Args:
+      key: a JAX random key.
+      image: float32 (S, S, 1), HU [-1250, 250] as [0, 1].
+      mask: float32 (S, S, 1) in [0, 1].
+      config: how often.
+
+    Returns:
+      the same shape and range.
+    """
+    if config.consolidation:
+        chance, part = jax.random.uniform(key, (2,))
+        part = jnp.where(chance < config.consolidation, part, 0.0)
+        image = image + part * mask * jnp.maximum(SOFT_TISSUE - image, 0)
+    return image
 
 
 def warp(image: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -50,23 +102,26 @@ def warp(image: jax.Array, matrix: jax.Array) -> jax.Array:
 
 
 def augment(key: jax.Array, image: jax.Array, mask: jax.Array, config: AugmentConfig) -> tuple[jax.Array, jax.Array]:
-    """Changes each slice of a batch and its mask alike; the same key gives the same result.
+    """Moves each slice of a batch and its mask alike, and changes grey values; the same key gives the same result.
 
     Args:
       key: a JAX random key.
       image: float32 (N, S, S, 1) in [0, 1].
       mask: float32 (N, S, S, 1), 0 or 1.
-      config: the chances.
+      config: the chances, and by how much.
 
     Returns:
-      image and mask of the same shapes and ranges; what comes from outside the slice is 0.
+      image and mask of the same shapes and ranges; what comes from outside the slice is 0, before grey values change.
     """
     if image.shape[1] != image.shape[2]:
         raise ValueError(f"quarter turns need square slices, got {image.shape}")
 
     def one(key: jax.Array, image: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         warped = warp(jnp.concatenate([image, mask], axis=-1), random_matrix(key, config))
-        return warped[..., :1], (warped[..., 1:] > 0.5).astype(mask.dtype)
+        image, covered = warped[..., :1], warped[..., 1:]
+        image = consolidate(jax.random.fold_in(key, 3), image, covered, config)
+        image = jitter(jax.random.fold_in(key, 2), image, config)
+        return image, (covered > 0.5).astype(mask.dtype)
 
     image, mask = jax.vmap(one)(jax.random.split(key, image.shape[0]), image, mask)
     return image, mask

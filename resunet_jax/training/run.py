@@ -51,7 +51,6 @@ _PACKAGES = (
     "scipy",
 )
 _MAX_OVERLAYS = 6
-_MAY_CHANGE = ("epochs", "patience")  # on resuming
 
 
 def train(
@@ -144,14 +143,15 @@ def _load_lung(config: Config, task: Task, lung_checkpoint: Path | None) -> tupl
     if lung.config.preprocess != config.preprocess:
         raise InputError(
             f"{lung_checkpoint}: its slices were prepared by {lung.config.preprocess}, this training asks for "
-            f"{config.preprocess}; use the same --image_size and --normalization"
+            f"{config.preprocess}; use the same --recipe, --image_size and --normalization"
         )
     return lung, dataclasses.replace(config, lung_fingerprint=fingerprint(lung.variables))
 
 
 def _comparable(config: Config) -> dict[str, Any]:
+    """What may not change when a run goes on: its length only where the learning rate does not depend on it."""
     values = to_dict(config)
-    for name in _MAY_CHANGE:
+    for name in ("patience", *(["epochs"] if config.train.schedule == "step" else [])):
         del values["train"][name]
     return values
 

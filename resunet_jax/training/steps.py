@@ -51,13 +51,14 @@ EvalStep = Callable[[Variables, Batch, Variables | None], dict[str, jax.Array]]
 
 
 def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
-    """Adam whose learning rate falls by `decay_factor` every `decay_epochs`, as the original's; see `TrainConfig`.
+    """Adam or AdamW; see `TrainConfig`.
 
     Args:
       config: of the run; with `accumulate_steps` k, every k-th step updates, by the mean of the last k gradients.
       steps_per_epoch: steps, not updates.
     """
-    optimizer = optax.adam(make_schedule(config, steps_per_epoch))
+    schedule, decay = make_schedule(config, steps_per_epoch), config.train.weight_decay
+    optimizer = optax.adamw(schedule, weight_decay=decay) if decay else optax.adam(schedule)
     if config.train.accumulate_steps > 1:
         optimizer = optax.MultiSteps(optimizer, config.train.accumulate_steps).gradient_transformation()
     if config.train.skip_nonfinite:
@@ -68,8 +69,16 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransf
 def make_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
     """The learning rate by the number of updates."""
     train = config.train
-    updates = max(1, round(train.decay_epochs * steps_per_epoch / train.accumulate_steps))
-    return optax.schedules.exponential_decay(train.learning_rate, updates, train.decay_factor, staircase=True)
+
+    def updates(epochs: int) -> int:
+        return max(1, round(epochs * steps_per_epoch / train.accumulate_steps))
+
+    if train.schedule == "one_cycle":
+        return optax.schedules.cosine_onecycle_schedule(
+            updates(train.epochs), train.learning_rate, pct_start=0.15, div_factor=10, final_div_factor=100
+        )
+    decay = updates(train.decay_epochs)
+    return optax.schedules.exponential_decay(train.learning_rate, decay, train.decay_factor, staircase=True)
 
 
 def create_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
@@ -143,6 +152,26 @@ def make_train_step(
         return TrainState(state.step + 1, variables, opt_state), {"loss": value, "finite": finite, **counts}
 
     return step
+
+
+def compile_train_step(config: Config, lung: Config | None = None) -> tuple[Any, TrainState]:
+    """The compiled step of a config, with the state donated, without running it.
+
+    Args:
+      config: of the training.
+      lung: of the frozen lung model, for task "infection".
+
+    Returns:
+      the compiled step, whose `memory_analysis()` tells what it holds, and the shapes of the state.
+    """
+    optimizer, size = make_optimizer(config, 100), config.preprocess.image_size
+    state: Any = jax.eval_shape(lambda: create_state(config, optimizer))
+    shape = (config.train.batch_size, size, size, 1)
+    batch: Any = {"image": jax.ShapeDtypeStruct(shape, np.float32), "mask": jax.ShapeDtypeStruct(shape, np.uint8)}
+    frozen = frozen_lung(lung) if lung else None
+    lung_variables = jax.eval_shape(lambda: init_variables(build_model(lung), jax.random.key(0))) if lung else None
+    step = jax.jit(make_train_step(config, optimizer, frozen), donate_argnums=0, compiler_options=compiler_options())
+    return step.lower(state, batch, jax.random.key(0), lung_variables).compile(), state
 
 
 def compiler_options() -> dict[str, Any]:

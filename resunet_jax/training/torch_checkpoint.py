@@ -1,5 +1,6 @@
 """Checkpoints of the original PyTorch project to ours, and back."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,14 +14,12 @@ from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TaskName
 from resunet_jax.errors import InputError, first_line
 from resunet_jax.files import whole_file
 from resunet_jax.model.torch_names import LAYERS, torch_from_tree, tree_from_torch
+from resunet_jax.recipes import recipe
 from resunet_jax.training.checkpoints import load_model, save_model, variable_shapes
 from resunet_jax.training.tasks import build_model
 
 STATE_DICT = "model_state_dict"
 """Key of the original's checkpoints that holds the weights."""
-
-ORIGINAL_BODY_THRESHOLDS = (50 / 255, 175 / 255)
-"""On each slice's own range: for Coronacases, which are in HU, and for Radiopaedia, which are windowed."""
 
 _COUNTERS = "num_batches_tracked"
 _COUNTERS_FILE = "torch_counters.json"
@@ -28,9 +27,7 @@ _COUNTERS_FILE = "torch_counters.json"
 
 def original_preprocess(image_size: int) -> PreprocessConfig:
     """How the original prepared its slices: per-slice min–max, and two thresholds for the body."""
-    return PreprocessConfig(
-        image_size=image_size, normalization="minmax", body_thresholds_minmax=ORIGINAL_BODY_THRESHOLDS
-    )
+    return dataclasses.replace(recipe("original", "lung").preprocess, image_size=image_size)
 
 
 def from_torch(path: Path, output_dir: Path, target: Literal["lung", "infection"], image_size: int = 128) -> Config:

@@ -152,7 +152,8 @@ def test_report_files(evaluation: Evaluation, tmp_path: Path, capsys: pytest.Cap
         "overlays.png",
     }
     values = json.loads((tmp_path / "metrics.json").read_text())
-    assert set(values) == {"settings", "volumes", "summary", "model_grid", "calibration", "soft_batch"}
+    groups = {"settings", "volumes", "summary", "infection_dice_by_load", "model_grid", "calibration", "soft_batch"}
+    assert set(values) == groups
     assert values["settings"] == {
         "protocol": "test part of a split file",
         "threshold": {"lung": 0.5, "infection": 0.5},

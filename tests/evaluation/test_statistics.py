@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from resunet_jax.evaluation.statistics import bootstrap_interval, describe
+from resunet_jax.evaluation.statistics import bootstrap_interval, describe, seed_patient_interval
 
 
 def test_closed_form() -> None:
@@ -48,3 +48,21 @@ def test_the_same_seed_gives_the_same_interval_and_order_does_not_matter() -> No
 @pytest.mark.parametrize("patients", [[], ["a"], ["a", "a"]])
 def test_too_few_patients_have_no_interval(patients: list[str]) -> None:
     assert all(math.isnan(end) for end in bootstrap_interval([0.5] * len(patients), patients))
+
+
+def test_interval_over_seeds_and_patients() -> None:
+    rng = np.random.default_rng(0)
+    patients = [f"p{i}" for i in range(30)]
+    volumes = rng.normal(0.5, 0.1, 30)
+    alone = bootstrap_interval(volumes, patients)
+    # Seeds that agree add nothing; seeds that do not make the interval wider.
+    assert seed_patient_interval(np.stack([volumes] * 3), patients) == pytest.approx(alone, abs=0.005)
+    low, high = seed_patient_interval(np.stack([volumes - 0.1, volumes, volumes + 0.1]), patients)
+    assert low < alone[0] - 0.03
+    assert high > alone[1] + 0.03
+
+
+def test_interval_of_one_patient_is_over_seeds_and_of_one_seed_over_patients() -> None:
+    assert seed_patient_interval(np.array([[0.2], [0.4]]), ["a"]) == pytest.approx((0.2, 0.4))
+    assert seed_patient_interval(np.array([[0.2, 0.4]]), ["a", "b"]) == pytest.approx((0.2, 0.4))
+    assert all(math.isnan(bound) for bound in seed_patient_interval(np.array([[0.2]]), ["a"]))

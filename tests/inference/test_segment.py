@@ -6,10 +6,12 @@ import jax
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from resunet_jax import (
     Config,
     LoadedModel,
+    PredictConfig,
     Segmenter,
     cascade,
     init_variables,
@@ -98,6 +100,36 @@ def test_is_the_cascade_where_there_is_lung_and_nothing_elsewhere(trained: Train
     np.testing.assert_allclose(found["infection"][with_lung], expected_infection[with_lung], atol=1e-5)
     assert not found["infection"][~with_lung].any()
     assert expected_infection[~with_lung].any()
+
+
+def test_small_regions_are_dropped_from_masks_and_probabilities(
+    trained: Trained, scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that finds lung wherever it is bright: by regions of the whole scan, not of the part in memory."""
+    monkeypatch.setattr(module, "_SLICES_IN_MEMORY", 4)
+    lung, infection = load_model(trained.lung), load_model(trained.infection)
+    predict = PredictConfig(smallest_region=1.0)
+    large = Segmenter(lung._replace(config=dataclasses.replace(lung.config, predict=predict)), infection)
+    plain, cleaned = (
+        segment_scan(scan, tmp_path / name, segmenter, save_probabilities=True)
+        for name, segmenter in (("plain", Segmenter(lung, infection)), ("large", large))
+    )
+    images, boxes = prepare_volume(read_volume(scan), lung.config.preprocess)
+    probabilities = large.probabilities(images)
+    before = {name: values.copy() for name, values in probabilities.items()}
+    large.clean(probabilities)
+    regions, count = ndimage.label(before["lung"] > 0.5)
+    assert count > 1
+    largest = regions == np.argmax(np.bincount(regions.ravel())[1:]) + 1
+    np.testing.assert_array_equal(probabilities["lung"] > 0.5, largest)
+    without_lung = ~largest.any(axis=(1, 2))
+    assert without_lung.any()
+    assert not probabilities["infection"][without_lung].any()
+    np.testing.assert_array_equal(probabilities["infection"][~without_lung], before["infection"][~without_lung])
+    for path, other in zip(plain, cleaned, strict=True):
+        assert (data(path) != data(other)).any() or "infection" in path.name
+    native = np.stack(list(native_slices(probabilities["lung"], boxes, read_volume(scan).values.shape[:2])), axis=-1)
+    np.testing.assert_array_equal(data(cleaned[0]).sum(), (native > 0.5).sum())
 
 
 def test_batch_size_changes_nothing(trained: Trained, scan: Path) -> None:

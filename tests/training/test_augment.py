@@ -5,7 +5,7 @@ import pytest
 
 from resunet_jax.config import AugmentConfig
 from resunet_jax.training import augment as module
-from resunet_jax.training.augment import random_matrix, warp
+from resunet_jax.training.augment import SOFT_TISSUE, consolidate, jitter, random_matrix, warp
 
 augment = jax.jit(module.augment, static_argnums=3)
 
@@ -55,10 +55,89 @@ def test_same_key_same_result_and_other_key_another(pair) -> None:
 
 def test_mask_follows_image_and_stays_binary(pair) -> None:
     _, mask = pair
-    image_out, mask_out = augment(jax.random.key(3), mask, mask, AugmentConfig(rotation=1))
+    image_out, mask_out = augment(jax.random.key(3), mask, mask, AugmentConfig(rotation=1, max_zoom=0.3))
     assert set(np.unique(mask_out)) <= {0.0, 1.0}
     np.testing.assert_array_equal(image_out > 0.5, mask_out > 0)
     assert 0 <= float(image_out.min()) <= float(image_out.max()) <= 1
+
+
+def test_zoom_and_rotation_stay_within_their_limits_and_reach_them() -> None:
+    config = only(max_rotation_deg=20.0, max_zoom=0.25)
+    matrices = np.asarray(jax.vmap(lambda k: random_matrix(k, config))(jax.random.split(jax.random.key(0), 4000)))
+    size = 1 / np.sqrt(np.linalg.det(matrices))
+    angle = np.rad2deg(np.arctan2(matrices[:, 0, 1], matrices[:, 0, 0]))
+    for values, low, high in ((np.log(size), -np.log(1.25), np.log(1.25)), (angle, -20, 20)):
+        assert low - 1e-4 < values.min() < low * 0.99
+        assert high * 0.99 < values.max() < high + 1e-4
+        np.testing.assert_allclose(values.std(), (high - low) / np.sqrt(12), rtol=0.05)  # uniform
+
+
+def test_zoom_enlarges() -> None:
+    image = jnp.zeros((1, 33, 33, 1)).at[0, 12:21, 12:21].set(1.0)
+    keys = jax.random.split(jax.random.key(1), 40)
+    areas = [float(augment(key, image, image, only(max_zoom=0.5))[0].sum()) for key in keys]
+    sizes = [float(1 / random_matrix(jax.random.split(key, 1)[0], only(max_zoom=0.5))[0, 0]) for key in keys]
+    np.testing.assert_allclose(areas, 81 * np.square(sizes), rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"max_contrast": 0.2}, lambda x: (0.8 * x, 1.2 * x)),
+        ({"max_brightness": 0.1}, lambda x: (x - 0.1, x + 0.1)),
+        ({"max_gamma": 0.5}, lambda x: (x ** np.exp(0.5), x ** np.exp(-0.5))),
+    ],
+)
+def test_grey_values_change_by_as_much_as_said(changes: dict, expected) -> None:
+    image = jnp.linspace(0.2, 0.8, 16).reshape(4, 4, 1)
+    config = only(**changes)
+    keys = jax.random.split(jax.random.key(0), 2000)
+    changed = np.asarray(jax.vmap(lambda key: jitter(key, image, config))(keys))
+    low, high = expected(np.asarray(image))
+    np.testing.assert_allclose(changed.min(axis=0), low, atol=2e-3)
+    np.testing.assert_allclose(changed.max(axis=0), high, atol=2e-3)
+
+
+def test_consolidation_fills_the_mask_alone_up_to_soft_tissue() -> None:
+    image = jnp.array([0.2, 0.5, 0.95, 0.3]).reshape(2, 2, 1)
+    mask = jnp.array([1.0, 1.0, 1.0, 0.0]).reshape(2, 2, 1)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    filled = np.asarray(jax.vmap(lambda key: consolidate(key, image, mask, only(consolidation=0.4)))(keys))
+    filled = filled.reshape(-1, 4)
+    np.testing.assert_array_equal(filled[:, 2:], np.tile([0.95, 0.3], (4000, 1)).astype(np.float32))
+    changed = filled[:, 0] > 0.2
+    assert abs(changed.mean() - 0.4) < 0.03
+    assert SOFT_TISSUE - 0.01 < filled[:, :2].max() <= SOFT_TISSUE + 1e-6
+    parts = (filled[changed, :2] - [0.2, 0.5]) / (SOFT_TISSUE - np.array([0.2, 0.5]))
+    np.testing.assert_allclose(parts[:, 0], parts[:, 1], atol=1e-5)  # the same part of the way everywhere
+    np.testing.assert_allclose(parts.mean(), 0.5, atol=0.03)
+
+
+def test_consolidation_follows_the_moved_mask() -> None:
+    image, mask = jnp.full((1, 16, 16, 1), 0.4), jnp.zeros((1, 16, 16, 1)).at[0, :4].set(1.0)
+    changed, moved = augment(jax.random.key(5), image, mask, only(vertical_flip=1, consolidation=1))
+    np.testing.assert_array_equal(changed > 0.4, moved > 0)
+    assert moved[0, -4:].all()
+
+
+def test_noise_has_the_deviation_that_was_drawn() -> None:
+    image = jnp.full((64, 64, 1), 0.5)
+    keys = jax.random.split(jax.random.key(0), 200)
+    noisy = np.asarray(jax.vmap(lambda key: jitter(key, image, only(max_noise=0.05)))(keys))
+    deviations = noisy.std(axis=(1, 2, 3))
+    np.testing.assert_allclose(noisy.mean(axis=(1, 2, 3)), 0.5, atol=0.005)
+    assert deviations.max() < 0.053
+    np.testing.assert_allclose(deviations.mean(), 0.025, rtol=0.1)
+
+
+def test_grey_values_stay_in_range_and_the_mask_is_not_touched(pair) -> None:
+    config = only(max_contrast=0.9, max_brightness=0.5, max_gamma=2, max_noise=0.5)
+    image, mask = augment(jax.random.key(0), *pair, config)
+    assert 0 <= float(image.min()) <= float(image.max()) <= 1
+    assert not np.array_equal(image, pair[0])
+    np.testing.assert_array_equal(mask, pair[1])
+    gradient = jax.grad(lambda x: augment(jax.random.key(0), x, pair[1], config)[0].sum())(jnp.zeros_like(pair[0]))
+    assert np.isfinite(gradient).all()
 
 
 def test_each_chance_is_met() -> None:

@@ -16,6 +16,7 @@ from resunet_jax.training.steps import (
     frozen_lung,
     make_eval_step,
     make_optimizer,
+    make_schedule,
     make_train_step,
 )
 from resunet_jax.training.tasks import build_model
@@ -120,6 +121,26 @@ def test_learning_rate_falls_by_epochs() -> None:
         update, state = optimizer.update(gradient, state, params)
         sizes.append(abs(float(update["w"])))
     np.testing.assert_allclose(sizes, [1.0] * 6 + [0.1] * 6 + [0.01], rtol=1e-3)
+
+
+def test_one_cycle_rises_and_falls_over_all_steps() -> None:
+    train = TrainConfig(schedule="one_cycle", learning_rate=1.0, epochs=10)
+    rate = make_schedule(dataclasses.replace(CONFIG, train=train), steps_per_epoch=10)
+    rates = [float(rate(step)) for step in range(101)]
+    np.testing.assert_allclose([rates[0], rates[15], rates[100]], [0.1, 1.0, 1e-3], rtol=1e-4)
+    assert np.all(np.diff(rates[:16]) > 0)
+    assert np.all(np.diff(rates[15:]) < 0)
+    half_way = 15 + 85 // 2
+    np.testing.assert_allclose(rates[half_way], 0.5, atol=0.02)  # a cosine is symmetric
+
+
+def test_weight_decay_is_decoupled() -> None:
+    """What AdamW takes off does not pass through Adam's moments: with no gradient it is rate · decay · weight."""
+    train = TrainConfig(learning_rate=0.1, weight_decay=0.01)
+    optimizer = make_optimizer(dataclasses.replace(CONFIG, train=train), steps_per_epoch=10)
+    params = {"w": jnp.array([2.0, -3.0])}
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    np.testing.assert_allclose(updates["w"], [-0.002, 0.003], rtol=1e-6)
 
 
 def test_accumulated_steps_are_one_update_by_the_mean_gradient(batch) -> None:

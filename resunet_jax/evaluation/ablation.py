@@ -1,0 +1,401 @@
+"""Recipes side by side: the same cases, steps and seeds, one thing changed at a time."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.box import SIMPLE
+from rich.table import Table
+
+from resunet_jax.config import Config, override, to_dict
+from resunet_jax.data.cases import find_cases, require_infection_masks
+from resunet_jax.data.splits import Split, SplitRequest, make_split
+from resunet_jax.errors import InputError
+from resunet_jax.evaluation.evaluate import nan_to_none
+from resunet_jax.evaluation.report import wide_console, write_report
+from resunet_jax.evaluation.run import evaluate
+from resunet_jax.evaluation.statistics import seed_patient_interval
+from resunet_jax.figures import save_differences
+from resunet_jax.files import check_output_dir, locked, make_output_dir, whole_folder, write_text
+from resunet_jax.progress import logger
+from resunet_jax.recipes import RecipeName, Target, recipe
+from resunet_jax.training.checkpoints import History
+from resunet_jax.training.fit import never
+from resunet_jax.training.run import train, versions
+from resunet_jax.training.steps import compile_train_step
+
+RUNS = "runs.jsonl"
+"""File of a workdir with one JSON line a run."""
+
+_KEPT = ("case", "patient", "structure", "dice", "nsd", "lesion_recall", "false_lesions", "reference_lung_part")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table: a recipe, and what is changed in it.
+
+    Attributes:
+      name: in the table.
+      recipe: to start from.
+      lung: changes of the lung model's config, see `override`.
+      infection: changes of the infection model's; None trains and tests the lung model alone.
+    """
+
+    name: str
+    recipe: RecipeName = "robust"
+    lung: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    infection: Mapping[str, Any] | None = dataclasses.field(default_factory=dict)
+
+
+_BCE = {"train.loss": "bce"}
+_SLICE_DICE = {"train.loss": "bce_dice"}
+_STEPS = {"train.schedule": "step", "train.learning_rate": 1e-4, "train.weight_decay": 0.0}
+_SAME_GREY = dict.fromkeys(
+    ("augment.max_contrast", "augment.max_brightness", "augment.max_gamma", "augment.max_noise"), 0.0
+)
+_MOVES = {
+    "augment.vertical_flip": 0.4,
+    "augment.horizontal_flip": 0.4,
+    "augment.quarter_turn": 0.2,
+    "augment.rotation": 0.3,
+    "augment.max_rotation_deg": 0.0,
+    "augment.max_zoom": 0.0,
+}
+_MINMAX = {"preprocess.normalization": "minmax"}
+
+ROWS: tuple[Row, ...] = (
+    Row("robust"),
+    Row("original", "original"),
+    Row("infection: no consolidation", infection={"augment.consolidation": 0.0}),
+    Row("infection: cross-entropy alone", infection=_BCE),
+    Row("infection: Dice of each slice", infection=_SLICE_DICE),
+    Row("infection: the original's optimizer", infection=_STEPS),
+    Row("infection: the original's moves", infection=_MOVES),
+    Row("infection: grey values as they are", infection=_SAME_GREY),
+    Row("lung: cross-entropy alone", lung=_BCE, infection=None),
+    Row("lung: the original's optimizer", lung=_STEPS, infection=None),
+    Row("lung: the original's moves", lung=_MOVES, infection=None),
+    Row("lung: grey values as they are", lung=_SAME_GREY, infection=None),
+    Row("lung: small regions stay", lung={"predict.smallest_region": 0.0}, infection=None),
+    Row("both: per-slice min–max", lung=_MINMAX, infection=_MINMAX),
+)
+"""The table: the default recipe, the original, and the default with one thing otherwise."""
+
+
+def find_rows(names: Sequence[str]) -> list[Row]:
+    """Rows of `ROWS` by name, in the order of the names; all of them where there is none.
+
+    Raises:
+      InputError: a name is not known.
+    """
+    by_name = {row.name: row for row in ROWS}
+    for name in names:
+        if name not in by_name:
+            raise InputError(f"row {name!r}: there is none of that name; there are {', '.join(by_name)}")
+    return [by_name[name] for name in names] or list(ROWS)
+
+
+class Run(NamedTuple):
+    """One line of runs.jsonl to be: a row, trained and tested once."""
+
+    row: Row
+    seed: int
+    request: SplitRequest
+    split: Split
+    configs: dict[Target, Config]
+
+    @property
+    def key(self) -> str:
+        """Tells runs apart by all that decides their result."""
+        return self.digest(*self.configs.values())
+
+    def digest(self, *configs: Config) -> str:
+        """Tells models apart that are trained by some configs on this split."""
+        values = [*map(to_dict, configs), dataclasses.asdict(self.split)]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def ablate(
+    rows: Sequence[Row],
+    data_dir: Path,
+    workdir: Path,
+    cache_dir: Path,
+    *,
+    changes: Mapping[str, Any],
+    seeds: Sequence[int],
+    splits: Sequence[SplitRequest],
+    should_stop: Callable[[int], bool] = never,
+) -> dict[str, Any]:
+    """Trains and tests every row with every seed on every split; goes on where it was killed.
+
+    A lung model is trained once for all rows that have the same; a run whose line is in runs.jsonl is not run again.
+
+    Args:
+      rows: the first is what the others are compared with.
+      data_dir: see `find_cases`.
+      workdir: gets lung/ and infection/ with the trainings, reports/, runs.jsonl, summary.json, table.md,
+        differences.png and versions.json.
+      cache_dir: see `prepare_cases`.
+      changes: of every row, before its own; see `override`.
+      seeds: of the trainings.
+      splits: each is tested on its test cases; without validation cases the last epoch is.
+      should_stop: see `fit`.
+
+    Returns:
+      what summary.json holds: "rows" (see `summarize_runs`), "seeds", "splits".
+
+    Raises:
+      InputError: rows, data or workdir are not fit for it.
+      StoppedError: see `fit`.
+    """
+    check_output_dir(workdir)
+    cases = find_cases(data_dir)
+    require_infection_masks(cases)
+    made = [(request, make_split(cases, request)) for request in splits]
+    for _, split in made:
+        split.cases("test", cases)
+    plan = [
+        Run(row, seed, request, split, configs(row, changes, seed))
+        for seed in seeds
+        for request, split in made
+        for row in rows
+    ]
+    make_output_dir(workdir)
+    with locked(workdir):
+        write_text(workdir / "versions.json", json.dumps(versions(), indent=2, ensure_ascii=False) + "\n")
+        lines = _read(workdir / RUNS)
+        for number, run in enumerate(plan, start=1):
+            title = (
+                f"run {number} of {len(plan)}: {run.row.name}, seed {run.seed}, {run.split.protocol or 'split file'}"
+            )
+            if run.key in lines:
+                logger.info("%s: done before", title)
+                continue
+            logger.info("%s", title)
+            lines[run.key] = _run(run, data_dir, workdir, cache_dir, should_stop)
+            write_text(workdir / RUNS, "".join(json.dumps(line) + "\n" for line in lines.values()))
+        summary: dict[str, Any] = {
+            "rows": summarize_runs({row.name: _of(row, plan, lines) for row in rows}),
+            "seeds": list(seeds),
+            "splits": [split.protocol or f"test {', '.join(split.test)}" for _, split in made],
+        }
+        write_text(workdir / "summary.json", json.dumps(nan_to_none(summary), indent=2, ensure_ascii=False) + "\n")
+        write_text(workdir / "table.md", to_markdown(summary))
+        save_differences(workdir / "differences.png", summary["rows"])
+    return summary
+
+
+def _of(row: Row, plan: Sequence[Run], lines: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [lines[run.key] for run in plan if run.row is row]
+
+
+def configs(row: Row, changes: Mapping[str, Any], seed: int) -> dict[Target, Config]:
+    """The configs of a row's trainings, in their order; see `ablate`."""
+    own: dict[Target, Mapping[str, Any] | None] = {"lung": row.lung, "infection": row.infection}
+    return {
+        task: override(recipe(row.recipe, task), {**changes, **mine, "train.seed": seed}, f"row {row.name!r}")
+        for task, mine in own.items()
+        if mine is not None
+    }
+
+
+def _read(file: Path) -> dict[str, dict[str, Any]]:
+    if not file.is_file():
+        return {}
+    try:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return {line["key"]: line for line in lines}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: damaged ({error}); mend it, or choose a new --workdir") from error
+
+
+def _run(
+    run: Run, data_dir: Path, workdir: Path, cache_dir: Path, should_stop: Callable[[int], bool]
+) -> dict[str, Any]:
+    folders, cost = {}, {}
+    for task, config in run.configs.items():
+        folders[task] = workdir / task / (run.key if task == "infection" else run.digest(config))
+        history = train(
+            config,
+            data_dir,
+            folders[task],
+            cache_dir,
+            split=run.request,
+            lung_checkpoint=folders["lung"] if task == "infection" else None,
+            should_stop=should_stop,
+        )
+        cost[task] = _cost(config, run.configs["lung"] if task == "infection" else None, history)
+    report = workdir / "reports" / run.key
+    evaluation = evaluate(
+        data_dir,
+        cache_dir,
+        output_dir=report,
+        lung_checkpoint=folders["lung"],
+        infection_checkpoint=folders.get("infection"),
+        batch_size=run.configs["lung"].train.batch_size,
+    )
+    if not report.exists():
+        with whole_folder(report) as partial:
+            write_report(evaluation, partial)
+    return {
+        "key": run.key,
+        "row": run.row.name,
+        "seed": run.seed,
+        "split": dataclasses.asdict(run.split),
+        "volumes": nan_to_none([{name: row[name] for name in _KEPT} for row in evaluation.volumes]),
+        "cost": cost,
+        "folders": {task: str(folder.relative_to(workdir)) for task, folder in folders.items()},
+    }
+
+
+def _cost(config: Config, lung: Config | None, history: History) -> dict[str, float]:
+    """The compiler's plan tells memory, which a process that trains one model after the other cannot."""
+    step, state = compile_train_step(config, lung)
+    return {
+        "steps": history[-1]["step"],
+        "seconds_per_step": float(np.median([1 / record["steps_per_second"] for record in history])),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.variables["params"])),
+        "step_gb": step.memory_analysis().temp_size_in_bytes / 1e9,
+    }
+
+
+def summarize_runs(lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """A row a recipe, each compared with the first one, volume by volume and seed by seed.
+
+    Args:
+      lines: by row, its runs as in runs.jsonl, the same seeds and splits in each.
+
+    Returns:
+      for each row "name"; for "lung" and, where it was trained, "infection" a dict of "mean", "ci_low", "ci_high",
+      "lowest" (of the volumes' means over seeds), "difference" to the first row with "difference_low" and
+      "difference_high" (95 % intervals over seeds and patients, see `seed_patient_interval`), "seconds_per_step",
+      "parameters" and "step_gb"; "lesion_recall" and "false_lesions" (means). Undefined numbers are NaN.
+    """
+    tables = {name: {s: _table(runs, s) for s in runs[0]["cost"]} for name, runs in lines.items()}
+    first = next(iter(tables.values()))
+    return [
+        {
+            "name": name,
+            **{s: {**_compare(table, first[s]), **_mean_cost(runs, s)} for s, table in tables[name].items()},
+            **{metric: _mean(runs, metric) for metric in ("lesion_recall", "false_lesions")},
+        }
+        for name, runs in lines.items()
+    ]
+
+
+class _Dice(NamedTuple):
+    """Dice by seed and volume; volumes of several splits stand side by side."""
+
+    values: np.ndarray[Any, np.dtype[np.float64]]
+    patients: list[str]
+
+
+def _table(runs: Sequence[Mapping[str, Any]], structure: str) -> _Dice:
+    rows = [(run["seed"], row) for run in runs for row in run["volumes"] if row["structure"] == structure]
+    seeds, cases = sorted({seed for seed, _ in rows}), list(dict.fromkeys(row["case"] for _, row in rows))
+    values = np.full((len(seeds), len(cases)), np.nan)
+    for seed, row in rows:
+        values[seeds.index(seed), cases.index(row["case"])] = math.nan if row["dice"] is None else row["dice"]
+    patients = {row["case"]: row["patient"] for _, row in rows}
+    return _Dice(values, [patients[case] for case in cases])
+
+
+def _compare(dice: _Dice, first: _Dice) -> dict[str, float]:
+    low, high = _interval(dice.values, dice.patients)
+    change = dice.values - first.values
+    change_low, change_high = _interval(change, dice.patients)
+    by_volume = [column[~np.isnan(column)] for column in dice.values.T]
+    return {
+        "mean": float(np.nanmean(dice.values)),
+        "ci_low": low,
+        "ci_high": high,
+        "lowest": float(min(column.mean() for column in by_volume if column.size)),
+        "difference": float(np.nanmean(change)),
+        "difference_low": change_low,
+        "difference_high": change_high,
+    }
+
+
+def _interval(values: np.ndarray[Any, np.dtype[np.float64]], patients: Sequence[str]) -> tuple[float, float]:
+    """Over the volumes that are defined for every seed."""
+    whole = ~np.isnan(values).any(axis=0)
+    return seed_patient_interval(values[:, whole], [p for p, kept in zip(patients, whole, strict=True) if kept])
+
+
+def _mean_cost(runs: Sequence[Mapping[str, Any]], structure: str) -> dict[str, float]:
+    costs = [run["cost"][structure] for run in runs]
+    return {
+        name: float(np.median([cost[name] for cost in costs])) for name in ("seconds_per_step", "parameters", "step_gb")
+    }
+
+
+def _mean(runs: Sequence[Mapping[str, Any]], metric: str) -> float:
+    rows = [row for run in runs for row in run["volumes"] if row["structure"] == "infection"]
+    values = [row[metric] for row in rows if row[metric] is not None]
+    return float(np.mean(values)) if values else math.nan
+
+
+_COLUMNS = (
+    "row",
+    "lung Dice",
+    "lowest",
+    "change",
+    "infection Dice",
+    "change",
+    "lesions found",
+    "false lesions",
+    "s/step",
+    "parameters",
+    "GB/step",
+)
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    lung, infection = row["lung"], row.get("infection")
+    trained = [structure for structure in (lung, infection) if structure]
+    return (
+        row["name"],
+        f"{lung['mean']:.4f}",
+        f"{lung['lowest']:.4f}",
+        _change(lung),
+        _with_interval(f"{infection['mean']:.3f}", infection["ci_low"], infection["ci_high"]) if infection else "–",
+        _change(infection) if infection else "–",
+        f"{row['lesion_recall']:.2f}" if infection else "–",
+        f"{row['false_lesions']:.1f}" if infection else "–",
+        " + ".join(f"{structure['seconds_per_step']:.2f}" for structure in trained),
+        f"{sum(structure['parameters'] for structure in trained) / 1e6:.2f} M",
+        f"{max(structure['step_gb'] for structure in trained):.2f}",
+    )
+
+
+def _change(values: Mapping[str, float]) -> str:
+    return _with_interval(f"{values['difference']:+.3f}", values["difference_low"], values["difference_high"], "+")
+
+
+def _with_interval(text: str, low: float, high: float, sign: str = "") -> str:
+    return text if math.isnan(low) else f"{text} ({low:{sign}.3f} to {high:{sign}.3f})"
+
+
+def print_ablation(summary: Mapping[str, Any]) -> None:
+    """The table in the terminal."""
+    console = wide_console()
+    console.print(f"Seeds: {', '.join(map(str, summary['seeds']))}; {'; '.join(summary['splits'])}")
+    console.print("Dice on the native grid; in brackets 95 % over seeds and patients; change against the first row")
+    table = Table(box=SIMPLE, pad_edge=False)
+    for number, name in enumerate(_COLUMNS):
+        table.add_column(name, justify="right" if number else "left")
+    for row in summary["rows"]:
+        table.add_row(*_cells(row))
+    console.print(table)
+
+
+def to_markdown(summary: Mapping[str, Any]) -> str:
+    """The same table for a document."""
+    lines = [_COLUMNS, ("---",) * len(_COLUMNS), *(_cells(row) for row in summary["rows"])]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,0 +1,66 @@
+"""Named recipes: whole configs to train by, of which any field can be overridden.
+
+What is in "robust", and what was tried and left out, was decided by `experiments/ablate.py`; the tables are in
+BUILD_NOTES.md.
+"""
+
+import dataclasses
+from typing import Literal
+
+from resunet_jax.config import AugmentConfig, Config, PredictConfig, PreprocessConfig, TaskName, TrainConfig, override
+from resunet_jax.errors import InputError
+
+RecipeName = Literal["original", "robust"]
+Target = Literal["lung", "infection"]
+
+DEFAULT_RECIPE: RecipeName = "robust"
+
+ORIGINAL_BODY_THRESHOLDS = (50 / 255, 175 / 255)
+"""On each slice's own range: for Coronacases, which are in HU, and for Radiopaedia, which are windowed."""
+
+_ORIGINAL = Config(preprocess=PreprocessConfig(normalization="minmax", body_thresholds_minmax=ORIGINAL_BODY_THRESHOLDS))
+_ROBUST = Config(
+    augment=AugmentConfig(
+        vertical_flip=0.0,
+        horizontal_flip=0.5,
+        quarter_turn=0.0,
+        rotation=0.0,
+        max_rotation_deg=15.0,
+        max_zoom=0.2,
+        max_contrast=0.1,
+        max_brightness=0.03,
+        max_gamma=0.2,
+        max_noise=0.02,
+    ),
+    train=TrainConfig(
+        schedule="one_cycle",
+        learning_rate=2e-3,
+        weight_decay=1e-4,
+        loss="bce_pooled_dice",
+        patience=60,  # a cycle is not cut short
+    ),
+    predict=PredictConfig(smallest_region=0.1),
+)
+
+RECIPES: dict[RecipeName, dict[Target, Config]] = {
+    "original": {"lung": _ORIGINAL, "infection": _ORIGINAL},
+    "robust": {
+        "lung": _ROBUST,
+        "infection": override(_ROBUST, {"augment.consolidation": 0.5}),
+    },
+}
+"""By name and by what is segmented."""
+
+
+def recipe(name: RecipeName, task: TaskName) -> Config:
+    """A recipe for a task.
+
+    "original" is the recipe of the original project; "robust" is the one that the ablation chose.
+
+    Raises:
+      InputError: there is none of that name.
+    """
+    if name not in RECIPES:
+        raise InputError(f"recipe {name!r}: there is {' and '.join(RECIPES)}")
+    target: Target = "lung" if task == "lung" else "infection"
+    return dataclasses.replace(RECIPES[name][target], task=task)

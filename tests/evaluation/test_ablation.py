@@ -1,0 +1,173 @@
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from resunet_jax.config import Config
+from resunet_jax.data.splits import SplitRequest
+from resunet_jax.errors import InputError
+from resunet_jax.evaluation import ablation as module
+from resunet_jax.evaluation.ablation import (
+    ROWS,
+    Row,
+    ablate,
+    configs,
+    find_rows,
+    print_ablation,
+    summarize_runs,
+    to_markdown,
+)
+from resunet_jax.recipes import RECIPES, recipe
+from tests.conftest import Trained
+
+CHANGES = {
+    "preprocess.image_size": 32,
+    "model.filters": [4, 8, 16, 32],
+    "train.epochs": 1,
+    "train.batch_size": 4,
+}
+LUNG_ALIKE = [Row("robust"), Row("other infection", infection={"train.loss": "bce"})]
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.slow
+def test_goes_on_after_a_kill_and_trains_a_shared_lung_model_once(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks: list[str] = []
+    real = module.train
+
+    def train(config: Config, data: Path, workdir: Path, *args, **kwargs):
+        if len(tasks) == 3:
+            tasks.append("killed")
+            raise KilledError
+        tasks.append(config.task if not (workdir / "config.json").exists() else f"{config.task} again")
+        return real(config, data, workdir, *args, **kwargs)
+
+    def run() -> dict:
+        return ablate(
+            LUNG_ALIKE,
+            trained.data,
+            tmp_path / "run",
+            trained.cache,
+            changes=CHANGES,
+            seeds=[3],
+            splits=[SplitRequest(trained.split_file)],
+        )
+
+    monkeypatch.setattr(module, "train", train)
+    with pytest.raises(KilledError):
+        run()
+    first_line = (tmp_path / "run" / "runs.jsonl").read_text()
+    summary = run()
+    lines = (tmp_path / "run" / "runs.jsonl").read_text()
+    assert lines.startswith(first_line)
+    assert tasks == ["lung", "infection", "lung again", "killed", "lung again", "infection"]
+    records = [json.loads(line) for line in lines.splitlines()]
+    assert [(record["row"], record["seed"]) for record in records] == [("robust", 3), ("other infection", 3)]
+    assert len({record["folders"]["lung"] for record in records}) == 1
+    assert {row["case"] for row in records[0]["volumes"]} == {"coronacases_003", "radiopaedia_14_85914_0"}
+    reference, other = summary["rows"]
+    assert reference["lung"]["mean"] == other["lung"]["mean"]
+    assert other["lung"]["difference"] == 0
+    assert reference["infection"]["step_gb"] > 0
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"summary.json", "table.md", "differences.png"}
+    print_ablation(summary)
+    assert "other infection" in capsys.readouterr().out
+
+    monkeypatch.setattr(module, "train", lambda *_, **__: pytest.fail("run again"))
+    assert json.dumps(run()) == json.dumps(summary)
+    (tmp_path / "run" / "runs.jsonl").write_text("{")
+    with pytest.raises(InputError, match=r"runs\.jsonl: damaged"):
+        run()
+
+
+def line(seed: int, dice: dict[str, float | None], seconds: float = 1.0) -> dict:
+    def volume(case: str, structure: str, value: float | None) -> dict:
+        patient = case.split("_", maxsplit=1)[0]
+        return {
+            "case": case,
+            "patient": patient,
+            "structure": structure,
+            "dice": value,
+            "lesion_recall": None if structure == "lung" or value is None else value,
+            "false_lesions": None if structure == "lung" else 2.0,
+        }
+
+    cost = {"seconds_per_step": seconds, "parameters": 10, "step_gb": 0.5}
+    volumes = [volume(case, s, 0.9 if s == "lung" else dice[case]) for case in dice for s in ("lung", "infection")]
+    return {"seed": seed, "volumes": volumes, "cost": {"lung": cost, "infection": cost}}
+
+
+def test_rows_are_compared_volume_by_volume_and_seed_by_seed() -> None:
+    """Volumes differ by more than rows do: unpaired, nothing could be told."""
+    first = [line(0, {"a_1": 0.1, "b_1": 0.9}), line(1, {"a_1": 0.2, "b_1": 0.8})]
+    other = [line(0, {"a_1": 0.15, "b_1": 0.95}, 1.5), line(1, {"a_1": 0.25, "b_1": 0.85}, 1.5)]
+    reference, row = summarize_runs({"first": first, "other": other})
+    assert row["infection"]["mean"] == pytest.approx(0.55)
+    assert row["infection"]["lowest"] == pytest.approx(0.2)
+    for name in ("difference", "difference_low", "difference_high"):
+        assert row["infection"][name] == pytest.approx(0.05)
+    assert reference["infection"]["difference"] == 0
+    assert row["infection"]["ci_low"] < 0.3
+    assert row["infection"]["ci_high"] > 0.8
+    assert row["lung"]["seconds_per_step"] == 1.5
+    assert row["false_lesions"] == 2
+    assert row["lesion_recall"] == pytest.approx(0.55)
+
+
+def test_a_row_may_be_of_the_lung_model_alone() -> None:
+    both = [line(seed, {"a_1": 0.1, "b_1": 0.3}) for seed in (0, 1)]
+    alone = [{**run, "cost": {"lung": run["cost"]["lung"]}} for run in both]
+    for run in alone:
+        run["volumes"] = [row for row in run["volumes"] if row["structure"] == "lung"]
+    rows = summarize_runs({"both": both, "lung alone": alone})
+    assert "infection" not in rows[1]
+    assert rows[1]["lung"]["difference"] == 0
+    assert "| lung alone | 0.9000 |" in to_markdown({"rows": rows})
+    assert set(configs(Row("lung alone", infection=None), {}, 0)) == {"lung"}
+
+
+def test_an_undefined_volume_is_left_out_of_both_rows() -> None:
+    first = [line(seed, {"a_1": 0.1, "b_1": None, "c_1": 0.3}) for seed in (0, 1)]
+    other = [line(0, {"a_1": 0.2, "b_1": 0.5, "c_1": 0.4}), line(1, {"a_1": 0.2, "b_1": None, "c_1": 0.4})]
+    _, row = summarize_runs({"first": first, "other": other})
+    assert row["infection"]["difference"] == pytest.approx(0.1)
+    assert row["infection"]["difference_low"] == pytest.approx(0.1)
+
+
+def test_one_seed_and_one_patient_have_no_interval() -> None:
+    (row,) = summarize_runs({"only": [line(0, {"a_1": 0.4, "a_2": 0.6})]})
+    assert math.isnan(row["infection"]["ci_low"])
+    table = to_markdown({"rows": [row]})
+    assert "| 0.500 | +0.000 |" in table
+    assert "nan" not in table
+
+
+def test_rows_are_found_by_name() -> None:
+    assert find_rows([]) == list(ROWS)
+    assert [row.name for row in find_rows(["original", "robust"])] == ["original", "robust"]
+    with pytest.raises(InputError, match="there are robust, original"):
+        find_rows(["nothing"])
+
+
+def test_every_row_is_a_valid_config_and_differs_from_the_others() -> None:
+    assert len({tuple(configs(row, {}, 0).values()) for row in ROWS}) == len(ROWS)
+    assert len({row.name for row in ROWS}) == len(ROWS)
+
+
+def test_recipes() -> None:
+    original, robust = (recipe(name, "infection") for name in RECIPES)
+    assert original.task == robust.task == "infection"
+    assert dataclasses.replace(original, preprocess=Config().preprocess) == Config(task="infection")
+    assert original.preprocess.normalization == "minmax"
+    assert robust != original
+    with pytest.raises(InputError, match="original and robust"):
+        recipe("best", "lung")  # type: ignore[arg-type]
+    np.testing.assert_allclose(original.preprocess.body_thresholds_minmax, (50 / 255, 175 / 255))
