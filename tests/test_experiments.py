@@ -17,8 +17,8 @@ from resunet_jax import load_model, save_model
 from tests.conftest import ROOT, TINY_FLAGS, Trained, run_script
 
 TRAINING = (
-    "image_size batch_size filters epochs learning_rate seed loss split_seed split_file normalization patience "
-    "patch_factor data_dir workdir cache_dir protocol fold allow_missing dtype remat accumulate_steps "
+    "recipe set image_size batch_size filters epochs learning_rate seed loss split_seed split_file normalization "
+    "patience patch_factor data_dir workdir cache_dir protocol fold allow_missing dtype remat accumulate_steps "
     "compilation_cache_dir"
 )
 
@@ -26,6 +26,7 @@ TRAINING = (
 @pytest.mark.slow
 def test_the_whole_way(phantom: Path, tmp_path: Path) -> None:
     common = (f"--data_dir={phantom}", f"--cache_dir={tmp_path / 'cache'}", *TINY_FLAGS, "--split_seed=1")
+    common += ("--recipe=original", "--set=augment.quarter_turn=0.5")
     lung = ("train_lung", *common, f"--workdir={tmp_path / 'lung'}")
     infection = (
         "train_infection",
@@ -38,6 +39,9 @@ def test_the_whole_way(phantom: Path, tmp_path: Path) -> None:
         assert result.returncode == 0, result.stderr
     assert "resuming" not in result.stderr
     assert len((tmp_path / "lung" / "metrics.jsonl").read_text().splitlines()) == 2
+    config = json.loads((tmp_path / "lung" / "config.json").read_text())
+    assert (config["augment"]["quarter_turn"], config["preprocess"]["normalization"]) == (0.5, "minmax")
+    assert config["train"]["learning_rate"] == 3e-3  # a flag overrides the recipe
     checkpoints = (f"--lung_checkpoint={tmp_path / 'lung'}", f"--infection_checkpoint={tmp_path / 'infection'}")
 
     report = tmp_path / "report"
@@ -121,6 +125,7 @@ def test_check_data(phantom: Path, tmp_path: Path) -> None:
             "input output_dir lung_checkpoint infection_checkpoint probabilities compilation_cache_dir",
         ),
         ("cross_validate", "data_dir workdir cache_dir protocol allow_missing filters epochs"),
+        ("ablate", "data_dir workdir cache_dir protocol split_files rows seeds set filters epochs"),
         ("convert_torch", "task input output_dir output_file"),
         ("check_data", "data_dir json"),
         ("benchmark", "suite rounds json"),
@@ -247,6 +252,36 @@ def bad_image_size(root: Path, trained: Trained) -> Bad:
 def bad_filters(root: Path, trained: Trained) -> Bad:
     flags = [*train_flags(root, trained.data), "--filters=64,many"]
     return "train_lung", flags, "--filters=64,many", root / "run"
+
+
+def bad_field(root: Path, trained: Trained) -> Bad:
+    flags = [*train_flags(root, trained.data), "--set=augment.max_zom=0.3"]
+    return "train_lung", flags, r"flags: unknown field augment\.max_zom", root / "run"
+
+
+def bad_setting(root: Path, trained: Trained) -> Bad:
+    return "train_lung", [*train_flags(root, trained.data), "--set=max_zoom"], "--set=max_zoom: wanted", root / "run"
+
+
+def bad_longer_cycle(root: Path, trained: Trained) -> Bad:
+    """The rate of a cycle depends on its length, so that the run cannot go on as another one."""
+    shutil.copytree(trained.lung, root / "lung")
+    config = json.loads((root / "lung" / "config.json").read_text())
+    config["train"]["schedule"] = "one_cycle"
+    (root / "lung" / "config.json").write_text(json.dumps(config))
+    flags = [*train_flags(root, trained.data), f"--workdir={root / 'lung'}", "--recipe=original"]
+    flags += ["--normalization=window", "--set=preprocess.body_thresholds_minmax=[]", "--set=train.schedule=one_cycle"]
+    return "train_lung", [*flags, f"--split_file={trained.split_file}"], "train.epochs was 2, is 1", None
+
+
+def bad_row(root: Path, trained: Trained) -> Bad:
+    flags = [f"--data_dir={trained.data}", f"--workdir={root / 'run'}", "--protocol=patient_five_fold"]
+    return "ablate", [*flags, "--rows=robust,fast"], "row 'fast': there is none of that name", root / "run"
+
+
+def bad_no_splits(root: Path, trained: Trained) -> Bad:
+    flags = [f"--data_dir={trained.data}", f"--workdir={root / 'run'}"]
+    return "ablate", flags, "give either --protocol or --split_files", root / "run"
 
 
 def bad_few_patients(root: Path, trained: Trained) -> Bad:

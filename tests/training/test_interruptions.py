@@ -26,6 +26,7 @@ class Training:
 
     def __init__(self, trained: Trained, workdir: Path, epochs: int = 1000) -> None:
         self.flags = training_flags("lung", trained, workdir, trained.cache, epochs)
+        self.flags.append("--recipe=original")  # of which the number of epochs may grow
         self.metrics = workdir / "metrics.jsonl"
         self.errors = workdir.with_name("stderr.txt")
         script = ROOT / "experiments" / "train_lung.py"
