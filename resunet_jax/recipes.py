@@ -27,10 +27,10 @@ _ROBUST = Config(
         rotation=0.0,
         max_rotation_deg=15.0,
         max_zoom=0.2,
-        max_contrast=0.1,
-        max_brightness=0.03,
-        max_gamma=0.2,
-        max_noise=0.02,
+        max_contrast=0.25,
+        max_brightness=0.075,
+        max_gamma=0.5,
+        max_noise=0.05,
     ),
     train=TrainConfig(
         schedule="one_cycle",
@@ -46,7 +46,17 @@ RECIPES: dict[RecipeName, dict[Target, Config]] = {
     "original": {"lung": _ORIGINAL, "infection": _ORIGINAL},
     "robust": {
         "lung": _ROBUST,
-        "infection": override(_ROBUST, {"augment.consolidation": 0.5}),
+        "infection": override(
+            _ROBUST,
+            {
+                "augment.consolidation": 0.5,
+                # Less than for the lungs: how bright it is is what tells ground glass.
+                "augment.max_contrast": 0.15,
+                "augment.max_brightness": 0.045,
+                "augment.max_gamma": 0.3,
+                "augment.max_noise": 0.03,
+            },
+        ),
     },
 }
 """By name and by what is segmented."""
