@@ -75,6 +75,27 @@ def save_overlays(path: Path, overlays: Sequence[Overlay], note: str = "") -> No
     _save(figure, path, dpi=110)
 
 
+def save_comparison(path: Path, slices: Mapping[str, Sequence[tuple[float, Overlay]]]) -> None:
+    """A row a slice: CT, reference, and what each of several models predicted, with its Dice of the volume.
+
+    Args:
+      path: PNG to write.
+      slices: by the name of the model, (Dice, slice) of the same slices in the same order.
+    """
+    columns = list(slices.values())
+    figure, axes = _grid(len(columns[0]), 2 + len(columns))
+    for place, row in enumerate(axes):
+        overlay = columns[0][place][1]
+        _show(row[0], overlay.image, overlay.title)
+        _show(row[1], overlay.image, "reference")
+        _tint(row[1], overlay.reference)
+        for axis, (name, column) in zip(row[2:], slices.items(), strict=True):
+            dice, own = column[place]
+            _show(axis, own.image, f"{name}, Dice {dice:.3f}")
+            _tint(axis, own.predicted)
+    _save(figure, path, dpi=110)
+
+
 def save_loss_curves(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
     """Training and, where there is one, validation loss and Dice by epoch, with the chosen epoch's values marked."""
     figure, axes = _grid(1, 2, cell=4.5)

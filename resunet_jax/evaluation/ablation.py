@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +18,13 @@ from rich.table import Table
 from resunet_jax.config import Config, override, to_dict
 from resunet_jax.data.cases import find_cases, require_infection_masks
 from resunet_jax.data.splits import Split, SplitRequest, make_split
+from resunet_jax.data.volumes import Array
 from resunet_jax.errors import InputError
 from resunet_jax.evaluation.evaluate import nan_to_none
 from resunet_jax.evaluation.report import wide_console, write_report
 from resunet_jax.evaluation.run import evaluate
 from resunet_jax.evaluation.statistics import seed_patient_interval
-from resunet_jax.figures import save_differences
+from resunet_jax.figures import Overlay, save_comparison, save_differences
 from resunet_jax.files import check_output_dir, locked, make_output_dir, whole_folder, write_text
 from resunet_jax.progress import logger
 from resunet_jax.recipes import RecipeName, Target, recipe
@@ -32,6 +35,9 @@ from resunet_jax.training.steps import compile_train_step
 
 RUNS = "runs.jsonl"
 """File of a workdir with one JSON line a run."""
+
+_SLICES = "slices.npz"
+_MOST_COMPARED = 4
 
 _KEPT = ("case", "patient", "structure", "dice", "nsd", "lesion_recall", "false_lesions", "reference_lung_part")
 
@@ -134,13 +140,15 @@ def ablate(
 ) -> dict[str, Any]:
     """Trains and tests every row with every seed on every split; goes on where it was killed.
 
-    A lung model is trained once for all rows that have the same; a run whose line is in runs.jsonl is not run again.
+    A lung model is trained once for all rows that have the same. A run whose line is in runs.jsonl and whose report is
+    there is not run again; where one of them is missing, it is tested again, not trained.
 
     Args:
       rows: the first is what the others are compared with.
       data_dir: see `find_cases`.
       workdir: gets lung/ and infection/ with the trainings, reports/, runs.jsonl, summary.json, table.md,
-        differences.png and versions.json.
+        differences.png, comparison.png (a slice of the first row's best, median and worst case, by the first four
+        rows and the first seed) and versions.json.
       cache_dir: see `prepare_cases`.
       changes: of every row, before its own; see `override`.
       seeds: of the trainings.
@@ -174,7 +182,7 @@ def ablate(
             title = (
                 f"run {number} of {len(plan)}: {run.row.name}, seed {run.seed}, {run.split.protocol or 'split file'}"
             )
-            if run.key in lines:
+            if run.key in lines and (workdir / "reports" / run.key / _SLICES).is_file():
                 logger.info("%s: done before", title)
                 continue
             logger.info("%s", title)
@@ -188,6 +196,7 @@ def ablate(
         write_text(workdir / "summary.json", json.dumps(nan_to_none(summary), indent=2, ensure_ascii=False) + "\n")
         write_text(workdir / "table.md", to_markdown(summary))
         save_differences(workdir / "differences.png", summary["rows"])
+        _compare_slices(workdir, rows[:_MOST_COMPARED], [run for run in plan if run.seed == seeds[0]])
     return summary
 
 
@@ -240,9 +249,10 @@ def _run(
         infection_checkpoint=folders.get("infection"),
         batch_size=run.configs["lung"].train.batch_size,
     )
-    if not report.exists():
-        with whole_folder(report) as partial:
-            write_report(evaluation, partial)
+    shutil.rmtree(report, ignore_errors=True)  # of a run whose line was lost
+    with whole_folder(report) as partial:
+        write_report(evaluation, partial)
+        _save_slices(partial / _SLICES, evaluation.overlays)
     return {
         "key": run.key,
         "row": run.row.name,
@@ -263,6 +273,53 @@ def _cost(config: Config, lung: Config | None, history: History) -> dict[str, fl
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.variables["params"])),
         "step_gb": step.memory_analysis().temp_size_in_bytes / 1e9,
     }
+
+
+def _save_slices(file: Path, overlays: Sequence[tuple[float, Overlay]]) -> None:
+    """The slices of an evaluation that are worth a picture, to be drawn beside those of other runs."""
+    arrays: dict[str, Any] = {}
+    for number, (dice, overlay) in enumerate(overlays):
+        arrays |= {f"{number}.title": overlay.title, f"{number}.dice": dice, f"{number}.image": overlay.image}
+        for kind, masks in (("reference", overlay.reference), ("predicted", overlay.predicted)):
+            arrays |= {f"{number}.{kind}.{name}": mask for name, mask in masks.items()}
+    np.savez_compressed(file, allow_pickle=False, **arrays)
+
+
+def _load_slices(file: Path) -> list[tuple[float, Overlay]]:
+    def masks(number: int, kind: str) -> dict[str, Array]:
+        prefix = f"{number}.{kind}."
+        return {name.removeprefix(prefix): arrays[name] for name in arrays if name.startswith(prefix)}
+
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return [
+                (
+                    float(arrays[f"{number}.dice"]),
+                    Overlay(
+                        str(arrays[f"{number}.title"]),
+                        arrays[f"{number}.image"],
+                        masks(number, "reference"),
+                        masks(number, "predicted"),
+                    ),
+                )
+                for number in range(sum(name.endswith(".title") for name in arrays))
+            ]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{file}: damaged ({error}); delete {file.parent}, the run is tested again") from error
+
+
+def _compare_slices(workdir: Path, rows: Sequence[Row], plan: Sequence[Run]) -> None:
+    """Draws the same slices by several rows side by side."""
+    by_row = {
+        row.name: [
+            pair for run in plan if run.row is row for pair in _load_slices(workdir / "reports" / run.key / _SLICES)
+        ]
+        for row in rows
+    }
+    first = by_row[rows[0].name]
+    ranked = sorted((i for i in range(len(first)) if not math.isnan(first[i][0])), key=lambda i: -first[i][0])
+    picks = dict.fromkeys((ranked[0], ranked[len(ranked) // 2], ranked[-1])) if ranked else [0]
+    save_comparison(workdir / "comparison.png", {name: [slices[i] for i in picks] for name, slices in by_row.items()})
 
 
 def summarize_runs(lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:

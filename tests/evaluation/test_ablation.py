@@ -77,12 +77,19 @@ def test_goes_on_after_a_kill_and_trains_a_shared_lung_model_once(
     assert reference["lung"]["mean"] == other["lung"]["mean"]
     assert other["lung"]["difference"] == 0
     assert reference["infection"]["step_gb"] > 0
-    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"summary.json", "table.md", "differences.png"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"summary.json", "table.md", "comparison.png"}
+    (report, *_) = (tmp_path / "run" / "reports").iterdir()
+    slices = module._load_slices(report / "slices.npz")
+    assert [overlay.title.split()[0] for _, overlay in slices] == ["coronacases_003", "radiopaedia_14_85914_0"]
+    assert all(set(o.reference) == set(o.predicted) == {"lung", "infection"} for _, o in slices)
     print_ablation(summary)
     assert "other infection" in capsys.readouterr().out
 
     monkeypatch.setattr(module, "train", lambda *_, **__: pytest.fail("run again"))
     assert json.dumps(run()) == json.dumps(summary)
+    (report / "slices.npz").write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"slices\.npz: damaged"):
+        run()
     (tmp_path / "run" / "runs.jsonl").write_text("{")
     with pytest.raises(InputError, match=r"runs\.jsonl: damaged"):
         run()
