@@ -319,7 +319,7 @@ def bad_other_architecture(root: Path, trained: Trained) -> Bad:
 
 def bad_other_preprocessing(root: Path, trained: Trained) -> Bad:
     flags = [*train_flags(root, trained.data), f"--lung_checkpoint={trained.lung}", "--normalization=minmax"]
-    return "train_infection", flags, "the same --image_size and --normalization", root / "run"
+    return "train_infection", flags, "the same --recipe, --image_size and --normalization", root / "run"
 
 
 def bad_output_folder(root: Path, trained: Trained) -> Bad:

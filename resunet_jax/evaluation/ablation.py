@@ -186,7 +186,8 @@ def ablate(
                 logger.info("%s: done before", title)
                 continue
             logger.info("%s", title)
-            lines[run.key] = _run(run, data_dir, workdir, cache_dir, should_stop)
+            lung_costs = {line["folders"]["lung"]: line["cost"]["lung"] for line in lines.values()}
+            lines[run.key] = _run(run, data_dir, workdir, cache_dir, lung_costs=lung_costs, should_stop=should_stop)
             write_text(workdir / RUNS, "".join(json.dumps(line) + "\n" for line in lines.values()))
         summary: dict[str, Any] = {
             "rows": summarize_runs({row.name: _of(row, plan, lines) for row in rows}),
@@ -225,21 +226,35 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _run(
-    run: Run, data_dir: Path, workdir: Path, cache_dir: Path, should_stop: Callable[[int], bool]
+    run: Run,
+    data_dir: Path,
+    workdir: Path,
+    cache_dir: Path,
+    *,
+    lung_costs: Mapping[str, dict[str, float]],
+    should_stop: Callable[[int], bool],
 ) -> dict[str, Any]:
-    folders, cost = {}, {}
+    """A run's line; lung models whose folder is in `lung_costs` are trained."""
+    folders = {
+        task: workdir / task / (run.key if task == "infection" else run.digest(config))
+        for task, config in run.configs.items()
+    }
+    name = _name(folders["lung"], workdir)
+    cost: dict[Target, dict[str, float]] = {"lung": lung_costs[name]} if name in lung_costs else {}
     for task, config in run.configs.items():
-        folders[task] = workdir / task / (run.key if task == "infection" else run.digest(config))
-        history = train(
-            config,
-            data_dir,
-            folders[task],
-            cache_dir,
-            split=run.request,
-            lung_checkpoint=folders["lung"] if task == "infection" else None,
-            should_stop=should_stop,
-        )
-        cost[task] = _cost(config, run.configs["lung"] if task == "infection" else None, history)
+        if task not in cost:
+            uses_lung = task == "infection"
+            lung = folders["lung"] if uses_lung else None
+            history = train(
+                config,
+                data_dir,
+                folders[task],
+                cache_dir,
+                split=run.request,
+                lung_checkpoint=lung,
+                should_stop=should_stop,
+            )
+            cost[task] = _cost(config, run.configs["lung"] if uses_lung else None, history)
     report = workdir / "reports" / run.key
     evaluation = evaluate(
         data_dir,
@@ -260,8 +275,12 @@ def _run(
         "split": dataclasses.asdict(run.split),
         "volumes": nan_to_none([{name: row[name] for name in _KEPT} for row in evaluation.volumes]),
         "cost": cost,
-        "folders": {task: str(folder.relative_to(workdir)) for task, folder in folders.items()},
+        "folders": {task: _name(folder, workdir) for task, folder in folders.items()},
     }
+
+
+def _name(folder: Path, workdir: Path) -> str:
+    return folder.relative_to(workdir).as_posix()
 
 
 def _cost(config: Config, lung: Config | None, history: History) -> dict[str, float]:
