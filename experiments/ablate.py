@@ -23,7 +23,8 @@ flags.adopt_module_key_flags(cli)  # so that --help shows them
 
 def main() -> None:
     """Runs the ablation by the flags."""
-    from resunet_jax.evaluation.ablation import ablate, find_rows, print_ablation
+    from resunet_jax.evaluation.ablation import ablate, find_rows
+    from resunet_jax.evaluation.ablation_table import print_ablation
 
     workdir = Path(FLAGS.workdir)
     summary = ablate(

@@ -17,6 +17,7 @@ Normalization = Literal["window", "minmax"]
 LossName = Literal["bce", "dice", "bce_dice", "bce_pooled_dice"]
 ScheduleName = Literal["step", "one_cycle"]
 TaskName = Literal["lung", "infection", "infection_ct"]
+Target = Literal["lung", "infection"]
 
 _MOST_CHANGE = {
     "max_rotation_deg": 180.0,

@@ -178,17 +178,15 @@ def save_boxes(path: Path, rows: Sequence[Mapping[str, Any]], metrics: Sequence[
     _save(figure, path, dpi=110)
 
 
-def save_differences(path: Path, rows: Sequence[Mapping[str, Any]], note: str = "") -> None:
+def save_differences(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """How each row of an ablation differs from the first one in mean Dice, with its 95 % interval; a panel a structure.
 
     Args:
       path: PNG to write.
       rows: see `summarize_runs`.
-      note: above it all.
     """
     figure = Figure(figsize=(10, 1.2 + 0.32 * len(rows)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    figure.suptitle(note, fontsize=8)
     for axis, structure in zip(axes, ("lung", "infection"), strict=True):
         axis.axvline(0, color="gray", linewidth=0.8)
         for place, values in enumerate(row.get(structure) for row in rows):

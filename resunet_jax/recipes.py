@@ -1,17 +1,24 @@
 """Named recipes: whole configs to train by, of which any field can be overridden.
 
-What is in "robust", and what was tried and left out, was decided by `experiments/ablate.py`; the tables are in
-BUILD_NOTES.md.
+Why "robust" is what it is, what was tried and left out, and what is not proven yet, is in BUILD_NOTES.md.
 """
 
 import dataclasses
 from typing import Literal
 
-from resunet_jax.config import AugmentConfig, Config, PredictConfig, PreprocessConfig, TaskName, TrainConfig, override
+from resunet_jax.config import (
+    AugmentConfig,
+    Config,
+    PredictConfig,
+    PreprocessConfig,
+    Target,
+    TaskName,
+    TrainConfig,
+    override,
+)
 from resunet_jax.errors import InputError
 
 RecipeName = Literal["original", "robust"]
-Target = Literal["lung", "infection"]
 
 DEFAULT_RECIPE: RecipeName = "robust"
 
@@ -65,7 +72,7 @@ RECIPES: dict[RecipeName, dict[Target, Config]] = {
 def recipe(name: RecipeName, task: TaskName) -> Config:
     """A recipe for a task.
 
-    "original" is the recipe of the original project; "robust" is the one that the ablation chose.
+    "original" is the recipe of the original project; "robust" is meant for scans of other scanners and other patients.
 
     Raises:
       InputError: there is none of that name.

@@ -2,13 +2,15 @@
 
 import contextlib
 import fcntl
+import itertools
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -135,6 +137,24 @@ def training_flags(task: str, trained: Trained, workdir: Path, cache: Path, epoc
         *TINY_FLAGS,
         *lung,
     ]
+
+
+class KilledError(Exception):
+    """Ends a run as a kill would, where `kill_at` was told to."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, module: ModuleType, call: int) -> list[Path]:
+    """Lets a module's `train` raise a `KilledError` once, at the call of that number; returns the folders trained."""
+    real, calls, trained = module.train, itertools.count(1), []
+
+    def train(config: Config, data: Path, workdir: Path, *args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            raise KilledError
+        trained.append(workdir)
+        return real(config, data, workdir, *args, **kwargs)
+
+    monkeypatch.setattr(module, "train", train)
+    return trained
 
 
 @pytest.fixture

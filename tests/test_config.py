@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TrainConfig, from_dict, to_dict
+from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TrainConfig, from_dict, override, to_dict
 from resunet_jax.errors import InputError
 
 
@@ -51,3 +51,28 @@ def test_configs_are_frozen_and_hashable() -> None:
 def test_bad_values_are_named(change: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         from_dict(change, "config.json")
+
+
+def test_override_changes_what_it_names_and_nothing_else() -> None:
+    changed = override(
+        Config(task="infection"), {"train.loss": "dice", "augment.max_zoom": 0.3, "model.filters": [1, 2, 3, 4]}
+    )
+    assert (changed.train.loss, changed.augment.max_zoom, changed.model.filters) == ("dice", 0.3, (1, 2, 3, 4))
+    assert override(
+        changed, {"train.loss": "bce", "augment.max_zoom": 0, "model.filters": [64, 128, 256, 512]}
+    ) == Config(task="infection")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("augment.max_zom", r"flags: unknown field augment\.max_zom"),
+        ("augmentation.max_zoom", r"flags: there is no augmentation\.max_zoom"),
+        ("task.name", r"flags: there is no task\.name"),
+        ("train.loss", r"flags: train\.loss is 0\.3; expected str"),
+        ("augment.consolidation", "consolidation is 3"),
+    ],
+)
+def test_a_bad_override_is_named(path: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        override(Config(), {path: 3.0 if "consolidation" in path else 0.3}, "flags")

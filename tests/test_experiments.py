@@ -254,29 +254,8 @@ def bad_filters(root: Path, trained: Trained) -> Bad:
     return "train_lung", flags, "--filters=64,many", root / "run"
 
 
-def bad_field(root: Path, trained: Trained) -> Bad:
-    flags = [*train_flags(root, trained.data), "--set=augment.max_zom=0.3"]
-    return "train_lung", flags, r"flags: unknown field augment\.max_zom", root / "run"
-
-
 def bad_setting(root: Path, trained: Trained) -> Bad:
     return "train_lung", [*train_flags(root, trained.data), "--set=max_zoom"], "--set=max_zoom: wanted", root / "run"
-
-
-def bad_longer_cycle(root: Path, trained: Trained) -> Bad:
-    """The rate of a cycle depends on its length, so that the run cannot go on as another one."""
-    shutil.copytree(trained.lung, root / "lung")
-    config = json.loads((root / "lung" / "config.json").read_text())
-    config["train"]["schedule"] = "one_cycle"
-    (root / "lung" / "config.json").write_text(json.dumps(config))
-    flags = [*train_flags(root, trained.data), f"--workdir={root / 'lung'}", "--recipe=original"]
-    flags += ["--normalization=window", "--set=preprocess.body_thresholds_minmax=[]", "--set=train.schedule=one_cycle"]
-    return "train_lung", [*flags, f"--split_file={trained.split_file}"], "train.epochs was 2, is 1", None
-
-
-def bad_row(root: Path, trained: Trained) -> Bad:
-    flags = [f"--data_dir={trained.data}", f"--workdir={root / 'run'}", "--protocol=patient_five_fold"]
-    return "ablate", [*flags, "--rows=robust,fast"], "row 'fast': there is none of that name", root / "run"
 
 
 def bad_no_splits(root: Path, trained: Trained) -> Bad:

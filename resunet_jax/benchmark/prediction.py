@@ -14,12 +14,13 @@ import numpy as np
 
 from resunet_jax.benchmark.measure import Row, alternate, in_subprocess, load_rival, row
 from resunet_jax.benchmark.training import FULL, NARROW
-from resunet_jax.config import Config, ModelConfig, TaskName
+from resunet_jax.config import TaskName, override
 from resunet_jax.data.phantom import PhantomConfig, make_phantom
 from resunet_jax.data.prepared import prepare_volume
 from resunet_jax.data.volumes import read_volume
 from resunet_jax.inference.segment import Segmenter, segment_scan
 from resunet_jax.model.resunet import init_variables
+from resunet_jax.recipes import DEFAULT_RECIPE, recipe
 from resunet_jax.training.checkpoints import LoadedModel, save_model
 from resunet_jax.training.tasks import build_model
 
@@ -72,7 +73,7 @@ def _make_segmenter(scan: Path, filters: tuple[int, int, int, int]) -> Segmenter
     """Random weights, with a threshold for the lung that `LUNG_PART` of the slices reach."""
 
     def loaded(task: TaskName, seed: int) -> LoadedModel:
-        config = Config(task=task, model=ModelConfig(filters=filters))
+        config = override(recipe(DEFAULT_RECIPE, task), {"model.filters": list(filters)})
         model = build_model(config)
         return LoadedModel(model, init_variables(model, jax.random.key(seed)), config)
 

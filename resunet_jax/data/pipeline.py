@@ -2,15 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import grain
 import numpy as np
 import numpy.typing as npt
 
+from resunet_jax.config import Target
 from resunet_jax.data.prepared import PreparedCase
-
-Target = Literal["lung", "infection"]
 
 _READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)  # more only wait for each other (the GIL)
 

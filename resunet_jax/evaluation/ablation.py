@@ -12,22 +12,20 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.box import SIMPLE
-from rich.table import Table
 
-from resunet_jax.config import Config, override, to_dict
+from resunet_jax.config import Config, Target, override, to_dict
 from resunet_jax.data.cases import find_cases, require_infection_masks
 from resunet_jax.data.splits import Split, SplitRequest, make_split
 from resunet_jax.data.volumes import Array
 from resunet_jax.errors import InputError
+from resunet_jax.evaluation.ablation_table import summarize_runs, to_markdown
 from resunet_jax.evaluation.evaluate import nan_to_none
-from resunet_jax.evaluation.report import wide_console, write_report
+from resunet_jax.evaluation.report import write_report
 from resunet_jax.evaluation.run import evaluate
-from resunet_jax.evaluation.statistics import seed_patient_interval
 from resunet_jax.figures import Overlay, save_comparison, save_differences
 from resunet_jax.files import check_output_dir, locked, make_output_dir, whole_folder, write_text
 from resunet_jax.progress import logger
-from resunet_jax.recipes import RecipeName, Target, recipe
+from resunet_jax.recipes import RecipeName, recipe
 from resunet_jax.training.checkpoints import History
 from resunet_jax.training.fit import never
 from resunet_jax.training.run import train, versions
@@ -144,7 +142,7 @@ def ablate(
     there is not run again; where one of them is missing, it is tested again, not trained.
 
     Args:
-      rows: the first is what the others are compared with.
+      rows: the first is what the others are compared with, so it trains both models unless none does.
       data_dir: see `find_cases`.
       workdir: gets lung/ and infection/ with the trainings, reports/, runs.jsonl, summary.json, table.md,
         differences.png, comparison.png (a slice of the first row's best, median and worst case, by the first four
@@ -163,6 +161,8 @@ def ablate(
       StoppedError: see `fit`.
     """
     check_output_dir(workdir)
+    if rows[0].infection is None and any(row.infection is not None for row in rows):
+        raise InputError(f"row {rows[0].name!r} has no infection model to compare with; put another row first")
     cases = find_cases(data_dir)
     require_infection_masks(cases)
     made = [(request, make_split(cases, request)) for request in splits]
@@ -234,13 +234,13 @@ def _run(
     lung_costs: Mapping[str, dict[str, float]],
     should_stop: Callable[[int], bool],
 ) -> dict[str, Any]:
-    """A run's line; lung models whose folder is in `lung_costs` are trained."""
+    """A run's line; the lung models whose folders are in `lung_costs` have been trained before, at that cost."""
     folders = {
         task: workdir / task / (run.key if task == "infection" else run.digest(config))
         for task, config in run.configs.items()
     }
-    name = _name(folders["lung"], workdir)
-    cost: dict[Target, dict[str, float]] = {"lung": lung_costs[name]} if name in lung_costs else {}
+    lung_folder = _within(workdir, folders["lung"])
+    cost: dict[Target, dict[str, float]] = {"lung": lung_costs[lung_folder]} if lung_folder in lung_costs else {}
     for task, config in run.configs.items():
         if task not in cost:
             uses_lung = task == "infection"
@@ -275,11 +275,11 @@ def _run(
         "split": dataclasses.asdict(run.split),
         "volumes": nan_to_none([{name: row[name] for name in _KEPT} for row in evaluation.volumes]),
         "cost": cost,
-        "folders": {task: _name(folder, workdir) for task, folder in folders.items()},
+        "folders": {task: _within(workdir, folder) for task, folder in folders.items()},
     }
 
 
-def _name(folder: Path, workdir: Path) -> str:
+def _within(workdir: Path, folder: Path) -> str:
     return folder.relative_to(workdir).as_posix()
 
 
@@ -339,139 +339,3 @@ def _compare_slices(workdir: Path, rows: Sequence[Row], plan: Sequence[Run]) -> 
     ranked = sorted((i for i in range(len(first)) if not math.isnan(first[i][0])), key=lambda i: -first[i][0])
     picks = dict.fromkeys((ranked[0], ranked[len(ranked) // 2], ranked[-1])) if ranked else [0]
     save_comparison(workdir / "comparison.png", {name: [slices[i] for i in picks] for name, slices in by_row.items()})
-
-
-def summarize_runs(lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """A row a recipe, each compared with the first one, volume by volume and seed by seed.
-
-    Args:
-      lines: by row, its runs as in runs.jsonl, the same seeds and splits in each.
-
-    Returns:
-      for each row "name"; for "lung" and, where it was trained, "infection" a dict of "mean", "ci_low", "ci_high",
-      "lowest" (of the volumes' means over seeds), "difference" to the first row with "difference_low" and
-      "difference_high" (95 % intervals over seeds and patients, see `seed_patient_interval`), "seconds_per_step",
-      "parameters" and "step_gb"; "lesion_recall" and "false_lesions" (means). Undefined numbers are NaN.
-    """
-    tables = {name: {s: _table(runs, s) for s in runs[0]["cost"]} for name, runs in lines.items()}
-    first = next(iter(tables.values()))
-    return [
-        {
-            "name": name,
-            **{s: {**_compare(table, first[s]), **_mean_cost(runs, s)} for s, table in tables[name].items()},
-            **{metric: _mean(runs, metric) for metric in ("lesion_recall", "false_lesions")},
-        }
-        for name, runs in lines.items()
-    ]
-
-
-class _Dice(NamedTuple):
-    """Dice by seed and volume; volumes of several splits stand side by side."""
-
-    values: np.ndarray[Any, np.dtype[np.float64]]
-    patients: list[str]
-
-
-def _table(runs: Sequence[Mapping[str, Any]], structure: str) -> _Dice:
-    rows = [(run["seed"], row) for run in runs for row in run["volumes"] if row["structure"] == structure]
-    seeds, cases = sorted({seed for seed, _ in rows}), list(dict.fromkeys(row["case"] for _, row in rows))
-    values = np.full((len(seeds), len(cases)), np.nan)
-    for seed, row in rows:
-        values[seeds.index(seed), cases.index(row["case"])] = math.nan if row["dice"] is None else row["dice"]
-    patients = {row["case"]: row["patient"] for _, row in rows}
-    return _Dice(values, [patients[case] for case in cases])
-
-
-def _compare(dice: _Dice, first: _Dice) -> dict[str, float]:
-    low, high = _interval(dice.values, dice.patients)
-    change = dice.values - first.values
-    change_low, change_high = _interval(change, dice.patients)
-    by_volume = [column[~np.isnan(column)] for column in dice.values.T]
-    return {
-        "mean": float(np.nanmean(dice.values)),
-        "ci_low": low,
-        "ci_high": high,
-        "lowest": float(min(column.mean() for column in by_volume if column.size)),
-        "difference": float(np.nanmean(change)),
-        "difference_low": change_low,
-        "difference_high": change_high,
-    }
-
-
-def _interval(values: np.ndarray[Any, np.dtype[np.float64]], patients: Sequence[str]) -> tuple[float, float]:
-    """Over the volumes that are defined for every seed."""
-    whole = ~np.isnan(values).any(axis=0)
-    return seed_patient_interval(values[:, whole], [p for p, kept in zip(patients, whole, strict=True) if kept])
-
-
-def _mean_cost(runs: Sequence[Mapping[str, Any]], structure: str) -> dict[str, float]:
-    costs = [run["cost"][structure] for run in runs]
-    return {
-        name: float(np.median([cost[name] for cost in costs])) for name in ("seconds_per_step", "parameters", "step_gb")
-    }
-
-
-def _mean(runs: Sequence[Mapping[str, Any]], metric: str) -> float:
-    rows = [row for run in runs for row in run["volumes"] if row["structure"] == "infection"]
-    values = [row[metric] for row in rows if row[metric] is not None]
-    return float(np.mean(values)) if values else math.nan
-
-
-_COLUMNS = (
-    "row",
-    "lung Dice",
-    "lowest",
-    "change",
-    "infection Dice",
-    "change",
-    "lesions found",
-    "false lesions",
-    "s/step",
-    "parameters",
-    "GB/step",
-)
-
-
-def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    lung, infection = row["lung"], row.get("infection")
-    trained = [structure for structure in (lung, infection) if structure]
-    return (
-        row["name"],
-        f"{lung['mean']:.4f}",
-        f"{lung['lowest']:.4f}",
-        _change(lung),
-        _with_interval(f"{infection['mean']:.3f}", infection["ci_low"], infection["ci_high"]) if infection else "–",
-        _change(infection) if infection else "–",
-        f"{row['lesion_recall']:.2f}" if infection else "–",
-        f"{row['false_lesions']:.1f}" if infection else "–",
-        " + ".join(f"{structure['seconds_per_step']:.2f}" for structure in trained),
-        f"{sum(structure['parameters'] for structure in trained) / 1e6:.2f} M",
-        f"{max(structure['step_gb'] for structure in trained):.2f}",
-    )
-
-
-def _change(values: Mapping[str, float]) -> str:
-    return _with_interval(f"{values['difference']:+.3f}", values["difference_low"], values["difference_high"], "+")
-
-
-def _with_interval(text: str, low: float, high: float, sign: str = "") -> str:
-    return text if math.isnan(low) else f"{text} ({low:{sign}.3f} to {high:{sign}.3f})"
-
-
-def print_ablation(summary: Mapping[str, Any]) -> None:
-    """The table in the terminal."""
-    console = wide_console()
-    console.print(f"Seeds: {', '.join(map(str, summary['seeds']))}; {'; '.join(summary['splits'])}")
-    console.print("Dice on the native grid; in brackets 95 % over seeds and patients; change against the first row")
-    table = Table(box=SIMPLE, pad_edge=False)
-    for number, name in enumerate(_COLUMNS):
-        table.add_column(name, justify="right" if number else "left")
-    for row in summary["rows"]:
-        table.add_row(*_cells(row))
-    console.print(table)
-
-
-def to_markdown(summary: Mapping[str, Any]) -> str:
-    """The same table for a document."""
-    lines = [_COLUMNS, ("---",) * len(_COLUMNS), *(_cells(row) for row in summary["rows"])]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

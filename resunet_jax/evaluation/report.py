@@ -97,7 +97,7 @@ def print_table(evaluation: Evaluation) -> None:
                 f"{row['case']}, {row['structure']}: {_EMPTY[row['empty']]}; – is undefined, left out of means"
             )
     if loads := dice_by_load(evaluation.volumes):
-        console.print(f"Dice of the infection by how much of the lung it takes: {describe_loads(loads)}")
+        console.print(f"Dice of the infection by how much of the lung it takes: {_describe_loads(loads)}")
     for structure, calibration in evaluation.calibration.items():
         numbers = f"expected error {calibration.expected_error:.4f}, Brier {calibration.brier:.4f}"
         console.print(f"Calibration of {structure}, model grid: {numbers}")
@@ -124,7 +124,7 @@ def add_summary(table: Table, summary: Mapping[str, Mapping[str, Mapping[str, fl
         )
 
 
-def describe_loads(loads: Mapping[str, Mapping[str, float]]) -> str:
+def _describe_loads(loads: Mapping[str, Mapping[str, float]]) -> str:
     """What `dice_by_load` returns, in a line."""
     return ", ".join(f"{name}: {group['mean']:.3f} ({group['volumes']:.0f} volumes)" for name, group in loads.items())
 

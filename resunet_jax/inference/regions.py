@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-_FINEST = 128  # pixels on a side on which regions are looked for: labels take eight bytes a pixel
+_FINEST = 128  # pixels on a side on which regions are looked for: labels take four bytes a pixel
 
 
 def large_regions(mask: npt.NDArray[np.bool_], smallest: float) -> npt.NDArray[np.bool_]:
@@ -27,8 +27,11 @@ def large_regions(mask: npt.NDArray[np.bool_], smallest: float) -> npt.NDArray[n
     while size % block:
         block -= 1
     coarse = mask.reshape(slices, size // block, block, size // block, block).any(axis=(2, 4))
-    regions, _ = ndimage.label(coarse)
-    sizes = np.bincount(regions.ravel())
+    regions, count = ndimage.label(coarse)
+    # Slice by slice: `bincount` makes a copy of eight bytes a pixel.
+    sizes = np.zeros(count + 1, np.int64)
+    for labels in regions:
+        sizes += np.bincount(labels.ravel(), minlength=count + 1)
     sizes[0] = 0
     stays = sizes >= smallest * sizes.max()
     stays[0] = False

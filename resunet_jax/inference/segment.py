@@ -288,7 +288,7 @@ def write_masks(
                 grid, slices = part.grid, part.grid.oriented_shape[-1]
                 shape = (slices, *part.images.shape[1:])
                 found = {name: stack.enter_context(_disk_array(shape)) for name in segmenter.structures}
-                advance = stack.enter_context(progress(scan.name, -(-slices // _SLICES_IN_MEMORY)))
+                advance = stack.enter_context(progress(scan.name, 2 * -(-slices // _SLICES_IN_MEMORY)))
             for name, probabilities in segmenter.probabilities(part.images).items():
                 found[name][part.start : part.start + len(probabilities)] = probabilities
             boxes.append(part.boxes)
@@ -297,15 +297,17 @@ def write_masks(
         paths = mask_paths(scan, output_dir, segmenter, save_probabilities)
         kinds = [np.float32 if path.name.endswith("_probability.nii.gz") else np.uint8 for path in paths]
         writers = [stack.enter_context(nifti_writer(p, kind, grid)) for p, kind in zip(paths, kinds, strict=True)]
+        all_boxes = np.concatenate(boxes)
         for start in range(0, slices, _SLICES_IN_MEMORY):
             arrays: list[Array] = []
+            some = slice(start, start + _SLICES_IN_MEMORY)
             for name, probabilities in found.items():
-                part_ = slice(start, start + _SLICES_IN_MEMORY)
-                pasted = native_slices(probabilities[part_], np.concatenate(boxes)[part_], grid.oriented_shape[:2])
+                pasted = native_slices(probabilities[some], all_boxes[some], grid.oriented_shape[:2])
                 native = np.stack(list(pasted), axis=-1)
                 arrays += [(native > segmenter.threshold(name)).astype(np.uint8), *([native] * save_probabilities)]
             for write, array in zip(writers, arrays, strict=True):
                 write(start, array)
+            advance("")
     return paths
 
 

@@ -5,8 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from resunet_jax.config import Config, TaskName
-from resunet_jax.data.pipeline import Target
+from resunet_jax.config import Config, Target, TaskName
 from resunet_jax.model.conv import Convolution
 from resunet_jax.model.resunet import ResUnet
 

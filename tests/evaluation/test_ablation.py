@@ -10,18 +10,10 @@ from resunet_jax.config import Config
 from resunet_jax.data.splits import SplitRequest
 from resunet_jax.errors import InputError
 from resunet_jax.evaluation import ablation as module
-from resunet_jax.evaluation.ablation import (
-    ROWS,
-    Row,
-    ablate,
-    configs,
-    find_rows,
-    print_ablation,
-    summarize_runs,
-    to_markdown,
-)
+from resunet_jax.evaluation.ablation import ROWS, Row, ablate, configs, find_rows
+from resunet_jax.evaluation.ablation_table import print_ablation, summarize_runs, to_markdown
 from resunet_jax.recipes import RECIPES, recipe
-from tests.conftest import Trained
+from tests.conftest import KilledError, Trained, kill_at
 
 CHANGES = {
     "preprocess.image_size": 32,
@@ -32,23 +24,13 @@ CHANGES = {
 LUNG_ALIKE = [Row("robust"), Row("other infection", infection={"train.loss": "bce"})]
 
 
-class KilledError(Exception):
-    pass
-
-
 @pytest.mark.slow
 def test_goes_on_after_a_kill_and_trains_a_shared_lung_model_once(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tasks: list[str] = []
-    real = module.train
-
-    def train(config: Config, data: Path, workdir: Path, *args, **kwargs):
-        if len(tasks) == 2:
-            tasks.append("killed")
-            raise KilledError
-        tasks.append(config.task)
-        return real(config, data, workdir, *args, **kwargs)
+    split_file = tmp_path / "split.json"
+    split_file.write_text('{"train": ["coronacases_001", "coronacases_002"], "val": [], "test": ["coronacases_003"]}')
+    trained_folders = kill_at(monkeypatch, module, call=3)
 
     def run() -> dict:
         return ablate(
@@ -58,21 +40,20 @@ def test_goes_on_after_a_kill_and_trains_a_shared_lung_model_once(
             trained.cache,
             changes=CHANGES,
             seeds=[3],
-            splits=[SplitRequest(trained.split_file)],
+            splits=[SplitRequest(split_file)],
         )
 
-    monkeypatch.setattr(module, "train", train)
     with pytest.raises(KilledError):
         run()
     first_line = (tmp_path / "run" / "runs.jsonl").read_text()
     summary = run()
     lines = (tmp_path / "run" / "runs.jsonl").read_text()
     assert lines.startswith(first_line)
-    assert tasks == ["lung", "infection", "killed", "infection"]
+    assert [folder.parent.name for folder in trained_folders] == ["lung", "infection", "infection"]
     records = [json.loads(line) for line in lines.splitlines()]
     assert [(record["row"], record["seed"]) for record in records] == [("robust", 3), ("other infection", 3)]
     assert len({record["folders"]["lung"] for record in records}) == 1
-    assert {row["case"] for row in records[0]["volumes"]} == {"coronacases_003", "radiopaedia_14_85914_0"}
+    assert {row["case"] for row in records[0]["volumes"]} == {"coronacases_003"}
     reference, other = summary["rows"]
     assert reference["lung"]["mean"] == other["lung"]["mean"]
     assert other["lung"]["difference"] == 0
@@ -80,7 +61,7 @@ def test_goes_on_after_a_kill_and_trains_a_shared_lung_model_once(
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"summary.json", "table.md", "comparison.png"}
     (report, *_) = (tmp_path / "run" / "reports").iterdir()
     slices = module._load_slices(report / "slices.npz")
-    assert [overlay.title.split()[0] for _, overlay in slices] == ["coronacases_003", "radiopaedia_14_85914_0"]
+    assert [overlay.title.split()[0] for _, overlay in slices] == ["coronacases_003"]
     assert all(set(o.reference) == set(o.predicted) == {"lung", "infection"} for _, o in slices)
     print_ablation(summary)
     assert "other infection" in capsys.readouterr().out
@@ -139,6 +120,19 @@ def test_a_row_may_be_of_the_lung_model_alone() -> None:
     assert rows[1]["lung"]["difference"] == 0
     assert "| lung alone | 0.9000 |" in to_markdown({"rows": rows})
     assert set(configs(Row("lung alone", infection=None), {}, 0)) == {"lung"}
+
+
+def test_the_first_row_has_what_the_others_are_compared_in(trained: Trained, tmp_path: Path) -> None:
+    rows = [Row("lung alone", infection=None), Row("robust")]
+    with pytest.raises(InputError, match="put another row first"):
+        ablate(rows, trained.data, tmp_path / "run", trained.cache, changes={}, seeds=[0], splits=[])
+    assert not (tmp_path / "run").exists()
+
+
+def test_where_nothing_is_defined_the_table_says_so() -> None:
+    (row,) = summarize_runs({"only": [line(0, {"a_1": None, "b_1": None})]})
+    assert math.isnan(row["infection"]["mean"])
+    assert math.isnan(row["infection"]["lowest"])
 
 
 def test_an_undefined_volume_is_left_out_of_both_rows() -> None:

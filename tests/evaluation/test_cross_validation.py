@@ -5,15 +5,12 @@ from pathlib import Path
 import pytest
 
 from resunet_jax.config import Config
+from resunet_jax.data.cases import find_cases
 from resunet_jax.errors import InputError
 from resunet_jax.evaluation import cross_validation as module
 from resunet_jax.evaluation.cross_validation import cross_validate, print_cross_validation, remark
 from resunet_jax.evaluation.published import PUBLISHED
-from tests.conftest import TINY
-
-
-class KilledError(Exception):
-    """Ends the run where a kill would."""
+from tests.conftest import TINY, KilledError, kill_at
 
 
 @pytest.mark.slow
@@ -23,31 +20,24 @@ def test_goes_on_after_a_kill_and_ends_with_one_table(
     short = dataclasses.replace(TINY["train"], epochs=1)
     configs = [Config(**{**TINY, "task": task, "train": short}) for task in ("lung", "infection")]
     paths = (phantom, tmp_path / "run", tmp_path / "cache")
-    trained: list[str] = []
-    real = module.train
-
-    def train(config_: Config, data: Path, workdir: Path, *args, **kwargs):
-        if len(trained) == 3:
-            trained.append("killed")
-            raise KilledError
-        trained.append(str(workdir.relative_to(tmp_path / "run")))
-        return real(config_, data, workdir, *args, **kwargs)
-
-    monkeypatch.setattr(module, "train", train)
-    monkeypatch.setattr(module, "FOLDS", 3)  # of five: the others are no different
+    trained = kill_at(monkeypatch, module, call=4)
     with pytest.raises(KilledError):
         cross_validate(*configs, *paths, protocol="patient_five_fold")
+    assert [path.relative_to(tmp_path / "run").as_posix() for path in trained] == [
+        "fold_0/lung",
+        "fold_0/infection",
+        "fold_1/lung",
+    ]
     done = tmp_path / "run" / "fold_0" / "report" / "metrics.json"
     before = done.stat().st_mtime_ns
     results = cross_validate(*configs, *paths, protocol="patient_five_fold")
     assert done.stat().st_mtime_ns == before
-    assert trained[:4] == ["fold_0/lung", "fold_0/infection", "fold_1/lung", "killed"]
-    assert trained[4:6] == ["fold_1/lung", "fold_1/infection"]
-    assert len(trained) == 4 + 2 * 2
+    assert trained[3:5] == [tmp_path / "run" / "fold_1" / task for task in ("lung", "infection")]
+    assert len(trained) == 3 + 2 * 4
 
     rows = [row for row in results["volumes"] if row["structure"] == "infection"]
-    assert {row["fold"] for row in rows} == {0, 1, 2}
-    for fold in range(3):
+    assert sorted(row["case"] for row in rows) == sorted(case.id for case in find_cases(phantom))
+    for fold in range(5):
         split = json.loads((tmp_path / "run" / f"fold_{fold}" / "lung" / "split.json").read_text())
         assert sorted(row["case"] for row in rows if row["fold"] == fold) == sorted(split["test"])
     saved = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -62,8 +52,8 @@ def test_goes_on_after_a_kill_and_ends_with_one_table(
         cross_validate(
             configs[0], dataclasses.replace(configs[1], train=TINY["train"]), *paths, protocol="patient_five_fold"
         )
-    (tmp_path / "run" / "fold_2" / "report" / "metrics.json").write_text("{")
-    with pytest.raises(InputError, match=r"fold_2/report/metrics\.json: damaged"):
+    (tmp_path / "run" / "fold_3" / "report" / "metrics.json").write_text("{")
+    with pytest.raises(InputError, match=r"fold_3/report/metrics\.json: damaged"):
         cross_validate(*configs, *paths, protocol="patient_five_fold")
 
 

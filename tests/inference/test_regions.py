@@ -36,8 +36,8 @@ def test_slices_connect_and_corners_do_not() -> None:
 
 
 def test_pixels_that_a_block_joins_stay_as_they_are() -> None:
-    """Of a size that blocks of two do not divide."""
-    mask = np.zeros((1, 272, 272), bool)
+    """Of a size that blocks of three, which would be the largest, do not divide."""
+    mask = np.zeros((1, 392, 392), bool)
     mask[0, 10:200:2, 10:200] = True  # stripes a pixel apart
     np.testing.assert_array_equal(large_regions(mask, 0.5), mask)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resunet_jax.config import Config
+from resunet_jax.config import Config, override, to_dict
 from resunet_jax.data import pipeline
 from resunet_jax.data.cases import find_cases
 from resunet_jax.data.pipeline import SliceSource
@@ -245,6 +245,16 @@ def test_another_run_in_the_same_folder_is_refused(trained: Trained) -> None:
 
 class StopError(Exception):
     """Ends a training before it begins."""
+
+
+def test_a_run_of_one_cycle_cannot_grow(trained: Trained, tmp_path: Path) -> None:
+    """The rate of a cycle depends on its length, so that a longer one is another run."""
+    shutil.copytree(trained.lung, tmp_path / "lung")
+    config = override(Config(**TINY), {"train.schedule": "one_cycle"})
+    (tmp_path / "lung" / "config.json").write_text(json.dumps(to_dict(config)))
+    longer = override(config, {"train.epochs": config.train.epochs + 1})
+    with pytest.raises(InputError, match=r"train\.epochs was 2, is 3"):
+        train(longer, trained.data, tmp_path / "lung", trained.cache, split=SplitRequest(trained.split_file))
 
 
 def test_another_split_than_the_lungs_is_told(
