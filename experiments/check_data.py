@@ -32,11 +32,12 @@ def main() -> None:
 def _print(check: DataCheck) -> None:
     for fact in check.cases:
         infected = "–" if fact.infected_slices is None else fact.infected_slices
+        air = "" if fact.air_hu is None else f", air {fact.air_hu:.0f} HU"
         lung = "–" if fact.lung_hu is None else f"{fact.lung_hu:.0f} HU"
         print(
             f"{fact.case}: {'×'.join(map(str, fact.shape))} {fact.axes}, sform {fact.codes[0]} qform {fact.codes[1]}, "
-            f"{' × '.join(f'{mm:.3g}' for mm in fact.spacing_mm)} mm, {fact.encoding} {fact.low:g}..{fact.high:g}, "
-            f"lung {fact.lung_labels} {lung}, infection {fact.infection_labels}, "
+            f"{' × '.join(f'{mm:.3g}' for mm in fact.spacing_mm)} mm, {fact.encoding} {fact.low:g}..{fact.high:g}"
+            f"{air}, lung {fact.lung_labels} {lung}, infection {fact.infection_labels}, "
             f"infected slices {infected} of {fact.slices}"
         )
     for finding in check.findings:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from resunet_jax.errors import InputError
 
-Normalization = Literal["window", "minmax"]
+Normalization = Literal["window", "air", "minmax"]
 LossName = Literal["bce", "dice", "bce_dice", "bce_pooled_dice"]
 ScheduleName = Literal["step", "one_cycle"]
 TaskName = Literal["lung", "infection", "infection_ct"]
@@ -36,7 +36,9 @@ class PreprocessConfig:
 
     Attributes:
       image_size: side of the square slice, in pixels.
-      normalization: "window" maps HU [-1250, 250] to [0, 1]; "minmax" maps each slice's own range to [0, 1].
+      normalization: "window" maps HU [-1250, 250] to [0, 1], and takes 0..255 to be that window; "air" does the same,
+        and moves scans in 0..255, whose window may have been another, until the air around the patient lies at
+        -1000 HU; "minmax" maps each slice's own range to [0, 1].
       body_threshold_hu: what is above it counts as body, in HU.
       body_thresholds_minmax: where given, two thresholds on each slice's own range as [0, 1] take the place of
         `body_threshold_hu`: for scans in HU, and for windowed ones. The original's are 50/255 and 175/255.

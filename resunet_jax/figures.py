@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from resunet_jax.config import PreprocessConfig
-from resunet_jax.data.prepared import body_scale, prepare_slice, slice_box
+from resunet_jax.data.prepared import air_offset, body_scale, prepare_slice, slice_box
 from resunet_jax.data.roi import body_mask
 from resunet_jax.data.volumes import Array, FloatArray, Volume
 from resunet_jax.files import whole_file
@@ -144,7 +144,11 @@ def save_roi_steps(path: Path, volumes: Mapping[str, Volume], config: Preprocess
         _show(row[3], image, "box of the largest component")
         corner = (box.column - 0.5, box.row - 0.5)
         row[3].add_patch(mpl.patches.Rectangle(corner, box.width, box.height, fill=False, color="yellow"))
-        _show(row[4], prepare_slice(volume, k, config)[0], f"crop, {config.image_size}×{config.image_size}")
+        _show(
+            row[4],
+            prepare_slice(volume, k, config, air_offset(volume, config))[0],
+            f"crop, {config.image_size}×{config.image_size}",
+        )
     _save(figure, path, dpi=90)
 
 

@@ -27,6 +27,7 @@ ORIGINAL_BODY_THRESHOLDS = (50 / 255, 175 / 255)
 
 _ORIGINAL = Config(preprocess=PreprocessConfig(normalization="minmax", body_thresholds_minmax=ORIGINAL_BODY_THRESHOLDS))
 _ROBUST = Config(
+    preprocess=PreprocessConfig(normalization="air"),
     augment=AugmentConfig(
         vertical_flip=0.0,
         horizontal_flip=0.5,

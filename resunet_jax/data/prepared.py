@@ -14,17 +14,26 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from scipy.ndimage import binary_fill_holes, gaussian_filter1d
 
 from resunet_jax.config import PreprocessConfig
 from resunet_jax.data.cases import Case
 from resunet_jax.data.roi import Box, body_mask, bounding_box, crop_resize
-from resunet_jax.data.volumes import Array, FloatArray, Volume, hu_to_window, read_mask, read_volume
+from resunet_jax.data.volumes import Array, FloatArray, Volume, hu_to_window, read_mask, read_volume, spread
 from resunet_jax.errors import InputError
 from resunet_jax.files import make_output_dir, whole_folder
 from resunet_jax.progress import progress
 
+AIR_HU = -1000.0
+"""Of air, by definition of the scale."""
+
+AIR_SLICES = 16
+"""So many slices of a scan are looked at for the air around the patient."""
+
 _FORMAT = 1  # raise it when the same files and settings would give other slices
 _MAX_WORKERS = 4  # each holds a volume in memory
+_LEAST_AIR = 0.01  # of their voxels
+_AIR_SMOOTHING = 2.0  # of 255 grey levels: images that were JPEG once have gaps between levels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,16 +68,56 @@ def slice_box(volume: Volume, k: int, config: PreprocessConfig) -> Box:
     return bounding_box(body_mask(*body_scale(volume, k, config), config.body_dilation))
 
 
-def prepare_slice(volume: Volume, k: int, config: PreprocessConfig) -> tuple[FloatArray, Box]:
-    """Slice k as a model sees it: float32 (S, S) in [0, 1], and where it was cropped."""
+def air_offset(volume: Volume, config: PreprocessConfig) -> float:
+    """How far the air around the patient lies from -1000 HU, on the scale of `Volume.window`: to be added there.
+
+    A scan in 0..255 does not say which window it was exported with, and scanners' presets differ by 100 HU, which is
+    half of what tells ground glass from healthy lung. Air is at -1000 HU by definition.
+
+    Args:
+      volume: a scan, or slices spread over one.
+      config: where its normalization is not "air", the offset is 0.
+
+    Returns:
+      the offset; 0 also for a scan in Hounsfield units, and where under 1 % of the voxels lie around the body.
+    """
+    if config.normalization != "air" or volume.encoding == "hu":
+        return 0.0
+    numbers = spread(volume.values.shape[-1], AIR_SLICES)
+    counts = np.zeros(round(255 * hu_to_window(config.body_threshold_hu)))
+    for k in numbers:
+        image = volume.window(k)
+        around = ~binary_fill_holes(body_mask(*body_scale(volume, k, config), config.body_dilation))
+        levels = np.rint(255 * image[around & (image > 0)]).astype(int)  # 0 is beyond the field of view
+        counts += np.bincount(levels, minlength=256)[: len(counts)]
+    if counts.sum() < _LEAST_AIR * len(numbers) * volume.values[..., 0].size:
+        return 0.0
+    return hu_to_window(AIR_HU) - int(gaussian_filter1d(counts, _AIR_SMOOTHING).argmax()) / 255
+
+
+def prepare_slice(volume: Volume, k: int, config: PreprocessConfig, offset: float) -> tuple[FloatArray, Box]:
+    """Slice k as a model sees it: float32 (S, S) in [0, 1], and where it was cropped; `offset` as in `air_offset`."""
     box = slice_box(volume, k, config)
-    values = volume.window(k) if config.normalization == "window" else volume.minmax(k)
+    values = volume.minmax(k) if config.normalization == "minmax" else volume.window(k, offset)
     return crop_resize(values, box, config.image_size), box
 
 
-def prepare_volume(volume: Volume, config: PreprocessConfig) -> tuple[FloatArray, npt.NDArray[np.int32]]:
-    """All slices: float32 (slices, S, S) in [0, 1], and int32 (slices, 4) boxes."""
-    prepared = [prepare_slice(volume, k, config) for k in range(volume.values.shape[-1])]
+def prepare_volume(
+    volume: Volume, config: PreprocessConfig, offset: float | None = None
+) -> tuple[FloatArray, npt.NDArray[np.int32]]:
+    """All slices of a scan, or of a part of one, as a model sees them.
+
+    Args:
+      volume: the slices.
+      config: how to prepare them.
+      offset: the whole scan's `air_offset`; must be given for a part of a scan, and is found out where it is not.
+
+    Returns:
+      float32 (slices, S, S) in [0, 1], and int32 (slices, 4) boxes: row, column, height, width.
+    """
+    if offset is None:
+        offset = air_offset(volume, config)
+    prepared = [prepare_slice(volume, k, config, offset) for k in range(volume.values.shape[-1])]
     return np.stack([image for image, _ in prepared]), np.array([box for _, box in prepared], np.int32)
 
 

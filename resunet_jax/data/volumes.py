@@ -114,10 +114,12 @@ class Volume:
     encoding: Encoding
     grid: Grid
 
-    def window(self, k: int) -> FloatArray:
-        """Slice k on the physical scale: HU [-1250, 250] is [0, 1], what lies outside is clipped."""
+    def window(self, k: int, offset: float = 0.0) -> FloatArray:
+        """Slice k on the physical scale: HU [-1250, 250] is [0, 1]; `offset` is added, what lies outside is clipped."""
         low, high = HU_WINDOW if self.encoding == "hu" else (0.0, 255.0)
         scaled: FloatArray = (self.values[..., k].astype(np.float32) - np.float32(low)) / np.float32(high - low)
+        if offset:
+            scaled += np.float32(offset)
         return np.clip(scaled, 0, 1, out=scaled)
 
     def minmax(self, k: int) -> FloatArray:
@@ -152,6 +154,16 @@ class Scan:
     def part(self, start: int, stop: int) -> Volume:
         """Slices start to stop, in memory."""
         return Volume(self.grid.orient(self._read(*self.grid.file_slices(start, stop))), self.encoding, self.grid)
+
+    def spread(self, count: int) -> Volume:
+        """Up to `count` slices, evenly spread over the scan, in memory."""
+        parts = [self.part(k, k + 1) for k in spread(self.grid.oriented_shape[-1], count)]
+        return Volume(np.concatenate([part.values for part in parts], axis=-1), self.encoding, self.grid)
+
+
+def spread(slices: int, count: int) -> list[int]:
+    """Numbers of up to `count` slices out of `slices`, evenly spread, the first and the last among them."""
+    return sorted({round(k) for k in np.linspace(0, slices - 1, count)})
 
 
 @contextlib.contextmanager

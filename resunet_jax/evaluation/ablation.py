@@ -72,6 +72,7 @@ _MOVES = {
     "augment.max_zoom": 0.0,
 }
 _MINMAX = {"preprocess.normalization": "minmax"}
+_ONE_WINDOW = {"preprocess.normalization": "window"}
 
 ROWS: tuple[Row, ...] = (
     Row("robust"),
@@ -88,6 +89,7 @@ ROWS: tuple[Row, ...] = (
     Row("lung: grey values as they are", lung=_SAME_GREY, infection=None),
     Row("lung: small regions stay", lung={"predict.smallest_region": 0.0}, infection=None),
     Row("both: per-slice min–max", lung=_MINMAX, infection=_MINMAX),
+    Row("both: air where the file has it", lung=_ONE_WINDOW, infection=_ONE_WINDOW),
 )
 """The table: the default recipe, the original, and the default with one thing otherwise."""
 

@@ -7,6 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from resunet_jax.data.cases import find_cases
 from resunet_jax.data.check import KNOWN_SLICES, check_data
 from resunet_jax.errors import InputError
 
@@ -103,6 +104,16 @@ def test_eight_planted_faults_are_all_found(copy: Path) -> None:
 def test_one_fault(copy: Path, folder: str, name: str, edit: Callable[[Any], Any], expected: tuple[str, str]) -> None:
     change(copy / folder / name, edit)
     assert (expected[0], "coronacases_001", expected[1]) in kinds(copy)
+
+
+def test_another_window(copy: Path) -> None:
+    scan = next((copy / "ct_scans").glob("radiopaedia*"))
+    change(scan, lambda values: np.clip(values.astype(int) + 17, 0, 255).astype(np.uint8))  # HU [-1350, 150]
+    case = next(case for case in find_cases(copy) if case.ct == scan)
+    assert kinds(copy) == {("warning", case.id, "window")}
+    facts = {fact.case: fact for fact in check_data(copy).cases}
+    assert facts[case.id].air_hu == pytest.approx(-900, abs=9)
+    assert facts["coronacases_001"].air_hu is None
 
 
 def test_masks_in_each_others_place(copy: Path) -> None:

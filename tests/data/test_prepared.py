@@ -1,17 +1,19 @@
 import dataclasses
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
 from resunet_jax.config import PreprocessConfig
 from resunet_jax.data import prepared as module
 from resunet_jax.data.cases import find_cases
-from resunet_jax.data.prepared import prepare_cases, prepare_slice
-from resunet_jax.data.volumes import read_mask, read_volume
+from resunet_jax.data.prepared import AIR_SLICES, air_offset, prepare_cases, prepare_slice, prepare_volume
+from resunet_jax.data.volumes import Volume, hu_to_window, open_scan, read_mask, read_volume
 from resunet_jax.errors import InputError
 
 CONFIG = PreprocessConfig(image_size=32)
+AIR = dataclasses.replace(CONFIG, normalization="air")
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def test_slices_are_those_of_the_scan(cases, tmp_path: Path) -> None:
     prepared = prepare_cases(cases, CONFIG, tmp_path)[1]
     volume = read_volume(cases[1].ct)
     for k in range(volume.values.shape[-1]):
-        image, box = prepare_slice(volume, k, CONFIG)
+        image, box = prepare_slice(volume, k, CONFIG, 0.0)
         np.testing.assert_array_equal(prepared.images[k], image)
         np.testing.assert_array_equal(prepared.boxes[k], box)
     assert prepared.images.dtype == np.float32
@@ -123,3 +125,66 @@ def test_a_store_that_cannot_be_written(cases, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be written"):
         prepare_cases(cases, CONFIG, tmp_path / "file" / "cache")
+
+
+def a_body(slices: int = 4, padding: int = 6) -> np.ndarray:
+    """HU (64, 64, slices): fat around two lungs, noisy air around it, and nothing where the scanner does not see."""
+    hu = np.full((64, 64, slices), -1000.0)
+    hu[16:56, 12:52] = -100
+    hu[20:40, 16:28] = hu[20:40, 34:46] = -850
+    hu += np.random.default_rng(0).normal(0, 10, hu.shape)
+    hu[:padding] = hu[:, :padding] = -2000
+    return hu
+
+
+def exported(hu: np.ndarray, low: float) -> Volume:
+    """As a file in 0..255 over HU [low, low + 1500]."""
+    values = np.rint(np.clip((hu - low) / 1500, 0, 1) * 255).astype(np.uint8)
+    return Volume(values, "windowed", None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("low", [-1350.0, -1250.0, -1150.0])
+def test_air_tells_with_which_window_a_scan_was_exported(low: float) -> None:
+    scan = exported(a_body(), low)
+    assert air_offset(scan, AIR) == pytest.approx((low + 1250) / 1500, abs=1.5 / 255)
+    images, _ = prepare_volume(scan, AIR)
+    expected, _ = prepare_volume(Volume(a_body(), "hu", scan.grid), AIR)
+    inside = expected > 0.1  # the field of view; outside of it a moved scan need not be 0
+    np.testing.assert_allclose(images[inside], expected[inside], atol=2 / 255)
+    assert inside.mean() > 0.9
+
+
+def test_no_offset_where_none_is_wanted_or_none_can_be_known() -> None:
+    hu = a_body()
+    scan = exported(hu, -1350)
+    assert air_offset(scan, CONFIG) == 0
+    assert air_offset(Volume(hu - 100, "hu", scan.grid), AIR) == 0
+    all_body = exported(np.full((64, 64, 4), 0.0), -1350)
+    assert air_offset(all_body, AIR) == 0
+    nothing_around = np.where(a_body() < -950, -2000, hu)
+    assert air_offset(exported(nothing_around, -1350), AIR) == 0
+
+
+def test_a_part_of_a_scan_is_prepared_as_in_the_whole(tmp_path: Path) -> None:
+    hu = a_body(slices=3 * AIR_SLICES)
+    hu[..., ::2] += 30  # slices differ
+    scan = exported(hu, -1350)
+    nib.Nifti1Image(scan.values, np.diag([-1, -1, 1, 1])).to_filename(tmp_path / "scan.nii")
+    whole, _ = prepare_volume(read_volume(tmp_path / "scan.nii"), AIR)
+    with open_scan(tmp_path / "scan.nii") as opened:
+        some = opened.spread(AIR_SLICES)
+        assert some.values.shape[-1] == AIR_SLICES
+        part, _ = prepare_volume(opened.part(5, 7), AIR, air_offset(some, AIR))
+    np.testing.assert_array_equal(part, whole[5:7])
+
+
+def test_the_same_scan_from_two_windows_is_the_same_to_a_model() -> None:
+    """What the offset is for: at -850 HU, two exports are a tenth of the scale apart without it."""
+    images = {
+        config.normalization: [prepare_volume(exported(a_body(), low), config)[0] for low in (-1350, -1250)]
+        for config in (CONFIG, AIR)
+    }
+    lung = [np.median(image[:, 8:16, 6:10]) for image in images["air"]]
+    assert lung == pytest.approx([hu_to_window(-850)] * 2, abs=2 / 255)
+    apart = [np.abs(first - second).mean() for first, second in images.values()]
+    assert apart[1] < 0.1 * apart[0]
