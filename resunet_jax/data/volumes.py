@@ -38,7 +38,7 @@ FloatArray = npt.NDArray[np.float32]
 Encoding = Literal["hu", "windowed"]
 
 HU_WINDOW = (-1250.0, 250.0)
-"""The part of the Hounsfield scale that is mapped to [0, 1]; the Radiopaedia scans come clipped to it."""
+"""The part of the Hounsfield scale that is mapped to [0, 1]; scans in 0..255 are taken to come clipped to it."""
 
 _ORIENTATION = axcodes2ornt(("P", "L", "S"))
 _MAX_DEFLATE_RATIO = 1032  # gzip cannot shrink more than this (zlib's documentation)
