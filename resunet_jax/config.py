@@ -82,7 +82,8 @@ class AugmentConfig:
       max_gamma: grey values are raised to a power between e^-g and e^g.
       max_noise: up to this standard deviation of Gaussian noise is added, on the scale of [0, 1].
       consolidation: chance that what the mask covers is made denser, up to soft tissue: for the infection, of which a
-        training set of ground glass has too few dense lesions.
+        small training set does not have every density.
+      fading: chance that it is made fainter instead, most of the way down to healthy lung.
     """
 
     vertical_flip: float = 0.4
@@ -97,6 +98,7 @@ class AugmentConfig:
     max_gamma: float = 0.0
     max_noise: float = 0.0
     consolidation: float = 0.0
+    fading: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,8 +229,10 @@ def check(config: Config) -> None:
     positive = ("batch_size", "epochs", "learning_rate", "decay_epochs", "decay_factor", "patience", "accumulate_steps")
     for field in positive:
         _require(getattr(train, field) > 0, field, getattr(train, field), "more than 0")
-    for field in ("vertical_flip", "horizontal_flip", "quarter_turn", "rotation", "consolidation"):
+    for field in ("vertical_flip", "horizontal_flip", "quarter_turn", "rotation", "consolidation", "fading"):
         _require(0 <= getattr(augment, field) <= 1, field, getattr(augment, field), "a probability in [0, 1]")
+    either = augment.consolidation + augment.fading
+    _require(either <= 1, "consolidation + fading", either, "at most 1: a lesion is made denser or fainter")
     smallest = config.predict.smallest_region
     _require(0 <= smallest <= 1, "smallest_region", smallest, "a part in [0, 1]")
     for field, most in _MOST_CHANGE.items():
@@ -241,6 +245,21 @@ def to_dict(config: Config) -> dict[str, Any]:
     """The config as plain JSON values: nested dicts, lists, numbers and strings."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return plain
+
+
+def changed_fields(config: Config) -> dict[str, Any]:
+    """The fields that are not at their default, by path: what `override` needs to make the config from `Config()`.
+
+    A later version that adds a field gives the same.
+    """
+    default, values = to_dict(Config()), to_dict(config)
+    changes: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            changes |= {f"{name}.{field}": inner for field, inner in value.items() if inner != default[name][field]}
+        elif value != default[name]:
+            changes[name] = value
+    return changes
 
 
 def override(config: Config, changes: Mapping[str, Any], origin: str = "config") -> Config:

@@ -57,7 +57,8 @@ RECIPES: dict[RecipeName, dict[Target, Config]] = {
         "infection": override(
             _ROBUST,
             {
-                "augment.consolidation": 0.5,
+                "augment.consolidation": 0.33,
+                "augment.fading": 0.33,
                 # Less than for the lungs: how bright it is is what tells ground glass.
                 "augment.max_contrast": 0.1,
                 "augment.max_brightness": 0.03,

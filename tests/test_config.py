@@ -3,8 +3,18 @@ import json
 
 import pytest
 
-from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TrainConfig, from_dict, override, to_dict
+from resunet_jax.config import (
+    Config,
+    ModelConfig,
+    PreprocessConfig,
+    TrainConfig,
+    changed_fields,
+    from_dict,
+    override,
+    to_dict,
+)
 from resunet_jax.errors import InputError
+from resunet_jax.recipes import RECIPES, recipe
 
 
 def test_json_round_trip() -> None:
@@ -45,6 +55,7 @@ def test_configs_are_frozen_and_hashable() -> None:
         ({"train": {"epochs": 0}}, "epochs"),
         ({"train": {"loss": "mse"}}, "loss"),
         ({"augment": {"rotation": 1.5}}, "probability"),
+        ({"augment": {"consolidation": 0.6, "fading": 0.5}}, "denser or fainter"),
         ({"task": "liver"}, "task"),
     ],
 )
@@ -61,6 +72,14 @@ def test_override_changes_what_it_names_and_nothing_else() -> None:
     assert override(
         changed, {"train.loss": "bce", "augment.max_zoom": 0, "model.filters": [64, 128, 256, 512]}
     ) == Config(task="infection")
+
+
+def test_changed_fields_are_all_that_it_takes() -> None:
+    assert changed_fields(Config()) == {}
+    changed = Config(task="infection", train=TrainConfig(seed=3), model=ModelConfig(filters=(1, 2, 3, 4)))
+    assert changed_fields(changed) == {"task": "infection", "train.seed": 3, "model.filters": [1, 2, 3, 4]}
+    for config in (recipe(name, task) for name in RECIPES for task in ("lung", "infection")):
+        assert override(Config(), changed_fields(config)) == config
 
 
 @pytest.mark.parametrize(

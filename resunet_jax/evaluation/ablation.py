@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from resunet_jax.config import Config, Target, override, to_dict
+from resunet_jax.config import Config, Target, changed_fields, override
 from resunet_jax.data.cases import find_cases, require_infection_masks
 from resunet_jax.data.splits import Split, SplitRequest, make_split
 from resunet_jax.data.volumes import Array
@@ -77,7 +77,8 @@ _ONE_WINDOW = {"preprocess.normalization": "window"}
 ROWS: tuple[Row, ...] = (
     Row("robust"),
     Row("original", "original"),
-    Row("infection: no consolidation", infection={"augment.consolidation": 0.0}),
+    Row("infection: no lesions made denser", infection={"augment.consolidation": 0.0}),
+    Row("infection: no lesions made fainter", infection={"augment.fading": 0.0}),
     Row("infection: cross-entropy alone", infection=_BCE),
     Row("infection: Dice of each slice", infection=_SLICE_DICE),
     Row("infection: the original's optimizer", infection=_STEPS),
@@ -123,7 +124,7 @@ class Run(NamedTuple):
 
     def digest(self, *configs: Config) -> str:
         """Tells models apart that are trained by some configs on this split."""
-        values = [*map(to_dict, configs), dataclasses.asdict(self.split)]
+        values = [*map(changed_fields, configs), dataclasses.asdict(self.split)]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 

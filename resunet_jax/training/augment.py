@@ -9,6 +9,11 @@ from resunet_jax.config import AugmentConfig
 SOFT_TISSUE = 0.87
 """Grey value of consolidated lung, 55 HU."""
 
+AERATED_LUNG = 0.29
+"""Grey value of healthy lung, -815 HU."""
+
+_MOST_FADED = 0.7  # of the way to healthy lung: what is left can still be seen
+
 
 def random_matrix(key: jax.Array, config: AugmentConfig) -> jax.Array:
     """A random (2, 2) matrix from output to input coordinates (row, column) about the centre of a slice.
@@ -64,22 +69,26 @@ def jitter(key: jax.Array, image: jax.Array, config: AugmentConfig) -> jax.Array
     return image
 
 
-def consolidate(key: jax.Array, image: jax.Array, mask: jax.Array, config: AugmentConfig) -> jax.Array:
-    """Fills what a mask covers, by a random part, up to the grey value of soft tissue; what is denser stays.
+def change_density(key: jax.Array, image: jax.Array, mask: jax.Array, config: AugmentConfig) -> jax.Array:
+    """Makes what a mask covers denser or fainter, everywhere by the same random part of the way.
+
+    Denser goes up to soft tissue, and what is denser already stays; fainter goes most of the way down to healthy lung.
 
     Args:
       key: a JAX random key.
       image: float32 (S, S, 1), HU [-1250, 250] as [0, 1].
       mask: float32 (S, S, 1) in [0, 1].
-      config: how often.
+      config: how often either happens; never both.
 
     Returns:
       the same shape and range.
     """
-    if config.consolidation:
+    if config.consolidation or config.fading:
         chance, part = jax.random.uniform(key, (2,))
-        part = jnp.where(chance < config.consolidation, part, 0.0)
-        image = image + part * mask * jnp.maximum(SOFT_TISSUE - image, 0)
+        denser = jnp.where(chance < config.consolidation, part, 0.0)
+        fainter = jnp.where(chance > 1 - config.fading, _MOST_FADED * part, 0.0)
+        up, down = jnp.maximum(SOFT_TISSUE - image, 0), jnp.maximum(image - AERATED_LUNG, 0)
+        image = image + mask * (denser * up - fainter * down)
     return image
 
 
@@ -119,7 +128,7 @@ def augment(key: jax.Array, image: jax.Array, mask: jax.Array, config: AugmentCo
     def one(key: jax.Array, image: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         warped = warp(jnp.concatenate([image, mask], axis=-1), random_matrix(key, config))
         image, covered = warped[..., :1], warped[..., 1:]
-        image = consolidate(jax.random.fold_in(key, 3), image, covered, config)
+        image = change_density(jax.random.fold_in(key, 3), image, covered, config)
         image = jitter(jax.random.fold_in(key, 2), image, config)
         return image, (covered > 0.5).astype(mask.dtype)
 

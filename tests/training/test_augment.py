@@ -5,7 +5,7 @@ import pytest
 
 from resunet_jax.config import AugmentConfig
 from resunet_jax.training import augment as module
-from resunet_jax.training.augment import SOFT_TISSUE, consolidate, jitter, random_matrix, warp
+from resunet_jax.training.augment import AERATED_LUNG, SOFT_TISSUE, change_density, jitter, random_matrix, warp
 
 augment = jax.jit(module.augment, static_argnums=3)
 
@@ -102,7 +102,7 @@ def test_consolidation_fills_the_mask_alone_up_to_soft_tissue() -> None:
     image = jnp.array([0.2, 0.5, 0.95, 0.3]).reshape(2, 2, 1)
     mask = jnp.array([1.0, 1.0, 1.0, 0.0]).reshape(2, 2, 1)
     keys = jax.random.split(jax.random.key(0), 4000)
-    filled = np.asarray(jax.vmap(lambda key: consolidate(key, image, mask, only(consolidation=0.4)))(keys))
+    filled = np.asarray(jax.vmap(lambda key: change_density(key, image, mask, only(consolidation=0.4)))(keys))
     filled = filled.reshape(-1, 4)
     np.testing.assert_array_equal(filled[:, 2:], np.tile([0.95, 0.3], (4000, 1)).astype(np.float32))
     changed = filled[:, 0] > 0.2
@@ -111,6 +111,23 @@ def test_consolidation_fills_the_mask_alone_up_to_soft_tissue() -> None:
     parts = (filled[changed, :2] - [0.2, 0.5]) / (SOFT_TISSUE - np.array([0.2, 0.5]))
     np.testing.assert_allclose(parts[:, 0], parts[:, 1], atol=1e-5)  # the same part of the way everywhere
     np.testing.assert_allclose(parts.mean(), 0.5, atol=0.03)
+
+
+def test_fading_lowers_the_mask_alone_towards_healthy_lung() -> None:
+    image = jnp.array([0.2, 0.5, 0.95, 0.6]).reshape(2, 2, 1)
+    mask = jnp.array([1.0, 1.0, 1.0, 0.0]).reshape(2, 2, 1)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    both = only(consolidation=0.4, fading=0.3)
+    changed = np.asarray(jax.vmap(lambda key: change_density(key, image, mask, both))(keys)).reshape(-1, 4)
+    np.testing.assert_array_equal(changed[:, 3], np.full(4000, 0.6, np.float32))
+    fainter, denser = changed[:, 1] < 0.5, changed[:, 1] > 0.5
+    assert abs(fainter.mean() - 0.3) < 0.03
+    assert abs(denser.mean() - 0.4) < 0.03
+    np.testing.assert_array_equal(changed[fainter, 0], np.full(fainter.sum(), 0.2, np.float32))  # darker already
+    parts = (np.array([0.5, 0.95]) - changed[fainter, 1:3]) / (np.array([0.5, 0.95]) - AERATED_LUNG)
+    np.testing.assert_allclose(parts[:, 0], parts[:, 1], atol=1e-5)
+    assert 0 < parts.min() < 0.01
+    assert 0.69 < parts.max() <= 0.7 + 1e-6
 
 
 def test_consolidation_follows_the_moved_mask() -> None:
