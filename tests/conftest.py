@@ -55,7 +55,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "tests" / "reference"
 
 TINY = {
-    "preprocess": PreprocessConfig(image_size=32),
+    "preprocess": PreprocessConfig(image_size=32, normalization="air"),
     "model": ModelConfig(filters=(4, 8, 16, 32)),
     "train": TrainConfig(epochs=2, learning_rate=3e-3, batch_size=4),
 }
