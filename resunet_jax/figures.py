@@ -204,6 +204,31 @@ def save_differences(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     _save(figure, path, dpi=110)
 
 
+def save_cases(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Dice of each volume by each row of an ablation, mean over seeds; a panel a structure.
+
+    Args:
+      path: PNG to write.
+      rows: see `summarize_runs`.
+    """
+    cases = list(dict.fromkeys(case for row in rows for case in row["lung"]["volumes"]))
+    figure = Figure(figsize=(10, 1.4 + 0.32 * len(cases)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, structure in zip(axes, ("lung", "infection"), strict=True):
+        for row in rows:
+            volumes = row[structure]["volumes"] if structure in row else {}
+            axis.plot(
+                list(volumes.values()), [cases.index(case) for case in volumes], "o", label=row["name"], alpha=0.8
+            )
+        axis.set_title(f"{structure}: Dice", fontsize=9)
+        axis.grid(axis="y", linewidth=0.5)
+    axes[1].set_xlim(-0.02, 1.02)
+    axes[0].set_yticks(range(len(cases)), cases)
+    axes[0].invert_yaxis()
+    axes[0].legend(fontsize=7)
+    _save(figure, path, dpi=110)
+
+
 def save_volumes(path: Path, rows: Sequence[Mapping[str, Any]], note: str = "") -> None:
     """Predicted against reference volume in ml, with the identity line, a panel a structure."""
     structures = list(dict.fromkeys(row["structure"] for row in rows))

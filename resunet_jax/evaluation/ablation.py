@@ -22,7 +22,7 @@ from resunet_jax.evaluation.ablation_table import summarize_runs, to_markdown
 from resunet_jax.evaluation.evaluate import nan_to_none
 from resunet_jax.evaluation.report import write_report
 from resunet_jax.evaluation.run import evaluate
-from resunet_jax.figures import Overlay, save_comparison, save_differences
+from resunet_jax.figures import Overlay, save_cases, save_comparison, save_differences
 from resunet_jax.files import check_output_dir, locked, make_output_dir, whole_folder, write_text
 from resunet_jax.progress import logger
 from resunet_jax.recipes import RecipeName, recipe
@@ -148,8 +148,8 @@ def ablate(
       rows: the first is what the others are compared with, so it trains both models unless none does.
       data_dir: see `find_cases`.
       workdir: gets lung/ and infection/ with the trainings, reports/, runs.jsonl, summary.json, table.md,
-        differences.png, comparison.png (a slice of the first row's best, median and worst case, by the first four
-        rows and the first seed) and versions.json.
+        differences.png, cases.png (each volume's Dice), comparison.png (a slice of the first row's best, median and
+        worst case, by the first seed) and versions.json; the last two pictures show the first four rows.
       cache_dir: see `prepare_cases`.
       changes: of every row, before its own; see `override`.
       seeds: of the trainings.
@@ -200,6 +200,7 @@ def ablate(
         write_text(workdir / "summary.json", json.dumps(nan_to_none(summary), indent=2, ensure_ascii=False) + "\n")
         write_text(workdir / "table.md", to_markdown(summary))
         save_differences(workdir / "differences.png", summary["rows"])
+        save_cases(workdir / "cases.png", summary["rows"][:_MOST_COMPARED])
         _compare_slices(workdir, rows[:_MOST_COMPARED], [run for run in plan if run.seed == seeds[0]])
     return summary
 

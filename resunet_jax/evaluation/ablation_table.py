@@ -20,8 +20,8 @@ def summarize_runs(lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dic
 
     Returns:
       for each row "name"; for "lung" and, where it was trained, "infection" a dict of "mean", "ci_low", "ci_high",
-      "lowest" (of the volumes' means over seeds), "difference" to the first row with "difference_low" and
-      "difference_high" (95 % intervals over seeds and patients, see `seed_patient_interval`), "seconds_per_step",
+      "volumes" (by case, means over seeds), "lowest" (of these), "difference" to the first row with "difference_low"
+      and "difference_high" (95 % intervals over seeds and patients, see `seed_patient_interval`), "seconds_per_step",
       "parameters" and "step_gb"; "lesion_recall" and "false_lesions" (means). Undefined numbers are NaN.
     """
     tables = {name: {s: _table(runs, s) for s in runs[0]["cost"]} for name, runs in lines.items()}
@@ -40,6 +40,7 @@ class _Dice(NamedTuple):
     """Dice by seed and volume; volumes of several splits stand side by side."""
 
     values: np.ndarray[Any, np.dtype[np.float64]]
+    cases: list[str]
     patients: list[str]
 
 
@@ -50,18 +51,20 @@ def _table(runs: Sequence[Mapping[str, Any]], structure: str) -> _Dice:
     for seed, row in rows:
         values[seeds.index(seed), cases.index(row["case"])] = math.nan if row["dice"] is None else row["dice"]
     patients = {row["case"]: row["patient"] for _, row in rows}
-    return _Dice(values, [patients[case] for case in cases])
+    return _Dice(values, cases, [patients[case] for case in cases])
 
 
-def _compare(dice: _Dice, first: _Dice) -> dict[str, float]:
+def _compare(dice: _Dice, first: _Dice) -> dict[str, Any]:
     low, high = _interval(dice.values, dice.patients)
     change = dice.values - first.values
     change_low, change_high = _interval(change, dice.patients)
+    volumes = dict(zip(dice.cases, map(_mean, dice.values.T), strict=True))
     return {
         "mean": _mean(dice.values),
         "ci_low": low,
         "ci_high": high,
-        "lowest": min((m for m in map(_mean, dice.values.T) if not math.isnan(m)), default=math.nan),
+        "volumes": volumes,
+        "lowest": min((mean for mean in volumes.values() if not math.isnan(mean)), default=math.nan),
         "difference": _mean(change),
         "difference_low": change_low,
         "difference_high": change_high,
@@ -147,6 +150,20 @@ def print_ablation(summary: Mapping[str, Any]) -> None:
 
 
 def to_markdown(summary: Mapping[str, Any]) -> str:
-    """The same table for a document."""
-    lines = [_COLUMNS, ("---",) * len(_COLUMNS), *(_cells(row) for row in summary["rows"])]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    """The same table for a document, and one for each structure with a line a volume and a column a row."""
+    tables = [_markdown(_COLUMNS, [_cells(row) for row in summary["rows"]])]
+    for structure in ("lung", "infection"):
+        by_row = {row["name"]: row[structure]["volumes"] for row in summary["rows"] if structure in row}
+        cases = list(dict.fromkeys(case for volumes in by_row.values() for case in volumes))
+        lines = [(case, *(_dice(volumes.get(case, math.nan)) for volumes in by_row.values())) for case in cases]
+        if lines:
+            tables.append(_markdown((structure, *by_row), lines))
+    return "\n".join(tables)
+
+
+def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, ("---",) * len(header), *lines))
+
+
+def _dice(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}"

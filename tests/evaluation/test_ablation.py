@@ -58,7 +58,10 @@ def test_goes_on_after_a_kill_and_trains_a_shared_lung_model_once(
     assert reference["lung"]["mean"] == other["lung"]["mean"]
     assert other["lung"]["difference"] == 0
     assert reference["infection"]["step_gb"] > 0
-    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"summary.json", "table.md", "comparison.png"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {
+        *("summary.json", "table.md"),
+        *("differences.png", "cases.png", "comparison.png"),
+    }
     (report, *_) = (tmp_path / "run" / "reports").iterdir()
     slices = module._load_slices(report / "slices.npz")
     assert [overlay.title.split()[0] for _, overlay in slices] == ["coronacases_003"]
@@ -100,6 +103,7 @@ def test_rows_are_compared_volume_by_volume_and_seed_by_seed() -> None:
     reference, row = summarize_runs({"first": first, "other": other})
     assert row["infection"]["mean"] == pytest.approx(0.55)
     assert row["infection"]["lowest"] == pytest.approx(0.2)
+    assert row["infection"]["volumes"] == pytest.approx({"a_1": 0.2, "b_1": 0.9})
     for name in ("difference", "difference_low", "difference_high"):
         assert row["infection"][name] == pytest.approx(0.05)
     assert reference["infection"]["difference"] == 0
@@ -118,7 +122,10 @@ def test_a_row_may_be_of_the_lung_model_alone() -> None:
     rows = summarize_runs({"both": both, "lung alone": alone})
     assert "infection" not in rows[1]
     assert rows[1]["lung"]["difference"] == 0
-    assert "| lung alone | 0.9000 |" in to_markdown({"rows": rows})
+    table = to_markdown({"rows": rows})
+    assert "| lung alone | 0.9000 |" in table
+    assert "| lung | both | lung alone |\n| --- | --- | --- |\n| a_1 | 0.900 | 0.900 |" in table
+    assert "| infection | both |\n| --- | --- |\n| a_1 | 0.100 |\n| b_1 | 0.300 |" in table
     assert set(configs(Row("lung alone", infection=None), {}, 0)) == {"lung"}
 
 
