@@ -39,7 +39,7 @@ class PreprocessConfig:
       normalization: "window" maps HU [-1250, 250] to [0, 1], and takes 0..255 to be that window; "air" does the same,
         and moves scans in 0..255, whose window may have been another, until the air around the patient lies at
         -1000 HU; "minmax" maps each slice's own range to [0, 1].
-      body_threshold_hu: what is above it counts as body, in HU.
+      body_threshold_hu: what is above it counts as body, in HU, before a scan is moved.
       body_thresholds_minmax: where given, two thresholds on each slice's own range as [0, 1] take the place of
         `body_threshold_hu`: for scans in HU, and for windowed ones. The original's are 50/255 and 175/255.
       body_dilation: iterations by which the body is dilated before its bounding box is taken, in pixels.

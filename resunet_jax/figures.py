@@ -134,21 +134,19 @@ def save_roi_steps(path: Path, volumes: Mapping[str, Volume], config: Preprocess
       volumes: by title.
       config: how slices are prepared.
     """
-    picks = [(f"{title} slice {k}", volume, k) for title, volume in volumes.items() for k in _spread(volume)]
+    offsets = {title: air_offset(volume, config) for title, volume in volumes.items()}
+    picks = [(title, volume, k) for title, volume in volumes.items() for k in _spread(volume)]
     figure, axes = _grid(len(picks), 5)
     for row, (title, volume, k) in zip(axes, picks, strict=True):
         (image, threshold), box = body_scale(volume, k, config), slice_box(volume, k, config)
-        _show(row[0], image, title)
+        _show(row[0], image, f"{title} slice {k}")
         _show(row[1], body_mask(image, threshold, 0), f"above {threshold:.3f} of the range")
         _show(row[2], body_mask(image, threshold, config.body_dilation), f"dilated {config.body_dilation} times")
         _show(row[3], image, "box of the largest component")
         corner = (box.column - 0.5, box.row - 0.5)
         row[3].add_patch(mpl.patches.Rectangle(corner, box.width, box.height, fill=False, color="yellow"))
-        _show(
-            row[4],
-            prepare_slice(volume, k, config, air_offset(volume, config))[0],
-            f"crop, {config.image_size}×{config.image_size}",
-        )
+        crop, _ = prepare_slice(volume, k, config, offsets[title])
+        _show(row[4], crop, f"crop, {config.image_size}×{config.image_size}")
     _save(figure, path, dpi=90)
 
 

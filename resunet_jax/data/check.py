@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from resunet_jax.config import PreprocessConfig
 from resunet_jax.data.cases import COLUMNS, KNOWN_CASES, LAYOUTS, SUFFIXES, Case, list_cases
-from resunet_jax.data.prepared import AIR_HU, air_offset, slice_box
+from resunet_jax.data.prepared import air_level, slice_box
 from resunet_jax.data.splits import FOLDS
 from resunet_jax.data.volumes import HU_WINDOW, Grid, Volume, displacement_mm, read_mask, read_volume
 from resunet_jax.errors import InputError
@@ -42,8 +42,8 @@ _PLANE_MM = (200.0, 600.0)
 _HEIGHT_MM = (100.0, 700.0)
 _LUNG_HU = (-1000.0, -300.0)
 _MIRRORED_HU = 60.0  # a mask on its own scan is darker than its mirror image by 30 HU and more
-_AIR_OFF_HU = 50.0  # presets of scanners and viewers lie 100 HU apart
-_PREPARED = PreprocessConfig(normalization="air")
+_AIR_HU = (-1050.0, -950.0)  # presets of scanners and viewers lie 100 HU apart
+_BODY = PreprocessConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +78,12 @@ class CaseFacts:
       encoding: "hu" or "windowed".
       low: smallest value of the scan.
       high: largest value.
-      air_hu: air around the patient, taking 0..255 to be `HU_WINDOW`; None for a scan in HU.
+      air_hu: air around the patient, taking 0..255 to be `HU_WINDOW`; None for a scan in HU, or where none is seen.
       lung_labels: labels met, without 0; None where the mask cannot be read.
       infection_labels: the same; None also where there is no mask.
       slices: number of axial slices.
       infected_slices: those with infection; None without a mask.
-      lung_hu: median over the lung mask, clipped to `HU_WINDOW`, with air at -1000; None without lung.
+      lung_hu: median over the lung mask, clipped to `HU_WINDOW`; None without lung.
       infection_outside_lung: voxels.
       lung_outside_body: voxels outside the body's box, which no model would see.
     """
@@ -201,15 +201,7 @@ def _examine(case: Case) -> _Examined:
         find("error", "scan", str(error))
         return _Examined(None, findings, {})
     _check_geometry(case, volume.grid, find)
-    offset = air_offset(volume, _PREPARED)
-    air_hu = None if volume.encoding == "hu" else AIR_HU - offset * (HU_WINDOW[1] - HU_WINDOW[0])
-    if air_hu is not None and abs(air_hu - AIR_HU) > _AIR_OFF_HU:
-        find(
-            "warning",
-            "window",
-            f"{case.ct}: if 0..255 is HU [-1250, 250], air lies at {air_hu:.0f} HU and not at -1000, so the scan was "
-            "exported with another window; train with --normalization=air (recipe robust does), or export it again",
-        )
+    air_hu = _check_air(case, volume, find)
     masks: dict[str, Mask] = {}
     for name, path in (("lung", case.lung_mask), ("infection", case.infection_mask)):
         if path is None:
@@ -225,9 +217,7 @@ def _examine(case: Case) -> _Examined:
     labels = {name: tuple(label for label in met if label) for name, met in labels.items()}
     _check_labels(case, labels, find)
     lung, infection = masks.get("lung"), masks.get("infection")
-    lung_hu, lung_outside = (
-        _check_lung(case, volume, lung, labels, find, offset=offset) if lung is not None else (None, 0)
-    )
+    lung_hu, lung_outside = _check_lung(case, volume, lung, labels, find) if lung is not None else (None, 0)
     infection_outside = _check_infection(case, volume.grid, lung, infection, find)
     facts = CaseFacts(
         case=case.id,
@@ -300,8 +290,25 @@ def _check_labels(case: Case, labels: dict[str, tuple[int, ...]], find: Any) -> 
             find("warning", "labels", text)
 
 
+def _check_air(case: Case, volume: Volume, find: Any) -> float | None:
+    """Air around the patient in HU, where 0..255 is taken to be `HU_WINDOW`."""
+    level = air_level(volume, _BODY) if volume.encoding == "windowed" else None
+    if level is None:
+        return None
+    low, high = HU_WINDOW
+    air_hu = low + (high - low) * level
+    if not _AIR_HU[0] <= air_hu <= _AIR_HU[1]:
+        find(
+            "warning",
+            "window",
+            f"{case.ct}: if 0..255 is HU [-1250, 250], air lies at {air_hu:.0f} HU and not at -1000, so the scan was "
+            "exported with another window; train with --normalization=air (recipe robust does), or export it again",
+        )
+    return air_hu
+
+
 def _check_lung(
-    case: Case, volume: Volume, lung: Mask, labels: dict[str, tuple[int, ...]], find: Any, *, offset: float
+    case: Case, volume: Volume, lung: Mask, labels: dict[str, tuple[int, ...]], find: Any
 ) -> tuple[float | None, int]:
     """Median of the lung in HU and its voxels outside the body's box; whether the mask lies on its scan."""
     total = int((lung > 0).sum())
@@ -312,12 +319,12 @@ def _check_lung(
     flipped_sums = np.zeros(4)  # as it is, and mirrored along each axis
     outside = 0
     for k in range(depth):
-        inside, window = lung[..., k] > 0, volume.window(k, offset)
+        inside, window = lung[..., k] > 0, volume.window(k)
         candidates = (inside, inside[::-1], inside[:, ::-1], lung[..., depth - 1 - k] > 0)
         flipped_sums += [float(window[mask].sum(dtype=np.float64)) for mask in candidates]
         if inside.any():
             histogram += np.bincount((window[inside] * 256).astype(np.int64), minlength=257)
-            box = slice_box(volume, k, _PREPARED)
+            box = slice_box(volume, k, _BODY)
             outside += int(inside.sum() - inside[box.slices].sum())
     low, high = HU_WINDOW
     median = low + (high - low) * float(np.searchsorted(np.cumsum(histogram), total / 2)) / 256

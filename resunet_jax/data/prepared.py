@@ -19,19 +19,15 @@ from scipy.ndimage import binary_fill_holes, gaussian_filter1d
 from resunet_jax.config import PreprocessConfig
 from resunet_jax.data.cases import Case
 from resunet_jax.data.roi import Box, body_mask, bounding_box, crop_resize
-from resunet_jax.data.volumes import Array, FloatArray, Volume, hu_to_window, read_mask, read_volume, spread
+from resunet_jax.data.volumes import Array, FloatArray, Scan, Volume, hu_to_window, read_mask, read_volume
 from resunet_jax.errors import InputError
 from resunet_jax.files import make_output_dir, whole_folder
 from resunet_jax.progress import progress
 
-AIR_HU = -1000.0
-"""Of air, by definition of the scale."""
-
-AIR_SLICES = 16
-"""So many slices of a scan are looked at for the air around the patient."""
-
 _FORMAT = 1  # raise it when the same files and settings would give other slices
 _MAX_WORKERS = 4  # each holds a volume in memory
+_AIR_HU = -1000.0
+_AIR_SLICES = 16  # of a scan are looked at for its air
 _LEAST_AIR = 0.01  # of their voxels
 _AIR_SMOOTHING = 2.0  # of 255 grey levels: images that were JPEG once have gaps between levels
 
@@ -68,31 +64,47 @@ def slice_box(volume: Volume, k: int, config: PreprocessConfig) -> Box:
     return bounding_box(body_mask(*body_scale(volume, k, config), config.body_dilation))
 
 
-def air_offset(volume: Volume, config: PreprocessConfig) -> float:
-    """How far the air around the patient lies from -1000 HU, on the scale of `Volume.window`: to be added there.
+def air_level(scan: Scan | Volume, config: PreprocessConfig) -> float | None:
+    """Where the air around the patient lies on the scale of `Volume.window`, for a scan in 0..255.
+
+    It is the commonest grey level around the body in some slices.
+
+    Args:
+      scan: a whole scan.
+      config: tells body from air.
+
+    Returns:
+      the level; None where under 1 % of the voxels lie around the body.
+    """
+    some = scan.spread(_AIR_SLICES)
+    counts = np.zeros(round(255 * hu_to_window(config.body_threshold_hu)))
+    for k in range(some.values.shape[-1]):
+        image = some.window(k)
+        around = ~binary_fill_holes(body_mask(*body_scale(some, k, config), config.body_dilation))
+        levels = np.rint(255 * image[around & (image > 0)]).astype(int)  # 0 is beyond the field of view
+        counts += np.bincount(levels, minlength=256)[: len(counts)]
+    if counts.sum() < _LEAST_AIR * some.values.size:
+        return None
+    return int(gaussian_filter1d(counts, _AIR_SMOOTHING).argmax()) / 255
+
+
+def air_offset(scan: Scan | Volume, config: PreprocessConfig) -> float:
+    """What moves the air around the patient to -1000 HU, when it is added on the scale of `Volume.window`.
 
     A scan in 0..255 does not say which window it was exported with, and scanners' presets differ by 100 HU, which is
     half of what tells ground glass from healthy lung. Air is at -1000 HU by definition.
 
     Args:
-      volume: a scan, or slices spread over one.
-      config: where its normalization is not "air", the offset is 0.
+      scan: a whole scan.
+      config: whether to move it.
 
     Returns:
-      the offset; 0 also for a scan in Hounsfield units, and where under 1 % of the voxels lie around the body.
+      the offset; 0 where the normalization is not "air", for a scan in Hounsfield units, and where no air can be seen.
     """
-    if config.normalization != "air" or volume.encoding == "hu":
+    if config.normalization != "air" or scan.encoding == "hu":
         return 0.0
-    numbers = spread(volume.values.shape[-1], AIR_SLICES)
-    counts = np.zeros(round(255 * hu_to_window(config.body_threshold_hu)))
-    for k in numbers:
-        image = volume.window(k)
-        around = ~binary_fill_holes(body_mask(*body_scale(volume, k, config), config.body_dilation))
-        levels = np.rint(255 * image[around & (image > 0)]).astype(int)  # 0 is beyond the field of view
-        counts += np.bincount(levels, minlength=256)[: len(counts)]
-    if counts.sum() < _LEAST_AIR * len(numbers) * volume.values[..., 0].size:
-        return 0.0
-    return hu_to_window(AIR_HU) - int(gaussian_filter1d(counts, _AIR_SMOOTHING).argmax()) / 255
+    level = air_level(scan, config)
+    return 0.0 if level is None else hu_to_window(_AIR_HU) - level
 
 
 def prepare_slice(volume: Volume, k: int, config: PreprocessConfig, offset: float) -> tuple[FloatArray, Box]:

@@ -122,6 +122,10 @@ class Volume:
             scaled += np.float32(offset)
         return np.clip(scaled, 0, 1, out=scaled)
 
+    def spread(self, count: int) -> "Volume":
+        """Up to `count` slices, evenly spread, the first and the last among them."""
+        return dataclasses.replace(self, values=self.values[..., _spread(self.values.shape[-1], count)])
+
     def minmax(self, k: int) -> FloatArray:
         """Slice k with its own minimum as 0 and maximum as 1, as the original did; a constant slice is 0."""
         values = self.values[..., k].astype(np.float32)
@@ -156,13 +160,12 @@ class Scan:
         return Volume(self.grid.orient(self._read(*self.grid.file_slices(start, stop))), self.encoding, self.grid)
 
     def spread(self, count: int) -> Volume:
-        """Up to `count` slices, evenly spread over the scan, in memory."""
-        parts = [self.part(k, k + 1) for k in spread(self.grid.oriented_shape[-1], count)]
+        """As `Volume.spread`, in memory."""
+        parts = [self.part(k, k + 1) for k in _spread(self.grid.oriented_shape[-1], count)]
         return Volume(np.concatenate([part.values for part in parts], axis=-1), self.encoding, self.grid)
 
 
-def spread(slices: int, count: int) -> list[int]:
-    """Numbers of up to `count` slices out of `slices`, evenly spread, the first and the last among them."""
+def _spread(slices: int, count: int) -> list[int]:
     return sorted({round(k) for k in np.linspace(0, slices - 1, count)})
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from resunet_jax.config import PreprocessConfig
-from resunet_jax.data.prepared import AIR_SLICES, air_offset, prepare_volume
+from resunet_jax.data.prepared import air_offset, prepare_volume
 from resunet_jax.data.roi import Box, resize_paste
 from resunet_jax.data.volumes import Array, FloatArray, Grid, nifti_writer, open_scan
 from resunet_jax.errors import InputError
@@ -248,7 +248,7 @@ def prepared_parts(scans: Iterable[Path], preprocess: PreprocessConfig) -> Itera
         try:
             with open_scan(path) as scan:
                 slices = scan.grid.oriented_shape[-1]
-                offset = air_offset(scan.spread(AIR_SLICES), preprocess)
+                offset = air_offset(scan, preprocess)
                 for start in range(0, slices, _SLICES_IN_MEMORY):
                     part = scan.part(start, min(start + _SLICES_IN_MEMORY, slices))
                     yield PreparedPart(path, scan.grid, start, *prepare_volume(part, preprocess, offset))

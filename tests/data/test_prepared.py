@@ -8,7 +8,7 @@ import pytest
 from resunet_jax.config import PreprocessConfig
 from resunet_jax.data import prepared as module
 from resunet_jax.data.cases import find_cases
-from resunet_jax.data.prepared import AIR_SLICES, air_offset, prepare_cases, prepare_slice, prepare_volume
+from resunet_jax.data.prepared import air_level, air_offset, prepare_cases, prepare_slice, prepare_volume
 from resunet_jax.data.volumes import Volume, hu_to_window, open_scan, read_mask, read_volume
 from resunet_jax.errors import InputError
 
@@ -163,18 +163,20 @@ def test_no_offset_where_none_is_wanted_or_none_can_be_known() -> None:
     assert air_offset(all_body, AIR) == 0
     nothing_around = np.where(a_body() < -950, -2000, hu)
     assert air_offset(exported(nothing_around, -1350), AIR) == 0
+    assert air_level(all_body, AIR) is None
+    assert air_level(scan, AIR) == pytest.approx(350 / 1500, abs=1.5 / 255)
 
 
 def test_a_part_of_a_scan_is_prepared_as_in_the_whole(tmp_path: Path) -> None:
-    hu = a_body(slices=3 * AIR_SLICES)
+    hu = a_body(slices=40)
     hu[..., ::2] += 30  # slices differ
     scan = exported(hu, -1350)
     nib.Nifti1Image(scan.values, np.diag([-1, -1, 1, 1])).to_filename(tmp_path / "scan.nii")
     whole, _ = prepare_volume(read_volume(tmp_path / "scan.nii"), AIR)
     with open_scan(tmp_path / "scan.nii") as opened:
-        some = opened.spread(AIR_SLICES)
-        assert some.values.shape[-1] == AIR_SLICES
-        part, _ = prepare_volume(opened.part(5, 7), AIR, air_offset(some, AIR))
+        np.testing.assert_array_equal(opened.spread(5).values, read_volume(tmp_path / "scan.nii").spread(5).values)
+        assert opened.spread(5).values.shape[-1] == 5
+        part, _ = prepare_volume(opened.part(5, 7), AIR, air_offset(opened, AIR))
     np.testing.assert_array_equal(part, whole[5:7])
 
 

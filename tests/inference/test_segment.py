@@ -21,7 +21,7 @@ from resunet_jax import (
 )
 from resunet_jax.data.cases import find_cases
 from resunet_jax.data.prepared import prepare_volume
-from resunet_jax.data.volumes import read_volume
+from resunet_jax.data.volumes import read_volume, write_nifti
 from resunet_jax.errors import InputError
 from resunet_jax.inference import segment as module
 from resunet_jax.inference.segment import native_slices
@@ -82,6 +82,23 @@ def test_slices_in_memory_change_nothing(
     monkeypatch.setattr(module, "_SLICES_IN_MEMORY", 4)
     for a, b in zip(whole, segment_scan(scan, tmp_path / "parts", segmenter), strict=True):
         assert a.read_bytes() == b.read_bytes()
+
+
+def test_air_is_looked_for_in_the_whole_scan_not_in_a_part(
+    scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SLICES_IN_MEMORY", 2)
+    volume = read_volume(scan)
+    values = volume.values.copy()
+    values[..., :2] = np.minimum(values[..., :2], 238) + 17  # by themselves, these would be moved by 100 HU
+    write_nifti(tmp_path / "scan.nii", values, volume.grid)
+    preprocess = TINY["preprocess"]
+    parts = list(module.prepared_parts([tmp_path / "scan.nii"], preprocess))
+    images, _ = prepare_volume(read_volume(tmp_path / "scan.nii"), preprocess)
+    np.testing.assert_array_equal(np.concatenate([part.images for part in parts]), images)
+    assert len(parts) > 2
+    alone, _ = prepare_volume(dataclasses.replace(volume, values=values[..., :2]), preprocess)
+    assert np.abs(alone - images[:2]).max() > 0.05
 
 
 def test_is_the_cascade_where_there_is_lung_and_nothing_elsewhere(trained: Trained, scan: Path) -> None:
