@@ -59,10 +59,13 @@ class ModelConfig:
     Attributes:
       filters: feature channels of the four levels, from full to an eighth of the resolution.
       dtype: type of the computation, "float32" or "bfloat16"; parameters stay float32.
+      lung_closing: for task "infection": holes and bays of the lung probability narrower than this part of a slice's
+        side are filled before the infection model sees it; 0 leaves them.
     """
 
     filters: tuple[int, int, int, int] = (64, 128, 256, 512)
     dtype: Literal["float32", "bfloat16"] = "float32"
+    lung_closing: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,13 +200,14 @@ def check(config: Config) -> None:
         preprocess.normalization in typing.get_args(Normalization),
         "normalization",
         preprocess.normalization,
-        "window or minmax",
+        "one of " + ", ".join(typing.get_args(Normalization)),
     )
     for field, names in (("loss", LossName), ("schedule", ScheduleName)):
         allowed = typing.get_args(names)
         _require(getattr(train, field) in allowed, field, getattr(train, field), "one of " + ", ".join(allowed))
     _require(train.weight_decay >= 0, "weight_decay", train.weight_decay, "0 or more")
     _require(model.dtype in ("float32", "bfloat16"), "dtype", model.dtype, "float32 or bfloat16")
+    _require(0 <= model.lung_closing <= 1, "lung_closing", model.lung_closing, "a part in [0, 1]")
     _require(train.patch_factor >= 1, "patch_factor", train.patch_factor, "1 or more")
     multiple = 8 * train.patch_factor
     _require(

@@ -57,6 +57,7 @@ RECIPES: dict[RecipeName, dict[Target, Config]] = {
         "infection": override(
             _ROBUST,
             {
+                "model.lung_closing": 0.125,
                 "augment.consolidation": 0.33,
                 "augment.fading": 0.33,
                 # Less than for the lungs: how bright it is is what tells ground glass.

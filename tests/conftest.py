@@ -56,7 +56,7 @@ REFERENCE = ROOT / "tests" / "reference"
 
 TINY = {
     "preprocess": PreprocessConfig(image_size=32, normalization="air"),
-    "model": ModelConfig(filters=(4, 8, 16, 32)),
+    "model": ModelConfig(filters=(4, 8, 16, 32), lung_closing=0.125),
     "train": TrainConfig(epochs=2, learning_rate=3e-3, batch_size=4),
 }
 TINY_FLAGS = ("--image_size=32", "--filters=4,8,16,32", "--learning_rate=3e-3", "--batch_size=4")

@@ -51,6 +51,8 @@ def test_configs_are_frozen_and_hashable() -> None:
         ({"train": {"accumulate_steps": 0}}, "accumulate_steps"),
         ({"preprocess": 3}, "JSON object"),
         ({"model": {"filters": [1, 2, 3]}}, "four positive numbers"),
+        ({"model": {"lung_closing": 17}}, "lung_closing is 17.0; it must be a part"),
+        ({"preprocess": {"normalization": "none"}}, "one of window, air, minmax"),
         ({"train": {"patch_factor": 3}}, "multiple of 24"),
         ({"train": {"epochs": 0}}, "epochs"),
         ({"train": {"loss": "mse"}}, "loss"),

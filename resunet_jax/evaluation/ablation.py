@@ -1,6 +1,7 @@
 """Recipes side by side: the same cases, steps and seeds, one thing changed at a time."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -77,6 +78,7 @@ _ONE_WINDOW = {"preprocess.normalization": "window"}
 ROWS: tuple[Row, ...] = (
     Row("robust"),
     Row("original", "original"),
+    Row("infection: lung probability as it comes", infection={"model.lung_closing": 0.0}),
     Row("infection: no lesions made denser", infection={"augment.consolidation": 0.0}),
     Row("infection: no lesions made fainter", infection={"augment.fading": 0.0}),
     Row("infection: cross-entropy alone", infection=_BCE),
@@ -288,11 +290,22 @@ def _within(workdir: Path, folder: Path) -> str:
 
 
 def _cost(config: Config, lung: Config | None, history: History) -> dict[str, float]:
-    """The compiler's plan tells memory, which a process that trains one model after the other cannot."""
-    step, state = compile_train_step(config, lung)
     return {
         "steps": history[-1]["step"],
         "seconds_per_step": float(np.median([1 / record["steps_per_second"] for record in history])),
+        **_size(_any_seed(config), lung and _any_seed(lung)),
+    }
+
+
+def _any_seed(config: Config) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=0))
+
+
+@functools.cache  # compiling takes as long as many steps
+def _size(config: Config, lung: Config | None) -> dict[str, float]:
+    """The compiler's plan tells memory, which a process that trains one model after the other cannot."""
+    step, state = compile_train_step(config, lung)
+    return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.variables["params"])),
         "step_gb": step.memory_analysis().temp_size_in_bytes / 1e9,
     }

@@ -37,7 +37,7 @@ def summarize_runs(lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dic
 
 
 class _Dice(NamedTuple):
-    """Dice by seed and volume; volumes of several splits stand side by side."""
+    """Dice by seed and volume; volumes of several splits stand side by side, in the order of their names."""
 
     values: np.ndarray[Any, np.dtype[np.float64]]
     cases: list[str]
@@ -46,7 +46,7 @@ class _Dice(NamedTuple):
 
 def _table(runs: Sequence[Mapping[str, Any]], structure: str) -> _Dice:
     rows = [(run["seed"], row) for run in runs for row in run["volumes"] if row["structure"] == structure]
-    seeds, cases = sorted({seed for seed, _ in rows}), list(dict.fromkeys(row["case"] for _, row in rows))
+    seeds, cases = sorted({seed for seed, _ in rows}), sorted({row["case"] for _, row in rows})
     values = np.full((len(seeds), len(cases)), np.nan)
     for seed, row in rows:
         values[seeds.index(seed), cases.index(row["case"])] = math.nan if row["dice"] is None else row["dice"]
@@ -122,7 +122,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         _change(infection) if infection else "–",
         f"{row['lesion_recall']:.2f}" if infection else "–",
         f"{row['false_lesions']:.1f}" if infection else "–",
-        " + ".join(f"{structure['seconds_per_step']:.2f}" for structure in trained),
+        " + ".join(f"{structure['seconds_per_step']:.2g}" for structure in trained),
         f"{sum(structure['parameters'] for structure in trained) / 1e6:.2f} M",
         f"{max(structure['step_gb'] for structure in trained):.2f}",
     )

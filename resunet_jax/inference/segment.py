@@ -7,7 +7,6 @@ import os
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,7 +21,7 @@ from resunet_jax.data.volumes import Array, FloatArray, Grid, nifti_writer, open
 from resunet_jax.errors import InputError
 from resunet_jax.files import make_output_dir
 from resunet_jax.inference.regions import large_regions
-from resunet_jax.model.cascade import predict_probability
+from resunet_jax.model.cascade import infection_input, predict_probability
 from resunet_jax.model.conv import fastest_convolution
 from resunet_jax.model.resunet import Variables
 from resunet_jax.progress import logger, progress
@@ -117,8 +116,14 @@ class Segmenter:
     @functools.cached_property
     def _jitted(self) -> dict[str, Callable[[Variables, FloatArray], jax.Array]]:
         def jitted(loaded: LoadedModel) -> Callable[[Variables, FloatArray], jax.Array]:
-            model = loaded.model.clone(convolution=fastest_convolution())
-            return jax.jit(partial(predict_probability, model, patch_factor=loaded.config.train.patch_factor))
+            model, config = loaded.model.clone(convolution=fastest_convolution()), loaded.config
+
+            def probability(variables: Variables, x: jax.Array) -> jax.Array:
+                if model.in_channels == 2:
+                    x = infection_input(model, x[..., :1], x[..., 1:], config.model.lung_closing)
+                return predict_probability(model, variables, x, patch_factor=config.train.patch_factor)
+
+            return jax.jit(probability)
 
         return {name: jitted(getattr(self, name)) for name in self.structures}
 

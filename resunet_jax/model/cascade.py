@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from resunet_jax.model.resunet import ResUnet, Variables
 
@@ -52,13 +53,43 @@ def predict_probability(model: ResUnet, variables: Variables, x: jax.Array, *, p
     return jax.nn.sigmoid(logits)
 
 
-def infection_input(infection_model: ResUnet, image: jax.Array, lung_probability: jax.Array | None) -> jax.Array:
-    """What the infection model sees: CT alone (one channel) or [CT, lung probability] (two channels)."""
+def close_lung(probability: jax.Array, part: float) -> jax.Array:
+    """Fills what the lung model leaves out within or beside a lung: a morphological closing by a square.
+
+    A lung model misses dense lesions that it has not seen the like of, and an infection model that trusts it misses
+    them too.
+
+    Args:
+      probability: (N, H, W, 1).
+      part: width of what is filled, as a part of W; 0 leaves everything as it is.
+
+    Returns:
+      the same shape, nowhere lower, and with no value that is not in `probability`.
+    """
+    width = 2 * round(part * probability.shape[2] / 2) + 1
+
+    def highest(x: jax.Array) -> jax.Array:  # in a square around each pixel; by rows, then by columns, which is faster
+        return nn.max_pool(nn.max_pool(x, (width, 1), padding="SAME"), (1, width), padding="SAME")
+
+    return -highest(-highest(probability)) if width > 1 else probability
+
+
+def infection_input(
+    infection_model: ResUnet, image: jax.Array, lung_probability: jax.Array | None, lung_closing: float = 0.0
+) -> jax.Array:
+    """What the infection model sees: CT alone (one channel) or [CT, lung probability] (two channels).
+
+    Args:
+      infection_model: says which, by its `in_channels`.
+      image: CT (N, H, W, 1).
+      lung_probability: the same shape; may be None for CT alone.
+      lung_closing: see `close_lung`.
+    """
     if infection_model.in_channels == 1:
         return image
     if lung_probability is None:
         raise ValueError("this infection model was trained on [CT, lung probability]: give it a lung model")
-    return jnp.concatenate([image, lung_probability], axis=-1)
+    return jnp.concatenate([image, close_lung(lung_probability, lung_closing)], axis=-1)
 
 
 def cascade(
@@ -70,6 +101,7 @@ def cascade(
     *,
     lung_patch_factor: int = 1,
     infection_patch_factor: int = 1,
+    lung_closing: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Both probabilities for a batch of slices; jit, vmap and differentiate it as you like.
 
@@ -81,11 +113,12 @@ def cascade(
       image: CT (N, H, W, 1) in [0, 1], prepared as the models' configs say; H and W divisible by 8.
       lung_patch_factor: see `apply_logits`.
       infection_patch_factor: see `apply_logits`.
+      lung_closing: what the infection model was trained with, see `ModelConfig`.
 
     Returns:
       lung probability and infection probability, each float32 (N, H, W, 1) in [0, 1].
     """
     lung = predict_probability(lung_model, lung_variables, image, patch_factor=lung_patch_factor)
-    stacked = infection_input(infection_model, image, lung)
+    stacked = infection_input(infection_model, image, lung, lung_closing)
     infection = predict_probability(infection_model, infection_variables, stacked, patch_factor=infection_patch_factor)
     return lung, infection

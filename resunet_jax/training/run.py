@@ -126,10 +126,17 @@ def versions() -> dict[str, str]:
     device = jax.devices()[0]
     return {
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        **{name: _version(name) for name in _PACKAGES},
         "machine": f"{platform.system()} {platform.machine()}",
         "device": f"{device.platform} {device.device_kind} × {jax.device_count()}",
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # this one, where it runs from a folder that was not installed
+        return "not installed"
 
 
 def _load_lung(config: Config, task: Task, lung_checkpoint: Path | None) -> tuple[LoadedModel | None, Config]:
@@ -238,7 +245,8 @@ def _make_predict(best: LoadedModel, lung: LoadedModel | None) -> Callable[[Floa
     @jax.jit
     def predict(image: jax.Array) -> jax.Array:
         x = image[None, :, :, None]
-        stacked = infection_input(best.model, x, probability(lung, x) if lung else None)
+        closing = best.config.model.lung_closing
+        stacked = infection_input(best.model, x, probability(lung, x) if lung else None, closing)
         return probability(best, stacked)[0, ..., 0]
 
     return lambda image: np.asarray(predict(image))

@@ -97,9 +97,9 @@ def line(seed: int, dice: dict[str, float | None], seconds: float = 1.0) -> dict
 
 
 def test_rows_are_compared_volume_by_volume_and_seed_by_seed() -> None:
-    """Volumes differ by more than rows do: unpaired, nothing could be told."""
+    """Volumes differ by more than rows do: unpaired, nothing could be told. Runs and volumes may be in any order."""
     first = [line(0, {"a_1": 0.1, "b_1": 0.9}), line(1, {"a_1": 0.2, "b_1": 0.8})]
-    other = [line(0, {"a_1": 0.15, "b_1": 0.95}, 1.5), line(1, {"a_1": 0.25, "b_1": 0.85}, 1.5)]
+    other = [line(1, {"b_1": 0.85, "a_1": 0.25}, 1.5), line(0, {"b_1": 0.95, "a_1": 0.15}, 1.5)]
     reference, row = summarize_runs({"first": first, "other": other})
     assert row["infection"]["mean"] == pytest.approx(0.55)
     assert row["infection"]["lowest"] == pytest.approx(0.2)

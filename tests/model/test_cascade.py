@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from resunet_jax import ResUnet, cascade, init_variables, predict_probability
-from resunet_jax.model.cascade import infection_input, join_patches, split_patches
+from resunet_jax.model.cascade import close_lung, infection_input, join_patches, split_patches
 
 FILTERS = (2, 4, 4, 8)
-jitted = jax.jit(cascade, static_argnums=(0, 1))
+jitted = jax.jit(cascade, static_argnums=(0, 1), static_argnames="lung_closing")
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,33 @@ def test_patches_are_seen_apart(models, image) -> None:
     whole = predict(model, variables, image, patch_factor=2)
     corner = predict(model, variables, image[:, :8, :8], patch_factor=1)
     np.testing.assert_allclose(whole[:, :8, :8], corner, atol=1e-6)
+
+
+def test_closing_fills_holes_and_bays_that_are_narrower_than_asked() -> None:
+    lung = np.zeros((1, 32, 64, 1), np.float32)
+    lung[:, 6:26, 8:56] = 1
+    whole = lung.copy()
+    lung[:, 10:13, 20:25] = 0.25  # a hole 3 high and 5 wide
+    lung[:, 6:9, 40:43] = 0  # a bay
+    lung[:, 12:22, 28:38] = 0  # a hole of 10 × 10
+    whole[:, 12:22, 28:38] = 0
+    np.testing.assert_array_equal(close_lung(jnp.asarray(lung), 6 / 64), whole)  # by 7 × 7
+    np.testing.assert_array_equal(close_lung(jnp.asarray(lung), 0), lung)
+
+
+def test_closing_only_raises_and_does_all_at_once() -> None:
+    lung = jax.random.uniform(jax.random.key(4), (2, 32, 32, 1))
+    closed = close_lung(lung, 0.125)
+    assert bool((closed >= lung).all())
+    assert set(np.unique(closed)) < set(np.unique(lung))
+    np.testing.assert_array_equal(close_lung(closed, 0.125), closed)
+
+
+def test_infection_model_sees_the_closed_lung(models, image) -> None:
+    lung, infection = jitted(*models, image, lung_closing=0.25)
+    closed = predict_probability(models[1], models[3], infection_input(models[1], image, lung, 0.25))
+    np.testing.assert_allclose(infection, closed, atol=1e-6)
+    assert float(jnp.abs(infection - jitted(*models, image)[1]).max()) > 1e-4
 
 
 def test_infection_model_without_lung_is_refused(models, image) -> None:

@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import shutil
 from pathlib import Path
@@ -28,7 +29,7 @@ from resunet_jax.training.checkpoints import (
     save_model,
 )
 from resunet_jax.training.fit import finished, fit
-from resunet_jax.training.run import train
+from resunet_jax.training.run import train, versions
 from resunet_jax.training.steps import create_state, make_optimizer
 from tests.conftest import TINY, Trained
 
@@ -321,3 +322,14 @@ def test_another_architecture_is_refused(trained: Trained, tmp_path: Path) -> No
     config_file.write_text("{")
     with pytest.raises(InputError, match=r"damaged \(config.json: "):
         load_model(tmp_path / "model")
+
+
+def test_versions_of_what_is_not_installed_are_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        if package == "resunet-jax":  # it runs from a folder that was not installed
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert versions()["resunet-jax"] == "not installed"
+    assert versions()["jax"] == "1.0"

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from resunet_jax.config import AugmentConfig, Config, ModelConfig, PreprocessConfig, TrainConfig
+from resunet_jax.model.cascade import cascade
 from resunet_jax.model.conv import conv_general_dilated
 from resunet_jax.model.resunet import ResUnet, init_variables
 from resunet_jax.training.checkpoints import variable_shapes
@@ -257,10 +258,26 @@ def test_infection_step_sees_lung_probability_and_leaves_the_lung_alone(batch) -
     after, metrics = train_step(state, batch, KEY, lung_variables)
     assert after.variables["params"]["input_conv1"]["kernel"].shape == (3, 3, 2, 2)
     assert float(metrics["loss"]) != float(train_step(state, batch, KEY, other_lung)[1]["loss"])
+    closed_config = dataclasses.replace(config, model=dataclasses.replace(CONFIG.model, lung_closing=0.25))
+    closed_step = jax.jit(make_train_step(closed_config, optimizer, frozen_lung(CONFIG)))
+    assert float(metrics["loss"]) != float(closed_step(state, batch, KEY, lung_variables)[1]["loss"])
     with pytest.raises(ValueError, match="lung"):
         train_step(state, batch, KEY, None)
     with pytest.raises(ValueError, match="lung"):
         frozen_lung(config)
+
+
+def test_evaluation_of_the_infection_sees_what_the_cascade_does(batch) -> None:
+    config = Config(task="infection", model=dataclasses.replace(CONFIG.model, lung_closing=0.25))
+    lung, infection = build_model(CONFIG), build_model(config)
+    lung_variables, variables = (init_variables(model, jax.random.key(3)) for model in (lung, infection))
+    sums = jax.jit(make_eval_step(config, frozen_lung(CONFIG)))(variables, batch, lung_variables)
+    _, probability = jax.jit(lambda *values: cascade(lung, infection, *values, lung_closing=0.25))(
+        lung_variables, variables, batch["image"]
+    )
+    target = batch["mask"].astype(jnp.float32)
+    loss = -jnp.mean(target * jnp.log(probability) + (1 - target) * jnp.log1p(-probability))
+    np.testing.assert_allclose(sums["loss"] / 4, loss, rtol=1e-5)
 
 
 def test_training_on_patches_counts_every_pixel_once(batch) -> None:
