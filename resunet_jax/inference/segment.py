@@ -116,12 +116,11 @@ class Segmenter:
     @functools.cached_property
     def _jitted(self) -> dict[str, Callable[[Variables, FloatArray], jax.Array]]:
         def jitted(loaded: LoadedModel) -> Callable[[Variables, FloatArray], jax.Array]:
-            model, config = loaded.model.clone(convolution=fastest_convolution()), loaded.config
+            model = loaded.model.clone(convolution=fastest_convolution())
 
             def probability(variables: Variables, x: jax.Array) -> jax.Array:
-                if model.in_channels == 2:
-                    x = infection_input(model, x[..., :1], x[..., 1:], config.model.lung_closing)
-                return predict_probability(model, variables, x, patch_factor=config.train.patch_factor)
+                x = infection_input(model, x[..., :1], x[..., 1:])  # CT alone comes back as it is
+                return predict_probability(model, variables, x, patch_factor=loaded.config.train.patch_factor)
 
             return jax.jit(probability)
 

@@ -74,22 +74,19 @@ def close_lung(probability: jax.Array, part: float) -> jax.Array:
     return -highest(-highest(probability)) if width > 1 else probability
 
 
-def infection_input(
-    infection_model: ResUnet, image: jax.Array, lung_probability: jax.Array | None, lung_closing: float = 0.0
-) -> jax.Array:
-    """What the infection model sees: CT alone (one channel) or [CT, lung probability] (two channels).
+def infection_input(infection_model: ResUnet, image: jax.Array, lung_probability: jax.Array | None) -> jax.Array:
+    """What the infection model sees: CT alone (one channel), or CT and the closed lung probability (two channels).
 
     Args:
-      infection_model: says which, by its `in_channels`.
+      infection_model: says which, by its `in_channels`, and how far to close, by its `lung_closing`.
       image: CT (N, H, W, 1).
       lung_probability: the same shape; may be None for CT alone.
-      lung_closing: see `close_lung`.
     """
     if infection_model.in_channels == 1:
         return image
     if lung_probability is None:
         raise ValueError("this infection model was trained on [CT, lung probability]: give it a lung model")
-    return jnp.concatenate([image, close_lung(lung_probability, lung_closing)], axis=-1)
+    return jnp.concatenate([image, close_lung(lung_probability, infection_model.lung_closing)], axis=-1)
 
 
 def cascade(
@@ -101,24 +98,22 @@ def cascade(
     *,
     lung_patch_factor: int = 1,
     infection_patch_factor: int = 1,
-    lung_closing: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Both probabilities for a batch of slices; jit, vmap and differentiate it as you like.
 
     Args:
       lung_model: on CT.
-      infection_model: on CT, or on CT and lung probability, by its `in_channels`.
+      infection_model: see `infection_input`.
       lung_variables: of the lung model; nothing stops gradients to them.
       infection_variables: of the infection model.
       image: CT (N, H, W, 1) in [0, 1], prepared as the models' configs say; H and W divisible by 8.
       lung_patch_factor: see `apply_logits`.
       infection_patch_factor: see `apply_logits`.
-      lung_closing: what the infection model was trained with, see `ModelConfig`.
 
     Returns:
       lung probability and infection probability, each float32 (N, H, W, 1) in [0, 1].
     """
     lung = predict_probability(lung_model, lung_variables, image, patch_factor=lung_patch_factor)
-    stacked = infection_input(infection_model, image, lung, lung_closing)
+    stacked = infection_input(infection_model, image, lung)
     infection = predict_probability(infection_model, infection_variables, stacked, patch_factor=infection_patch_factor)
     return lung, infection

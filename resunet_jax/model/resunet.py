@@ -125,6 +125,8 @@ class ResUnet(nn.Module):
       filters: channels of the four levels, from full to an eighth of the resolution.
       dtype: type of the computation; parameters, batch statistics and logits are float32.
       remat: computes each residual block again when its gradient is taken, instead of keeping what lies within.
+      lung_closing: for two channels, how far the lung probability is to be closed before it comes here, see
+        `infection_input`.
       convolution: `jax.lax.conv_general_dilated` or a drop-in for it; `fastest_convolution()` of `model/conv.py` is
         faster on CPUs, in reverse mode only.
     """
@@ -133,6 +135,7 @@ class ResUnet(nn.Module):
     filters: tuple[int, int, int, int] = (64, 128, 256, 512)
     dtype: Any = jnp.float32
     remat: bool = False
+    lung_closing: float = 0.0
     convolution: Convolution = lax.conv_general_dilated
 
     @nn.compact

@@ -245,8 +245,7 @@ def _make_predict(best: LoadedModel, lung: LoadedModel | None) -> Callable[[Floa
     @jax.jit
     def predict(image: jax.Array) -> jax.Array:
         x = image[None, :, :, None]
-        closing = best.config.model.lung_closing
-        stacked = infection_input(best.model, x, probability(lung, x) if lung else None, closing)
+        stacked = infection_input(best.model, x, probability(lung, x) if lung else None)
         return probability(best, stacked)[0, ..., 0]
 
     return lambda image: np.asarray(predict(image))

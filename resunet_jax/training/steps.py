@@ -130,7 +130,7 @@ def make_train_step(
             batch["mask"].astype(jnp.float32),
             config.augment,
         )
-        x = _model_input(model, config, image, frozen, lung_variables)
+        x = _model_input(model, image, frozen, lung_variables)
 
         def loss(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
             variables = {**state.variables, "params": params}
@@ -195,7 +195,7 @@ def make_eval_step(config: Config, frozen: FrozenLung | None = None) -> EvalStep
 
     def step(variables: Variables, batch: Batch, lung_variables: Variables | None) -> dict[str, jax.Array]:
         target = batch["mask"].astype(jnp.float32)
-        x = _model_input(model, config, batch["image"], frozen, lung_variables)
+        x = _model_input(model, batch["image"], frozen, lung_variables)
         logits, _ = apply_logits(model, variables, x, train=False, patch_factor=patches)
         valid = batch["valid"].astype(jnp.float32)
         values = {"loss": loss_fn(logits, target), **confusion_counts(logits, target), "slices": valid}
@@ -205,12 +205,12 @@ def make_eval_step(config: Config, frozen: FrozenLung | None = None) -> EvalStep
 
 
 def _model_input(
-    model: ResUnet, config: Config, image: jax.Array, frozen: FrozenLung | None, lung_variables: Variables | None
+    model: ResUnet, image: jax.Array, frozen: FrozenLung | None, lung_variables: Variables | None
 ) -> jax.Array:
     if frozen is None or lung_variables is None:
         return infection_input(model, image, None)
     lung = predict_probability(frozen.model, lung_variables, image, patch_factor=frozen.patch_factor)
-    return infection_input(model, image, lung, config.model.lung_closing)
+    return infection_input(model, image, lung)
 
 
 def frozen_lung(config: Config) -> FrozenLung:

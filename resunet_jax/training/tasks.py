@@ -42,5 +42,6 @@ def build_model(config: Config, convolution: Convolution = jax.lax.conv_general_
         filters=config.model.filters,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.train.remat,
+        lung_closing=config.model.lung_closing,
         convolution=convolution,
     )

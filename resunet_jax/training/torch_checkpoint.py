@@ -14,6 +14,7 @@ from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TaskName
 from resunet_jax.errors import InputError, first_line
 from resunet_jax.files import whole_file
 from resunet_jax.model.torch_names import LAYERS, torch_from_tree, tree_from_torch
+from resunet_jax.progress import logger
 from resunet_jax.recipes import recipe
 from resunet_jax.training.checkpoints import load_model, save_model, variable_shapes
 from resunet_jax.training.tasks import build_model
@@ -65,6 +66,8 @@ def from_torch(path: Path, output_dir: Path, target: Literal["lung", "infection"
 def to_torch(path: Path, output_file: Path) -> None:
     """Writes a model as a checkpoint that the original project loads, whole or not at all.
 
+    A warning tells where its slices are not prepared as the original prepares them.
+
     Args:
       path: for `load_model`.
       output_file: must not exist.
@@ -76,6 +79,15 @@ def to_torch(path: Path, output_file: Path) -> None:
     if output_file.exists():
         raise InputError(f"{output_file}: exists already; choose a new file")
     loaded = load_model(path)
+    config = loaded.config
+    if config.preprocess != original_preprocess(config.preprocess.image_size) or config.model.lung_closing:
+        logger.warning(
+            "%s: the original's code prepares slices otherwise; give this model slices as its config says "
+            "(normalization %s, lung_closing %g)",
+            path,
+            config.preprocess.normalization,
+            config.model.lung_closing,
+        )
     arrays = torch_from_tree(loaded.variables)
     counters = _read_counters(path)
     state: dict[str, Any] = {}

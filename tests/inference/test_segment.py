@@ -104,9 +104,8 @@ def test_air_is_looked_for_in_the_whole_scan_not_in_a_part(
 def test_is_the_cascade_where_there_is_lung_and_nothing_elsewhere(trained: Trained, scan: Path) -> None:
     lung, infection = load_model(trained.lung), load_model(trained.infection)
     images, _ = prepare_volume(read_volume(scan), lung.config.preprocess)
-    closing = infection.config.model.lung_closing
-    assert closing > 0
-    expected = jax.jit(partial(cascade, lung.model, infection.model, lung_closing=closing))(
+    assert infection.model.lung_closing > 0
+    expected = jax.jit(partial(cascade, lung.model, infection.model))(
         lung.variables, infection.variables, images[..., None]
     )
     expected_lung, expected_infection = (np.asarray(p)[..., 0] for p in expected)

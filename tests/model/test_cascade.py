@@ -7,7 +7,7 @@ from resunet_jax import ResUnet, cascade, init_variables, predict_probability
 from resunet_jax.model.cascade import close_lung, infection_input, join_patches, split_patches
 
 FILTERS = (2, 4, 4, 8)
-jitted = jax.jit(cascade, static_argnums=(0, 1), static_argnames="lung_closing")
+jitted = jax.jit(cascade, static_argnums=(0, 1))
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +101,10 @@ def test_closing_only_raises_and_does_all_at_once() -> None:
 
 
 def test_infection_model_sees_the_closed_lung(models, image) -> None:
-    lung, infection = jitted(*models, image, lung_closing=0.25)
-    closed = predict_probability(models[1], models[3], infection_input(models[1], image, lung, 0.25))
-    np.testing.assert_allclose(infection, closed, atol=1e-6)
+    closing = models[1].clone(lung_closing=0.25)
+    lung, infection = jitted(models[0], closing, *models[2:], image)
+    closed = jnp.concatenate([image, close_lung(lung, 0.25)], axis=-1)
+    np.testing.assert_allclose(infection, predict_probability(models[1], models[3], closed), atol=1e-6)
     assert float(jnp.abs(infection - jitted(*models, image)[1]).max()) > 1e-4
 
 

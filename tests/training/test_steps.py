@@ -272,9 +272,8 @@ def test_evaluation_of_the_infection_sees_what_the_cascade_does(batch) -> None:
     lung, infection = build_model(CONFIG), build_model(config)
     lung_variables, variables = (init_variables(model, jax.random.key(3)) for model in (lung, infection))
     sums = jax.jit(make_eval_step(config, frozen_lung(CONFIG)))(variables, batch, lung_variables)
-    _, probability = jax.jit(lambda *values: cascade(lung, infection, *values, lung_closing=0.25))(
-        lung_variables, variables, batch["image"]
-    )
+    assert infection.lung_closing == 0.25
+    _, probability = jax.jit(cascade, static_argnums=(0, 1))(lung, infection, lung_variables, variables, batch["image"])
     target = batch["mask"].astype(jnp.float32)
     loss = -jnp.mean(target * jnp.log(probability) + (1 - target) * jnp.log1p(-probability))
     np.testing.assert_allclose(sums["loss"] / 4, loss, rtol=1e-5)

@@ -68,13 +68,20 @@ def test_logits_agree_and_the_way_back_is_the_identity(channels: int, filters, t
     TorchResUnet(channels, filters).load_state_dict(after)
 
 
-def test_a_model_of_ours_goes_there_and_back(trained: Trained, tmp_path: Path) -> None:
+def test_a_model_of_ours_goes_there_and_back(
+    trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     to_torch(trained.infection, tmp_path / "infection.pt")
+    assert "prepares slices otherwise" in caplog.text
+    assert "normalization air, lung_closing 0.125" in caplog.text
+    caplog.clear()
     state = torch.load(tmp_path / "infection.pt", weights_only=True)["model_state_dict"]
     TorchResUnet(2, NARROW).load_state_dict(state)
     from_torch(tmp_path / "infection.pt", tmp_path / "back", "infection", image_size=32)
     ours, back = load_model(trained.infection).variables, load_model(tmp_path / "back").variables
     jax.tree.map(np.testing.assert_array_equal, ours, back)
+    to_torch(tmp_path / "back", tmp_path / "again.pt")
+    assert not caplog.text  # a model of the original's
 
 
 def test_preprocessing_follows_the_weights(tmp_path: Path, phantom: Path) -> None:
