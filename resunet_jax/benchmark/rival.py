@@ -12,6 +12,7 @@ from torch import nn
 
 from resunet_jax.data.volumes import FloatArray
 from resunet_jax.inference.segment import Segmenter
+from resunet_jax.model.cascade import close_lung
 from resunet_jax.model.torch_names import torch_from_tree
 from resunet_jax.training.checkpoints import LoadedModel
 
@@ -142,11 +143,13 @@ class TorchSegmenter(Segmenter):
         """See `Segmenter.probabilities`."""
         models = self.__dict__.setdefault("_torch", {name: _to_torch(getattr(self, name)) for name in self.structures})
         outputs = {name: np.empty(images.shape, np.float32) for name in self.structures}
+        closing = self.infection.model.lung_closing if self.infection else 0.0
         with torch.no_grad():
             for start in range(0, len(images), self.batch_size):
                 image = torch.tensor(images[start : start + self.batch_size, None])
                 lung = torch.sigmoid(models["lung"](image))
-                infection = torch.sigmoid(models["infection"](torch.cat([image, lung], dim=1)))
+                closed = np.array(close_lung(lung.numpy()[:, 0, ..., None], closing))[:, None, ..., 0]
+                infection = torch.sigmoid(models["infection"](torch.cat([image, torch.from_numpy(closed)], dim=1)))
                 outputs["lung"][start : start + len(image)] = lung[:, 0].numpy()
                 outputs["infection"][start : start + len(image)] = infection[:, 0].numpy()
         return outputs
