@@ -190,21 +190,15 @@ def _require(condition: bool, field: str, value: object, wanted: str) -> None:
 def check(config: Config) -> None:
     """Raises `InputError`, naming the field, where a value makes no sense."""
     preprocess, model, train, augment = config.preprocess, config.model, config.train, config.augment
-    _require(
-        config.task in typing.get_args(TaskName),
-        "task",
-        config.task,
-        "one of " + ", ".join(typing.get_args(TaskName)),
+    chosen: tuple[tuple[str, str, Any], ...] = (
+        ("task", config.task, TaskName),
+        ("normalization", preprocess.normalization, Normalization),
+        ("loss", train.loss, LossName),
+        ("schedule", train.schedule, ScheduleName),
     )
-    _require(
-        preprocess.normalization in typing.get_args(Normalization),
-        "normalization",
-        preprocess.normalization,
-        "one of " + ", ".join(typing.get_args(Normalization)),
-    )
-    for field, names in (("loss", LossName), ("schedule", ScheduleName)):
+    for field, name, names in chosen:
         allowed = typing.get_args(names)
-        _require(getattr(train, field) in allowed, field, getattr(train, field), "one of " + ", ".join(allowed))
+        _require(name in allowed, field, name, "one of " + ", ".join(allowed))
     _require(train.weight_decay >= 0, "weight_decay", train.weight_decay, "0 or more")
     _require(model.dtype in ("float32", "bfloat16"), "dtype", model.dtype, "float32 or bfloat16")
     _require(0 <= model.lung_closing <= 1, "lung_closing", model.lung_closing, "a part in [0, 1]")
