@@ -259,10 +259,15 @@ def split_request() -> SplitRequest:
     )
 
 
-def define_threshold_flag() -> None:
-    """--threshold, for every script that makes masks."""
+def define_mask_flags() -> None:
+    """Flags of every script that makes masks by a trained model."""
     flags.DEFINE_enum(
         "threshold", "0.5", ["0.5", "validated"], "Of the masks: 0.5, or what each training chose on validation cases."
+    )
+    flags.DEFINE_float(
+        "smallest_region",
+        None,
+        "Regions of a lung mask under this part of the largest are dropped, 0 for none; by default as it was trained.",
     )
 
 

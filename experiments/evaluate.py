@@ -19,7 +19,7 @@ cli.path_flag("infection_checkpoint", "Infection model, the same.")
 flags.DEFINE_enum("split", "test", ["train", "val", "test", "all"], "Which part of the split to evaluate.")
 cli.path_flag("split_file", "The split; by default the one in the workdir of the models.")
 flags.DEFINE_integer("batch_size", 8, "Slices at a time; it does not change the result.", lower_bound=1)
-cli.define_threshold_flag()
+cli.define_mask_flags()
 for structure, default in TOLERANCE_MM.items():
     flags.DEFINE_float(f"{structure}_tolerance_mm", default, f"Of the surface Dice of the {structure}, in mm.")
 cli.define_cache_flag()
@@ -43,6 +43,7 @@ def main() -> None:
         batch_size=FLAGS.batch_size,
         output_dir=output_dir,
         validated_threshold=FLAGS.threshold == "validated",
+        smallest_region=FLAGS.smallest_region,
         tolerance_mm={structure: FLAGS[f"{structure}_tolerance_mm"].value for structure in TOLERANCE_MM},
     )
     write_report(evaluation, output_dir)

@@ -19,7 +19,7 @@ flags.DEFINE_string("output_dir", None, "Gets <scan>_lung.nii.gz and <scan>_infe
 cli.path_flag("lung_checkpoint", "Lung model: a training workdir (its best checkpoint) or an exported model.")
 cli.path_flag("infection_checkpoint", "Infection model, the same.")
 flags.DEFINE_bool("probabilities", False, "Also writes the probabilities, as <scan>_lung_probability.nii.gz and so on.")
-cli.define_threshold_flag()
+cli.define_mask_flags()
 cli.define_compilation_cache_flag()
 flags.DEFINE_integer("batch_size", 8, "Slices at a time; it does not change the result.", lower_bound=1)
 flags.adopt_module_key_flags(cli)  # so that --help shows them
@@ -40,6 +40,7 @@ def main() -> None:
         cli.to_path(FLAGS["infection_checkpoint"]),
         FLAGS.batch_size,
         validated_threshold=FLAGS.threshold == "validated",
+        smallest_region=FLAGS.smallest_region,
     )
     outcomes = []
     for outcome in segment_scans(scans, output_dir, segmenter, save_probabilities=FLAGS.probabilities):

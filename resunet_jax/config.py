@@ -302,7 +302,7 @@ def _build(cls: type[_T], values: Any, where: str, origin: str) -> _T:
 
 def _convert(kind: Any, value: Any, where: str, origin: str) -> Any:
     if typing.get_origin(kind) is tuple:
-        items = value if isinstance(value, list) else [value]
+        items = value if isinstance(value, list | tuple) else [value]
         return tuple(_convert(typing.get_args(kind)[0], item, where, origin) for item in items)
     wanted = str if typing.get_origin(kind) is Literal else kind
     number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -28,6 +28,10 @@ def test_json_round_trip() -> None:
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
 
 
+def test_a_tuple_is_as_good_as_a_list() -> None:
+    assert override(Config(), {"model.filters": (1, 2, 3, 4)}).model.filters == (1, 2, 3, 4)
+
+
 def test_missing_fields_take_their_defaults() -> None:
     values = to_dict(Config())
     del values["augment"], values["train"]["patience"]

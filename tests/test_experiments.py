@@ -119,10 +119,14 @@ def test_check_data(phantom: Path, tmp_path: Path) -> None:
     [
         ("train_lung", TRAINING),
         ("train_infection", f"{TRAINING} lung_checkpoint ct_only"),
-        ("evaluate", "data_dir output_dir lung_checkpoint split split_file cache_dir threshold infection_tolerance_mm"),
+        (
+            "evaluate",
+            "data_dir output_dir lung_checkpoint split split_file cache_dir threshold smallest_region "
+            "infection_tolerance_mm",
+        ),
         (
             "predict",
-            "input output_dir lung_checkpoint infection_checkpoint probabilities compilation_cache_dir",
+            "input output_dir lung_checkpoint infection_checkpoint probabilities smallest_region compilation_cache_dir",
         ),
         ("cross_validate", "data_dir workdir cache_dir protocol allow_missing filters epochs"),
         ("ablate", "data_dir workdir cache_dir protocol split_files rows seeds set filters epochs"),

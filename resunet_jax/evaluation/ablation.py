@@ -124,6 +124,12 @@ class Run(NamedTuple):
         """Tells runs apart by all that decides their result."""
         return self.digest(*self.configs.values())
 
+    @property
+    def trainings(self) -> dict[Target, Config]:
+        """What to train; rows that differ in how lung masks are made, and in nothing else, share a lung model."""
+        predict = recipe(self.row.recipe, "lung").predict
+        return {**self.configs, "lung": dataclasses.replace(self.configs["lung"], predict=predict)}
+
     def digest(self, *configs: Config) -> str:
         """Tells models apart that are trained by some configs on this split."""
         values = [*map(changed_fields, configs), dataclasses.asdict(self.split)]
@@ -143,7 +149,7 @@ def ablate(
 ) -> dict[str, Any]:
     """Trains and tests every row with every seed on every split; goes on where it was killed.
 
-    A lung model is trained once for all rows that have the same. A run whose line is in runs.jsonl and whose report is
+    A lung model is trained once for all rows that train it alike. A run whose line is in runs.jsonl and whose report is
     there is not run again; where one of them is missing, it is tested again, not trained.
 
     Args:
@@ -243,11 +249,11 @@ def _run(
     """A run's line; the lung models whose folders are in `lung_costs` have been trained before, at that cost."""
     folders = {
         task: workdir / task / (run.key if task == "infection" else run.digest(config))
-        for task, config in run.configs.items()
+        for task, config in run.trainings.items()
     }
     lung_folder = _within(workdir, folders["lung"])
     cost: dict[Target, dict[str, float]] = {"lung": lung_costs[lung_folder]} if lung_folder in lung_costs else {}
-    for task, config in run.configs.items():
+    for task, config in run.trainings.items():
         if task not in cost:
             uses_lung = task == "infection"
             lung = folders["lung"] if uses_lung else None
@@ -260,7 +266,7 @@ def _run(
                 lung_checkpoint=lung,
                 should_stop=should_stop,
             )
-            cost[task] = _cost(config, run.configs["lung"] if uses_lung else None, history)
+            cost[task] = _cost(config, run.trainings["lung"] if uses_lung else None, history)
     report = workdir / "reports" / run.key
     evaluation = evaluate(
         data_dir,
@@ -269,6 +275,7 @@ def _run(
         lung_checkpoint=folders["lung"],
         infection_checkpoint=folders.get("infection"),
         batch_size=run.configs["lung"].train.batch_size,
+        smallest_region=run.configs["lung"].predict.smallest_region,
     )
     shutil.rmtree(report, ignore_errors=True)  # of a run whose line was lost
     with whole_folder(report) as partial:

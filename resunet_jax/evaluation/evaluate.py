@@ -59,7 +59,7 @@ class Evaluation:
       soft_batch: {structure: the original's soft metrics, mean over batches of 4 slices}.
       calibration: {structure: over all pixels of the model grid}.
       overlays: (Dice, slice) of each case: the slice with most of the reference.
-      settings: what the numbers depend on: "protocol", "threshold", "tolerance_mm".
+      settings: what the numbers depend on: "protocol", "threshold", "smallest_region", "tolerance_mm".
     """
 
     volumes: list[dict[str, Any]]
@@ -142,6 +142,7 @@ def evaluate_cases(
     settings = {
         "protocol": protocol,
         "threshold": {s: segmenter.threshold(s) for s in segmenter.structures},
+        "smallest_region": segmenter.smallest_region,
         "tolerance_mm": dict(tolerance_mm),
     }
     soft_batch = {s: batches.mean() for s, batches in soft.items()}

@@ -25,6 +25,7 @@ def evaluate(
     split_file: Path | None = None,
     batch_size: int = 8,
     validated_threshold: bool = False,
+    smallest_region: float | None = None,
     tolerance_mm: Mapping[str, float] = TOLERANCE_MM,
 ) -> Evaluation:
     """Evaluates one or both models of the cascade on a part of a split.
@@ -39,6 +40,7 @@ def evaluate(
       split_file: see `read_split`; by default the split that the models were trained on.
       batch_size: slices at a time.
       validated_threshold: see `load_segmenter`.
+      smallest_region: see `load_segmenter`.
       tolerance_mm: see `evaluate_cases`.
 
     Raises:
@@ -49,7 +51,11 @@ def evaluate(
         if not value > 0:
             raise InputError(f"--{structure}_tolerance_mm={value:g}: more than 0 mm is wanted")
     segmenter = load_segmenter(
-        lung_checkpoint, infection_checkpoint, batch_size, validated_threshold=validated_threshold
+        lung_checkpoint,
+        infection_checkpoint,
+        batch_size,
+        validated_threshold=validated_threshold,
+        smallest_region=smallest_region,
     )
     cases = find_cases(data_dir)
     protocol = "all cases of the folder, those of the training among them"

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from resunet_jax.config import PreprocessConfig
+from resunet_jax.config import PredictConfig, PreprocessConfig
 from resunet_jax.data.prepared import air_offset, prepare_volume
 from resunet_jax.data.roi import Box, resize_paste
 from resunet_jax.data.volumes import Array, FloatArray, Grid, nifti_writer, open_scan
@@ -66,6 +66,11 @@ class Segmenter:
         """A voxel belongs to the structure where its probability is above this."""
         return self.thresholds.get(structure, THRESHOLD)
 
+    @property
+    def smallest_region(self) -> float:
+        """Regions of the lung mask smaller than this part of the largest are dropped; see `PredictConfig`."""
+        return self.lung.config.predict.smallest_region if self.lung is not None else 0.0
+
     def probabilities(self, images: FloatArray) -> dict[str, FloatArray]:
         """Runs the models over prepared slices; after a lung model, the infection model only where it found lung.
 
@@ -89,16 +94,16 @@ class Segmenter:
         return outputs
 
     def clean(self, probabilities: Mapping[str, FloatArray]) -> None:
-        """Drops, in place, what the lung model's `PredictConfig` says; for the slices of a whole scan.
+        """Drops, in place, small regions of the lung mask; for the slices of a whole scan.
 
         Args:
           probabilities: as `probabilities` returns them; what is dropped becomes 0.
         """
-        if self.lung is None or not self.lung.config.predict.smallest_region:
+        if not self.smallest_region:
             return
         lung = probabilities["lung"]
         mask = lung > self.threshold("lung")
-        kept = large_regions(mask, self.lung.config.predict.smallest_region)
+        kept = large_regions(mask, self.smallest_region)
         lung[mask & ~kept] = 0
         if "infection" in probabilities:
             probabilities["infection"][~kept.any(axis=(1, 2))] = 0
@@ -133,6 +138,7 @@ def load_segmenter(
     batch_size: int = 8,
     *,
     validated_threshold: bool = False,
+    smallest_region: float | None = None,
 ) -> Segmenter:
     """Restores one or both models of the cascade.
 
@@ -141,9 +147,11 @@ def load_segmenter(
       infection_checkpoint: for `load_model`, or None to segment no infection.
       batch_size: slices at a time.
       validated_threshold: takes the thresholds that the trainings chose on their validation cases, instead of 0.5.
+      smallest_region: in [0, 1], in place of what the lung model was trained with; see `PredictConfig`.
 
     Raises:
-      InputError: neither is given, a folder holds no such model or threshold, or the two do not belong together.
+      InputError: neither is given, a folder holds no such model or threshold, the two do not belong together, or the
+        smallest region makes no sense.
     """
     lung = load_model_for(lung_checkpoint, "lung", "--lung_checkpoint") if lung_checkpoint else None
     infection = (
@@ -167,6 +175,12 @@ def load_segmenter(
             f"{lung_checkpoint} and {infection_checkpoint} were trained on slices prepared differently "
             f"({lung.config.preprocess}, {infection.config.preprocess}); use models trained alike"
         )
+    if smallest_region is not None:
+        if lung is None:
+            raise InputError(
+                "smallest_region: regions are of the lung mask; give --lung_checkpoint too, or leave it out"
+            )
+        lung = lung._replace(config=dataclasses.replace(lung.config, predict=PredictConfig(smallest_region)))
     paths = {"lung": lung_checkpoint, "infection": infection_checkpoint}
     chosen = {name: load_threshold(path) for name, path in paths.items() if path} if validated_threshold else {}
     return Segmenter(lung, infection, batch_size, chosen)

@@ -21,7 +21,11 @@ CHANGES = {
     "train.epochs": 1,
     "train.batch_size": 4,
 }
-LUNG_ALIKE = [Row("robust"), Row("other infection", infection={"train.loss": "bce"})]
+LUNG_ALIKE = [
+    Row("robust"),
+    Row("other infection", infection={"train.loss": "bce"}),
+    Row("largest region alone", lung={"predict.smallest_region": 1.0}, infection=None),
+]
 
 
 @pytest.mark.slow
@@ -51,10 +55,14 @@ def test_goes_on_after_a_kill_and_trains_a_shared_lung_model_once(
     assert lines.startswith(first_line)
     assert [folder.parent.name for folder in trained_folders] == ["lung", "infection", "infection"]
     records = [json.loads(line) for line in lines.splitlines()]
-    assert [(record["row"], record["seed"]) for record in records] == [("robust", 3), ("other infection", 3)]
+    assert [(record["row"], record["seed"]) for record in records] == [(row.name, 3) for row in LUNG_ALIKE]
     assert len({record["folders"]["lung"] for record in records}) == 1
     assert {row["case"] for row in records[0]["volumes"]} == {"coronacases_003"}
-    reference, other = summary["rows"]
+    reports = [tmp_path / "run" / "reports" / record["key"] / "metrics.json" for record in records]
+    settings = [json.loads(report.read_text())["settings"] for report in reports]
+    assert [values["smallest_region"] for values in settings] == [0.1, 0.1, 1.0]
+    reference, other, largest = summary["rows"]
+    assert "infection" not in largest
     assert reference["lung"]["mean"] == other["lung"]["mean"]
     assert other["lung"]["difference"] == 0
     assert reference["infection"]["step_gb"] > 0

@@ -157,6 +157,7 @@ def test_report_files(evaluation: Evaluation, tmp_path: Path, capsys: pytest.Cap
     assert values["settings"] == {
         "protocol": "test part of a split file",
         "threshold": {"lung": 0.5, "infection": 0.5},
+        "smallest_region": 0.0,
         "tolerance_mm": {"lung": 1.0, "infection": 3.0},
     }
     assert {(r["case"], r["structure"]) for r in values["volumes"]} == {

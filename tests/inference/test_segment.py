@@ -11,12 +11,12 @@ from scipy import ndimage
 from resunet_jax import (
     Config,
     LoadedModel,
-    PredictConfig,
     Segmenter,
     cascade,
     init_variables,
     load_model,
     load_segmenter,
+    save_model,
     segment_scan,
 )
 from resunet_jax.data.cases import find_cases
@@ -126,8 +126,7 @@ def test_small_regions_are_dropped_from_masks_and_probabilities(
     """A model that finds lung wherever it is bright: by regions of the whole scan, not of the part in memory."""
     monkeypatch.setattr(module, "_SLICES_IN_MEMORY", 4)
     lung, infection = load_model(trained.lung), load_model(trained.infection)
-    predict = PredictConfig(smallest_region=1.0)
-    large = Segmenter(lung._replace(config=dataclasses.replace(lung.config, predict=predict)), infection)
+    large = load_segmenter(trained.lung, trained.infection, smallest_region=1.0)
     plain, cleaned = (
         segment_scan(scan, tmp_path / name, segmenter, save_probabilities=True)
         for name, segmenter in (("plain", Segmenter(lung, infection)), ("large", large))
@@ -183,6 +182,20 @@ def test_each_model_alone(trained: Trained, scan: Path, tmp_path: Path) -> None:
         load_segmenter(None, trained.infection)
     with pytest.raises(InputError, match="no model"):
         load_segmenter(None, None)
+
+
+def test_the_smallest_region_may_be_chosen_anew(trained: Trained, tmp_path: Path) -> None:
+    """By default it is what the lung model was trained with."""
+    own = load_model(trained.lung).config.predict.smallest_region
+    assert load_segmenter(trained.lung, None).smallest_region == own
+    assert load_segmenter(trained.lung, None, smallest_region=0.25).smallest_region == 0.25
+    with pytest.raises(InputError, match=r"smallest_region is 2.*\[0, 1\]"):
+        load_segmenter(trained.lung, None, smallest_region=2)
+    config = Config(task="infection_ct", **TINY)
+    save_model(tmp_path / "ct", init_variables(build_model(config), jax.random.key(0)), config)
+    assert load_segmenter(None, tmp_path / "ct").smallest_region == 0
+    with pytest.raises(InputError, match=r"smallest_region: .*give --lung_checkpoint"):
+        load_segmenter(None, tmp_path / "ct", smallest_region=0.1)
 
 
 def test_infection_on_ct_alone_and_by_patches(trained: Trained, scan: Path) -> None:
