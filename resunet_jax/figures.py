@@ -196,7 +196,7 @@ def save_differences(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
                 continue
             axis.plot(values["difference"], place, "o", color=COLORS[structure])
             axis.plot((values["difference_low"], values["difference_high"]), (place, place), color=COLORS[structure])
-        axis.locator_params(axis="x", nbins=4)  # small changes have long numbers
+        axis.locator_params(axis="x", nbins=5)  # small changes have long numbers
         axis.set_title(f"{structure}: change in Dice against {rows[0]['name']!r}", fontsize=9)
     axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes[0].invert_yaxis()
