@@ -37,13 +37,14 @@ class Split:
       train: to learn from.
       val: to choose the best epoch and the threshold; may be empty.
       test: to report.
-      protocol: how the parts were chosen, in words, with what is missing; empty for a split file of the user's.
+      protocol: how the parts were chosen, in words, with what is missing; empty for a split file of the user's. Splits
+        into the same parts are equal, however chosen.
     """
 
     train: tuple[str, ...]
     val: tuple[str, ...]
     test: tuple[str, ...]
-    protocol: str = ""
+    protocol: str = dataclasses.field(default="", compare=False)
 
     def cases(self, part: str, cases: Sequence[Case]) -> list[Case]:
         """The cases of a part: "train", "val" or "test".

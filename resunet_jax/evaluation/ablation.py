@@ -131,8 +131,8 @@ class Run(NamedTuple):
         return {**self.configs, "lung": dataclasses.replace(self.configs["lung"], predict=predict)}
 
     def digest(self, *configs: Config) -> str:
-        """Tells models apart that are trained by some configs on this split."""
-        values = [*map(changed_fields, configs), dataclasses.asdict(self.split)]
+        """Tells models apart that are trained by some configs on these cases, however they were chosen."""
+        values = [*map(changed_fields, configs), dataclasses.asdict(dataclasses.replace(self.split, protocol=""))]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 

@@ -120,7 +120,15 @@ def test_contradictions_are_refused(request_: SplitRequest, message: str) -> Non
 def test_protocol_travels_with_the_file(protocol, tmp_path: Path) -> None:
     split = make_split(FULL, SplitRequest(protocol=protocol, fold=2))
     write_split(tmp_path / "split.json", split)
-    assert read_split(tmp_path / "split.json", FULL) == split
+    read = read_split(tmp_path / "split.json", FULL)
+    assert read == split
+    assert read.protocol == split.protocol
+
+
+def test_splits_into_the_same_parts_are_equal_however_chosen() -> None:
+    split = make_split(FULL, SplitRequest(protocol="patient_five_fold", fold=2))
+    assert split == Split(split.train, split.val, split.test)
+    assert split != make_split(FULL, SplitRequest(protocol="patient_five_fold", fold=1))
 
 
 @pytest.mark.parametrize("seed", range(20))

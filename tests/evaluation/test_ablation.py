@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from resunet_jax.config import Config
-from resunet_jax.data.splits import SplitRequest
+from resunet_jax.data.splits import Split, SplitRequest
 from resunet_jax.errors import InputError
 from resunet_jax.evaluation import ablation as module
-from resunet_jax.evaluation.ablation import ROWS, Row, ablate, configs, find_rows
+from resunet_jax.evaluation.ablation import ROWS, Row, Run, ablate, configs, find_rows
 from resunet_jax.evaluation.ablation_table import print_ablation, summarize_runs, to_markdown
 from resunet_jax.recipes import RECIPES, recipe
 from tests.conftest import KilledError, Trained, kill_at
@@ -85,6 +85,17 @@ def test_goes_on_after_a_kill_and_trains_a_shared_lung_model_once(
     (tmp_path / "run" / "runs.jsonl").write_text("{")
     with pytest.raises(InputError, match=r"runs\.jsonl: damaged"):
         run()
+
+
+def test_runs_are_known_by_their_cases_not_by_how_these_were_chosen() -> None:
+    """So that a fold of a protocol that was run on its own, by a split file, need not be run again."""
+
+    def key(split: Split) -> str:
+        return Run(ROWS[0], 0, SplitRequest(), split, configs(ROWS[0], CHANGES, 0)).key
+
+    chosen = Split(("coronacases_001",), (), ("coronacases_002",))
+    assert key(dataclasses.replace(chosen, protocol="patient_five_fold, fold 0 of 5")) == key(chosen)
+    assert key(dataclasses.replace(chosen, test=("coronacases_003",))) != key(chosen)
 
 
 def line(seed: int, dice: dict[str, float | None], seconds: float = 1.0) -> dict:
