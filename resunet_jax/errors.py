@@ -8,6 +8,10 @@ class InputError(Exception):
     """
 
 
+class HeldError(InputError):
+    """Another process works in the folder; the message says which."""
+
+
 class StoppedError(Exception):
     """A training was asked to stop and has saved its state; the message says where."""
 

@@ -9,7 +9,9 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from resunet_jax.errors import InputError
+from resunet_jax.errors import HeldError, InputError
+
+_ATTEMPTS = 100
 
 
 @contextlib.contextmanager
@@ -79,22 +81,28 @@ def locked(folder: Path) -> Iterator[None]:
     """Holds a folder, made if need be, against other processes; the system lets go of it when this one dies.
 
     Raises:
-      InputError: another process holds it, or it cannot be made.
+      HeldError: another process holds it.
+      InputError: it cannot be made.
     """
-    make_output_dir(folder)
     file = folder / ".lock"
     with contextlib.ExitStack() as stack:
-        while True:
+        for attempt in range(1, _ATTEMPTS + 1):
             try:
-                lock = stack.enter_context(file.open("a+"))
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(file.open("a+", encoding="utf-8"))
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if file.exists() and os.path.samestat(file.stat(), os.fstat(lock.fileno())):
-                    break  # otherwise the holder before has just removed it
+                if os.path.samestat(file.stat(), os.fstat(lock.fileno())):
+                    break  # otherwise the holder before has just removed it, and another one has made it again
             except BlockingIOError as error:
-                holder = file.read_text(encoding="utf-8").strip() or "another process"
-                raise InputError(f"{folder}: {holder} works in it; wait for it, or choose another folder") from error
+                lock.seek(0)
+                holder = lock.read().strip() or "another process"
+                raise HeldError(f"{folder}: {holder} works in it; wait for it, or choose another folder") from error
             except OSError as error:
-                raise _cannot_write(folder, error) from error
+                # The holder before may just have removed it, which does not happen again and again.
+                if attempt == _ATTEMPTS or not isinstance(error, FileNotFoundError | FileExistsError):
+                    raise _cannot_write(folder, error) from error
+        else:
+            raise HeldError(f"{folder}: other processes take turns in it; wait for them, or choose another folder")
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()

@@ -1,10 +1,12 @@
+import contextlib
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from resunet_jax.errors import InputError
+from resunet_jax.errors import HeldError, InputError
 from resunet_jax.files import (
     check_output_dir,
     default_cache_dir,
@@ -75,6 +77,30 @@ def test_folder_is_held_by_one_process_and_let_go_when_it_dies(tmp_path: Path) -
         (folder / "result").touch()
     assert [path.name for path in folder.iterdir()] == ["result"]
     with locked(folder), pytest.raises(InputError, match="works in it"), locked(folder):
+        pass
+
+
+def test_of_many_who_want_a_folder_one_holds_it_and_the_others_hear_so(tmp_path: Path) -> None:
+    """While the holder takes its lock away, too: nobody sees a file that is just gone."""
+    inside: list[int] = []
+
+    def hold_again_and_again(worker: int) -> int:
+        held = 0
+        for _ in range(200):
+            with contextlib.suppress(HeldError), locked(tmp_path / "run"):
+                inside.append(worker)
+                assert inside == [worker]
+                inside.remove(worker)
+                held += 1
+        return held
+
+    with ThreadPoolExecutor(4) as executor:
+        assert sum(executor.map(hold_again_and_again, range(4))) > 0
+
+
+def test_a_file_in_the_place_of_a_folder_cannot_be_held(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(InputError, match="run: cannot be written"), locked(tmp_path / "run"):
         pass
 
 

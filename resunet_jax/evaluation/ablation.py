@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import shutil
+import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from resunet_jax.config import Config, Target, changed_fields, override
 from resunet_jax.data.cases import find_cases, require_infection_masks
 from resunet_jax.data.splits import Split, SplitRequest, make_split
 from resunet_jax.data.volumes import Array
-from resunet_jax.errors import InputError
+from resunet_jax.errors import HeldError, InputError, StoppedError
 from resunet_jax.evaluation.ablation_table import summarize_runs, to_markdown
 from resunet_jax.evaluation.evaluate import nan_to_none
 from resunet_jax.evaluation.report import write_report
@@ -33,10 +34,12 @@ from resunet_jax.training.run import train, versions
 from resunet_jax.training.steps import compile_train_step
 
 RUNS = "runs.jsonl"
-"""File of a workdir with one JSON line a run."""
+"""File of a workdir with one JSON line a run: what lies in the report of each."""
 
+_LINE = "run.json"
 _SLICES = "slices.npz"
 _MOST_COMPARED = 4
+_SECONDS_BETWEEN_LOOKS = 5.0  # at what other processes have done
 
 _KEPT = ("case", "patient", "structure", "dice", "nsd", "lesion_recall", "false_lesions", "reference_lung_part")
 
@@ -125,6 +128,11 @@ class Run(NamedTuple):
         return self.digest(*self.configs.values())
 
     @property
+    def title(self) -> str:
+        """What a person calls it."""
+        return f"{self.row.name}, seed {self.seed}, {self.split.protocol or 'split file'}"
+
+    @property
     def trainings(self) -> dict[Target, Config]:
         """What to train; rows that differ in how lung masks are made, and in nothing else, share a lung model."""
         predict = recipe(self.row.recipe, "lung").predict
@@ -149,8 +157,10 @@ def ablate(
 ) -> dict[str, Any]:
     """Trains and tests every row with every seed on every split; goes on where it was killed.
 
-    A lung model is trained once for all rows that train it alike. A run whose line is in runs.jsonl and whose report is
-    there is not run again; where one of them is missing, it is tested again, not trained.
+    A lung model is trained once for all rows that train it alike. A run is done when its report is there, which is
+    written last and whole; a done run is not run again, and one that lacks only its report is tested again, not
+    trained. Several processes may do this in one workdir: each takes runs that no other is at, and all end with the
+    same table.
 
     Args:
       rows: the first is what the others are compared with, so it trains both models unless none does.
@@ -162,7 +172,7 @@ def ablate(
       changes: of every row, before its own; see `override`.
       seeds: of the trainings.
       splits: each is tested on its test cases; without validation cases the last epoch is.
-      should_stop: see `fit`.
+      should_stop: see `fit`; also asked, with 0, while other processes are waited for.
 
     Returns:
       what summary.json holds: "rows" (see `summarize_runs`), "seeds", "splits".
@@ -186,31 +196,51 @@ def ablate(
         for row in rows
     ]
     make_output_dir(workdir)
-    with locked(workdir):
-        write_text(workdir / "versions.json", json.dumps(versions(), indent=2, ensure_ascii=False) + "\n")
-        lines = _read(workdir / RUNS)
-        for number, run in enumerate(plan, start=1):
-            title = (
-                f"run {number} of {len(plan)}: {run.row.name}, seed {run.seed}, {run.split.protocol or 'split file'}"
-            )
-            if run.key in lines and (workdir / "reports" / run.key / _SLICES).is_file():
-                logger.info("%s: done before", title)
-                continue
-            logger.info("%s", title)
-            lung_costs = {line["folders"]["lung"]: line["cost"]["lung"] for line in lines.values()}
-            lines[run.key] = _run(run, data_dir, workdir, cache_dir, lung_costs=lung_costs, should_stop=should_stop)
-            write_text(workdir / RUNS, "".join(json.dumps(line) + "\n" for line in lines.values()))
-        summary: dict[str, Any] = {
-            "rows": summarize_runs({row.name: _of(row, plan, lines) for row in rows}),
-            "seeds": list(seeds),
-            "splits": [split.protocol or f"test {', '.join(split.test)}" for _, split in made],
-        }
-        write_text(workdir / "summary.json", json.dumps(nan_to_none(summary), indent=2, ensure_ascii=False) + "\n")
-        write_text(workdir / "table.md", to_markdown(summary))
-        save_differences(workdir / "differences.png", summary["rows"])
-        save_cases(workdir / "cases.png", summary["rows"][:_MOST_COMPARED])
-        _compare_slices(workdir, rows[:_MOST_COMPARED], [run for run in plan if run.seed == seeds[0]])
+    write_text(workdir / "versions.json", json.dumps(versions(), indent=2, ensure_ascii=False) + "\n")
+    _run_all(plan, data_dir, workdir, cache_dir, should_stop)
+    lines = _read(workdir)
+    summary: dict[str, Any] = {
+        "rows": summarize_runs({row.name: _of(row, plan, lines) for row in rows}),
+        "seeds": list(seeds),
+        "splits": [split.protocol or f"test {', '.join(split.test)}" for _, split in made],
+    }
+    write_text(workdir / "summary.json", json.dumps(nan_to_none(summary), indent=2, ensure_ascii=False) + "\n")
+    write_text(workdir / "table.md", to_markdown(summary))
+    save_differences(workdir / "differences.png", summary["rows"])
+    save_cases(workdir / "cases.png", summary["rows"][:_MOST_COMPARED])
+    _compare_slices(workdir, rows[:_MOST_COMPARED], [run for run in plan if run.seed == seeds[0]])
     return summary
+
+
+def _run_all(
+    plan: Sequence[Run], data_dir: Path, workdir: Path, cache_dir: Path, should_stop: Callable[[int], bool]
+) -> None:
+    """Does what is left of a plan; a run or lung model that another process is at is left to it, and waited for."""
+    left = {f"run {number} of {len(plan)}: {run.title}": run for number, run in enumerate(plan, start=1)}
+    started: set[str] = set()
+    while left:
+        held = {}
+        for title, run in left.items():
+            try:
+                with locked(workdir / ".running" / run.key):
+                    if (workdir / "reports" / run.key / _LINE).is_file():
+                        logger.info("%s: done before", title)
+                        continue
+                    if title not in started:
+                        logger.info("%s", title)
+                        started.add(title)
+                    _run(run, data_dir, workdir, cache_dir, should_stop=should_stop)
+                    _write_lines(workdir)
+            except HeldError:
+                if title not in started:
+                    logger.info("%s: another process is at it, or at its lung model", title)
+                    started.add(title)
+                held[title] = run
+        if len(held) == len(left):
+            if should_stop(0):
+                raise StoppedError(f"{workdir}: stopped; the same command goes on from there")
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        left = held
 
 
 def _of(row: Row, plan: Sequence[Run], lines: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -227,32 +257,34 @@ def configs(row: Row, changes: Mapping[str, Any], seed: int) -> dict[Target, Con
     }
 
 
-def _read(file: Path) -> dict[str, dict[str, Any]]:
-    if not file.is_file():
-        return {}
-    try:
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        return {line["key"]: line for line in lines}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: damaged ({error}); mend it, or choose a new --workdir") from error
+def _read(workdir: Path) -> dict[str, dict[str, Any]]:
+    """The lines of all runs that are done, by key, in the order in which they were."""
+    files = [file for file in (workdir / "reports").glob(f"*/{_LINE}") if not file.parent.name.startswith(".")]
+    lines = {}
+    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns):
+        try:
+            line = json.loads(file.read_text(encoding="utf-8"))
+            lines[line["key"]] = line
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{file}: damaged ({error}); delete {file.parent}, the run is tested again") from error
+    return lines
 
 
-def _run(
-    run: Run,
-    data_dir: Path,
-    workdir: Path,
-    cache_dir: Path,
-    *,
-    lung_costs: Mapping[str, dict[str, float]],
-    should_stop: Callable[[int], bool],
-) -> dict[str, Any]:
-    """A run's line; the lung models whose folders are in `lung_costs` have been trained before, at that cost."""
+def _write_lines(workdir: Path) -> None:
+    write_text(workdir / RUNS, "".join(json.dumps(line) + "\n" for line in _read(workdir).values()))
+
+
+def _run(run: Run, data_dir: Path, workdir: Path, cache_dir: Path, *, should_stop: Callable[[int], bool]) -> None:
+    """Trains what is not trained yet, tests it, and leaves the report with the run's line."""
     folders = {
         task: workdir / task / (run.key if task == "infection" else run.digest(config))
         for task, config in run.trainings.items()
     }
-    lung_folder = _within(workdir, folders["lung"])
-    cost: dict[Target, dict[str, float]] = {"lung": lung_costs[lung_folder]} if lung_folder in lung_costs else {}
+    names = {task: folder.relative_to(workdir).as_posix() for task, folder in folders.items()}
+    cost: dict[Target, dict[str, float]] = {}
+    for line in _read(workdir).values():
+        if line["folders"]["lung"] == names["lung"]:  # a lung model that was tested is trained
+            cost["lung"] = line["cost"]["lung"]
     for task, config in run.trainings.items():
         if task not in cost:
             uses_lung = task == "infection"
@@ -277,23 +309,20 @@ def _run(
         batch_size=run.configs["lung"].train.batch_size,
         smallest_region=run.configs["lung"].predict.smallest_region,
     )
-    shutil.rmtree(report, ignore_errors=True)  # of a run whose line was lost
-    with whole_folder(report) as partial:
-        write_report(evaluation, partial)
-        _save_slices(partial / _SLICES, evaluation.overlays)
-    return {
+    line = {
         "key": run.key,
         "row": run.row.name,
         "seed": run.seed,
         "split": dataclasses.asdict(run.split),
         "volumes": nan_to_none([{name: row[name] for name in _KEPT} for row in evaluation.volumes]),
         "cost": cost,
-        "folders": {task: _within(workdir, folder) for task, folder in folders.items()},
+        "folders": names,
     }
-
-
-def _within(workdir: Path, folder: Path) -> str:
-    return folder.relative_to(workdir).as_posix()
+    shutil.rmtree(report, ignore_errors=True)  # of a run whose line was lost
+    with whole_folder(report) as partial:
+        write_report(evaluation, partial)
+        _save_slices(partial / _SLICES, evaluation.overlays)
+        write_text(partial / _LINE, json.dumps(line) + "\n")
 
 
 def _cost(config: Config, lung: Config | None, history: History) -> dict[str, float]:

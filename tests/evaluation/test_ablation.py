@@ -1,18 +1,21 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from resunet_jax.config import Config
-from resunet_jax.data.splits import Split, SplitRequest
-from resunet_jax.errors import InputError
+from resunet_jax.data.splits import Split, SplitRequest, read_split
+from resunet_jax.errors import InputError, StoppedError
 from resunet_jax.evaluation import ablation as module
 from resunet_jax.evaluation.ablation import ROWS, Row, Run, ablate, configs, find_rows
 from resunet_jax.evaluation.ablation_table import print_ablation, summarize_runs, to_markdown
+from resunet_jax.files import locked
 from resunet_jax.recipes import RECIPES, recipe
+from resunet_jax.training.fit import never
 from tests.conftest import KilledError, Trained, kill_at
 
 CHANGES = {
@@ -29,14 +32,14 @@ LUNG_ALIKE = [
 
 
 @pytest.mark.slow
-def test_goes_on_after_a_kill_and_trains_a_shared_lung_model_once(
+def test_goes_on_after_a_kill_beside_another_process_and_trains_a_shared_lung_model_once(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     split_file = tmp_path / "split.json"
     split_file.write_text('{"train": ["coronacases_001", "coronacases_002"], "val": [], "test": ["coronacases_003"]}')
     trained_folders = kill_at(monkeypatch, module, call=3)
 
-    def run() -> dict:
+    def run(should_stop: Callable[[int], bool] = never) -> dict:
         return ablate(
             LUNG_ALIKE,
             trained.data,
@@ -45,32 +48,41 @@ def test_goes_on_after_a_kill_and_trains_a_shared_lung_model_once(
             changes=CHANGES,
             seeds=[3],
             splits=[SplitRequest(split_file)],
+            should_stop=should_stop,
         )
 
     with pytest.raises(KilledError):
         run()
     first_line = (tmp_path / "run" / "runs.jsonl").read_text()
+    other = LUNG_ALIKE[1]
+    elsewhere = Run(other, 3, SplitRequest(split_file), read_split(split_file), configs(other, CHANGES, 3)).key
+    with locked(tmp_path / "run" / ".running" / elsewhere), pytest.raises(StoppedError, match="goes on from there"):
+        run(should_stop=lambda step: step == 0)  # where nothing is left but to wait for the other process
+    lines = (tmp_path / "run" / "runs.jsonl").read_text()
+    assert lines.startswith(first_line)
+    assert len(lines.splitlines()) == 2
     summary = run()
     lines = (tmp_path / "run" / "runs.jsonl").read_text()
     assert lines.startswith(first_line)
     assert [folder.parent.name for folder in trained_folders] == ["lung", "infection", "infection"]
     records = [json.loads(line) for line in lines.splitlines()]
-    assert [(record["row"], record["seed"]) for record in records] == [(row.name, 3) for row in LUNG_ALIKE]
+    assert [record["row"] for record in records] == ["robust", "largest region alone", "other infection"]
+    assert {record["seed"] for record in records} == {3}
     assert len({record["folders"]["lung"] for record in records}) == 1
     assert {row["case"] for row in records[0]["volumes"]} == {"coronacases_003"}
     reports = [tmp_path / "run" / "reports" / record["key"] / "metrics.json" for record in records]
     settings = [json.loads(report.read_text())["settings"] for report in reports]
-    assert [values["smallest_region"] for values in settings] == [0.1, 0.1, 1.0]
-    reference, other, largest = summary["rows"]
+    assert [values["smallest_region"] for values in settings] == [0.1, 1.0, 0.1]
+    reference, like_it, largest = summary["rows"]
     assert "infection" not in largest
-    assert reference["lung"]["mean"] == other["lung"]["mean"]
-    assert other["lung"]["difference"] == 0
+    assert reference["lung"]["mean"] == like_it["lung"]["mean"]
+    assert like_it["lung"]["difference"] == 0
     assert reference["infection"]["step_gb"] > 0
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {
         *("summary.json", "table.md"),
         *("differences.png", "cases.png", "comparison.png"),
     }
-    (report, *_) = (tmp_path / "run" / "reports").iterdir()
+    report = reports[0].parent
     slices = module._load_slices(report / "slices.npz")
     assert [overlay.title.split()[0] for _, overlay in slices] == ["coronacases_003"]
     assert all(set(o.reference) == set(o.predicted) == {"lung", "infection"} for _, o in slices)
@@ -82,8 +94,8 @@ def test_goes_on_after_a_kill_and_trains_a_shared_lung_model_once(
     (report / "slices.npz").write_bytes(b"PK")
     with pytest.raises(InputError, match=r"slices\.npz: damaged"):
         run()
-    (tmp_path / "run" / "runs.jsonl").write_text("{")
-    with pytest.raises(InputError, match=r"runs\.jsonl: damaged"):
+    (report / "run.json").write_text("{")
+    with pytest.raises(InputError, match=r"run\.json: damaged .* the run is tested again"):
         run()
 
 
