@@ -2,6 +2,8 @@
 
 python experiments/ablate.py --data_dir=DATA --workdir=runs/ablation --protocol=patient_five_fold \
         --rows=original,robust --seeds=0,1,2 --filters=16,32,64,128 --epochs=15
+
+Started several times at once, with the same --workdir, the processes share the runs out.
 """
 
 from pathlib import Path
