@@ -6,7 +6,6 @@ import itertools
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -23,26 +22,11 @@ from resunet_jax.data.splits import SplitRequest
 from resunet_jax.training.run import train
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Gives all workers, and the scripts that they start, one compilation cache for this session."""
-    if not hasattr(config, "workerinput"):
-        config.stash[_CACHE] = tempfile.TemporaryDirectory()
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash[_CACHE].name
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: begun last, one of them would leave the other worker idle."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if _CACHE in config.stash:
-        config.stash[_CACHE].cleanup()
-
-
-_CACHE = pytest.StashKey[tempfile.TemporaryDirectory]()
 
 # The seeded part that every run does; `--hypothesis-profile=long` goes on for about ten minutes a test.
 settings.register_profile("seeded", deadline=None, database=None, derandomize=True, max_examples=300)
