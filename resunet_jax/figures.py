@@ -42,12 +42,13 @@ def _grid(rows: int, columns: int, cell: float) -> tuple[Figure, Any]:
 
 def _tiles(rows: int, columns: int, note: str = "") -> tuple[Figure, Any]:
     """Places for pictures with titles; fixed, because matplotlib takes as long to lay them out as to draw them."""
-    top = 0.5 if note else 0.3  # inches
+    top = 0.6 if note else 0.4  # inches: titles of two lines
     width, height = 2.6 * columns, 2.6 * rows + top
     figure = Figure(figsize=(width, height))
     figure.suptitle(note, fontsize=8, y=1 - 0.05 / height, va="top")
     margins = {"left": 0.05 / width, "right": 1 - 0.05 / width, "bottom": 0.05 / height, "top": 1 - top / height}
-    return figure, figure.subplots(rows, columns, squeeze=False, gridspec_kw={**margins, "wspace": 0.04, "hspace": 0.1})
+    places = {**margins, "wspace": 0.04, "hspace": 0.15}
+    return figure, figure.subplots(rows, columns, squeeze=False, gridspec_kw=places)
 
 
 def _save(figure: Figure, path: Path, dpi: int) -> None:
