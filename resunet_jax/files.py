@@ -11,7 +11,7 @@ from pathlib import Path
 
 from resunet_jax.errors import HeldError, InputError
 
-_ATTEMPTS = 100
+_ATTEMPTS = 100  # to hold a folder that others are just letting go
 
 
 @contextlib.contextmanager

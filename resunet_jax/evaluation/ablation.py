@@ -198,7 +198,7 @@ def ablate(
     make_output_dir(workdir)
     write_text(workdir / "versions.json", json.dumps(versions(), indent=2, ensure_ascii=False) + "\n")
     _run_all(plan, data_dir, workdir, cache_dir, should_stop)
-    lines = _read(workdir)
+    lines = _write_lines(workdir)  # whole, whatever processes that ended together wrote
     summary: dict[str, Any] = {
         "rows": summarize_runs({row.name: _of(row, plan, lines) for row in rows}),
         "seeds": list(seeds),
@@ -270,8 +270,11 @@ def _read(workdir: Path) -> dict[str, dict[str, Any]]:
     return lines
 
 
-def _write_lines(workdir: Path) -> None:
-    write_text(workdir / RUNS, "".join(json.dumps(line) + "\n" for line in _read(workdir).values()))
+def _write_lines(workdir: Path) -> dict[str, dict[str, Any]]:
+    """Puts runs.jsonl together, and returns what `_read` does."""
+    lines = _read(workdir)
+    write_text(workdir / RUNS, "".join(json.dumps(line) + "\n" for line in lines.values()))
+    return lines
 
 
 def _run(run: Run, data_dir: Path, workdir: Path, cache_dir: Path, *, should_stop: Callable[[int], bool]) -> None:
@@ -318,7 +321,7 @@ def _run(run: Run, data_dir: Path, workdir: Path, cache_dir: Path, *, should_sto
         "cost": cost,
         "folders": names,
     }
-    shutil.rmtree(report, ignore_errors=True)  # of a run whose line was lost
+    shutil.rmtree(report, ignore_errors=True)  # one without a line
     with whole_folder(report) as partial:
         write_report(evaluation, partial)
         _save_slices(partial / _SLICES, evaluation.overlays)

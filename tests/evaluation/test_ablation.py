@@ -90,7 +90,9 @@ def test_goes_on_after_a_kill_beside_another_process_and_trains_a_shared_lung_mo
     assert "other infection" in capsys.readouterr().out
 
     monkeypatch.setattr(module, "train", lambda *_, **__: pytest.fail("run again"))
+    (tmp_path / "run" / "runs.jsonl").write_text(first_line)  # as a process leaves it that looked too early
     assert json.dumps(run()) == json.dumps(summary)
+    assert (tmp_path / "run" / "runs.jsonl").read_text() == lines
     (report / "slices.npz").write_bytes(b"PK")
     with pytest.raises(InputError, match=r"slices\.npz: damaged"):
         run()
