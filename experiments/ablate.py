@@ -1,43 +1,44 @@
-"""Trains and tests recipes side by side, one thing changed at a time, and says what each is worth.
+"""Ablation: trains and tests variants of the recipes, and compares them with the first one.
 
 python experiments/ablate.py --data_dir=DATA --workdir=runs/ablation --protocol=patient_five_fold \
-        --rows=original,robust --seeds=0,1,2 --filters=16,32,64,128 --epochs=15
+        --variants=original,robust --seeds=0,1,2 --filters=16,32,64,128 --epochs=15
 
-Started several times at once, with the same --workdir, the processes share the runs out.
+Started several times at once with the same --workdir, the processes share the runs.
 """
 
 from pathlib import Path
 
-import cli
 from absl import flags
+from common import settings
+from common.run import run, stop_signals
 
-from resunet_jax.data.splits import FOLDED, FOLDS, SplitRequest
+from resunet_jax.data.splits import FOLD_PROTOCOLS, NUM_FOLDS, SplitRequest
 from resunet_jax.errors import InputError
 
 FLAGS = flags.FLAGS
-cli.define_training_flags()
-flags.DEFINE_list("rows", [], "Rows of the table by name, the one to compare with first; by default all.")
+settings.define_training_flags()
+flags.DEFINE_list("variants", [], "Variants by name, the one to compare with first; by default all.")
+flags.DEFINE_alias("rows", "variants")  # its name in 0.6.0
 flags.DEFINE_list("seeds", ["0", "1"], "Of the trainings.")
-flags.DEFINE_enum("protocol", None, FOLDED, "How cases are shared out over the folds; all folds are run.")
+flags.DEFINE_enum("protocol", None, FOLD_PROTOCOLS, "How cases are split; all folds are run.")
 flags.DEFINE_list("split_files", [], 'Instead of a protocol: JSON files {"train": [ids], "val": [], "test": [ids]}.')
-flags.adopt_module_key_flags(cli)  # so that --help shows them
+flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 
 def main() -> None:
     """Runs the ablation by the flags."""
-    from resunet_jax.evaluation.ablation import ablate, find_rows
-    from resunet_jax.evaluation.ablation_table import print_ablation
+    from resunet_jax.plugins import load_plugins
+    from resunet_jax.studies.runner import Study, ablate
+    from resunet_jax.studies.table import print_ablation
+    from resunet_jax.studies.variants import find_variants
 
-    workdir = Path(FLAGS.workdir)
+    workdir = settings.path("workdir")
     summary = ablate(
-        find_rows(FLAGS.rows),
-        Path(FLAGS.data_dir),
-        workdir,
-        cli.cache_dir(),
-        changes=cli.changes_from_flags(),
+        Study(settings.path("data_dir"), workdir, settings.path("cache_dir"), stop_signals(), load_plugins()),
+        find_variants(FLAGS.variants),
+        changes=settings.changes_from_flags(),
         seeds=_seeds(),
         splits=_splits(),
-        should_stop=cli.stop_signals(),
     )
     print_ablation(summary)
     print(f"report: {workdir.resolve()}")
@@ -45,7 +46,7 @@ def main() -> None:
 
 def _seeds() -> list[int]:
     if not FLAGS.seeds or not all(seed.isdecimal() for seed in FLAGS.seeds):
-        raise InputError(f"--seeds={','.join(FLAGS.seeds)}: wanted whole numbers, as in 0,1,2")
+        raise InputError(f"--seeds={','.join(FLAGS.seeds)}: they must be whole numbers, as in 0,1,2")
     return [int(seed) for seed in FLAGS.seeds]
 
 
@@ -55,9 +56,9 @@ def _splits() -> list[SplitRequest]:
     if FLAGS.split_files:
         return [SplitRequest(Path(file).expanduser()) for file in FLAGS.split_files]
     return [
-        SplitRequest(protocol=FLAGS.protocol, fold=fold, allow_missing=FLAGS.allow_missing) for fold in range(FOLDS)
+        SplitRequest(protocol=FLAGS.protocol, fold=fold, allow_missing=FLAGS.allow_missing) for fold in range(NUM_FOLDS)
     ]
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -1,4 +1,4 @@
-"""Measures speed and memory, both sides by turns: ours, and PyTorch (extra [torch]) or the plain way.
+"""Measures speed and memory, interleaved with PyTorch (extra [torch]) or another baseline.
 
 python experiments/benchmark.py --suite=all --json=figures.json
 """
@@ -6,8 +6,9 @@ python experiments/benchmark.py --suite=all --json=figures.json
 import json
 from pathlib import Path
 
-import cli
 from absl import flags
+from common import settings
+from common.run import run
 
 from resunet_jax.files import write_text
 
@@ -15,18 +16,19 @@ SUITES = ("train", "forward", "data", "predict", "memory", "startup")
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("suite", "all", [*SUITES, "all"], "What to measure.")
-flags.DEFINE_integer("rounds", 5, "Turns of each side; at most 2 of whole scans, 3 of processes.", lower_bound=1)
-flags.DEFINE_string("json", None, "File for a list of {suite, name, unit, ours, rival, ratio, target, met, spread}.")
+flags.DEFINE_integer("rounds", 5, "Runs of each side; at most 2 of whole scans, 3 of processes.", lower_bound=1)
+settings.define_path("json", "File for a list of {suite, name, unit, jax, baseline, ratio, target, passed, spread}.")
+flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 
 def main() -> None:
     """Measures by the flags."""
-    from resunet_jax.benchmark.data import data_suite
-    from resunet_jax.benchmark.measure import machine, print_rows
-    from resunet_jax.benchmark.memory import memory_suite
-    from resunet_jax.benchmark.prediction import predict_suite
-    from resunet_jax.benchmark.startup import startup_suite
-    from resunet_jax.benchmark.training import forward_suite, train_suite
+    from benchmarks.data import data_suite
+    from benchmarks.measure import machine, print_rows
+    from benchmarks.memory import memory_suite
+    from benchmarks.prediction import predict_suite
+    from benchmarks.startup import startup_suite
+    from benchmarks.training import forward_suite, train_suite
 
     few = min(3, FLAGS.rounds)
     suites = {
@@ -44,8 +46,9 @@ def main() -> None:
         print_rows(measured)
         rows += measured
     if FLAGS.json:
-        write_text(Path(FLAGS.json), json.dumps([row._asdict() for row in rows], indent=2, ensure_ascii=False) + "\n")
+        records = [row.to_dict() for row in rows]
+        write_text(settings.path("json"), json.dumps(records, indent=2, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -4,31 +4,30 @@ python experiments/convert_torch.py --task=lung --input=unet_lung.pt --output_di
 python experiments/convert_torch.py --input=models/lung --output_file=unet_lung.pt
 """
 
-from pathlib import Path
-
-import cli
 from absl import flags
+from common import settings
+from common.run import run
 
 from resunet_jax.config import PreprocessConfig
 from resunet_jax.errors import InputError
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("input", None, "PyTorch file; or, with --output_file, a model folder or workdir.", required=True)
+settings.define_path("input", "PyTorch file; or, with --output_file, a saved model or workdir.", required=True)
 flags.DEFINE_enum("task", None, ["lung", "infection"], "What the PyTorch model segments.")
-cli.path_flag("output_dir", "New folder for evaluate.py and predict.py.")
-cli.path_flag("output_file", "New PyTorch file for the original project.")
+settings.define_path("output_dir", "New folder for evaluate.py and predict.py.")
+settings.define_path("output_file", "New PyTorch file for the original project.")
 flags.DEFINE_integer(
     "image_size", PreprocessConfig().image_size, "Side of the slices the PyTorch model was trained on, in pixels."
 )
-flags.adopt_module_key_flags(cli)  # so that --help shows them
+flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 
 def main() -> None:
     """Converts by the flags."""
-    from resunet_jax.training.torch_checkpoint import from_torch, to_torch
+    from resunet_jax.weights.torch import from_torch, to_torch
 
-    source = Path(FLAGS.input)
-    output_dir, output_file = cli.to_path(FLAGS["output_dir"]), cli.to_path(FLAGS["output_file"])
+    source = settings.path("input")
+    output_dir, output_file = settings.optional_path("output_dir"), settings.optional_path("output_file")
     if (output_dir is None) == (output_file is None):
         raise InputError("give --output_dir to convert from PyTorch, or --output_file to convert to it")
     if output_file is not None:
@@ -42,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -1,39 +1,41 @@
-"""Trains and tests lung and infection model on every fold of a protocol, beside the published numbers.
+"""Trains and tests lung and infection model on every fold of a protocol, next to published results.
 
 python experiments/cross_validate.py --data_dir=DATA --workdir=runs/folds --protocol=patient_five_fold
+
+Started several times at once with the same --workdir, the processes share the folds.
 """
 
-from pathlib import Path
-
-import cli
 from absl import flags
+from common import settings
+from common.run import run, stop_signals
 
-from resunet_jax.data.splits import FOLDED
+from resunet_jax.data.splits import FOLD_PROTOCOLS
 
 FLAGS = flags.FLAGS
-cli.define_recipe_flags()
-flags.DEFINE_enum("protocol", "patient_five_fold", FOLDED, "How cases are shared out over the folds.")
-flags.adopt_module_key_flags(cli)  # so that --help shows them
+settings.define_recipe_flags()
+flags.DEFINE_enum("protocol", "patient_five_fold", FOLD_PROTOCOLS, "How cases are split into folds.")
+flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 
 def main() -> None:
     """Cross-validates by the flags."""
-    from resunet_jax.evaluation.cross_validation import cross_validate, print_cross_validation
+    from resunet_jax.plugins import load_plugins
+    from resunet_jax.studies.runner import Study, cross_validate
+    from resunet_jax.studies.table import print_cross_validation
+    from resunet_jax.studies.variants import Variant
 
-    workdir = Path(FLAGS.workdir)
+    workdir, changes = settings.path("workdir"), settings.changes_from_flags()
     results = cross_validate(
-        cli.config_from_flags("lung"),
-        cli.config_from_flags("infection"),
-        Path(FLAGS.data_dir),
-        workdir,
-        cli.cache_dir(),
+        Study(settings.path("data_dir"), workdir, settings.path("cache_dir"), stop_signals(), load_plugins()),
+        Variant(FLAGS.recipe, FLAGS.recipe),
         protocol=FLAGS.protocol,
+        changes=changes,
+        seed=changes.get("train.seed", 0),
         allow_missing=FLAGS.allow_missing,
-        should_stop=cli.stop_signals(),
     )
     print_cross_validation(results)
     print(f"report: {workdir.resolve()}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

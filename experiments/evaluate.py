@@ -4,47 +4,40 @@ python experiments/evaluate.py --data_dir=DATA --lung_checkpoint=runs/lung --inf
         --split=test --output_dir=runs/evaluation
 """
 
-from pathlib import Path
-
-import cli
 from absl import flags
+from common import settings
+from common.run import run
 
-from resunet_jax.evaluation.metrics import TOLERANCE_MM
+from resunet_jax.metrics.overlap import TOLERANCE_MM
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("data_dir", None, "Folder of the data set, in Kaggle's or Zenodo's layout.", required=True)
-flags.DEFINE_string("output_dir", None, "Gets metrics.json, volumes.csv, slices.csv and pictures.", required=True)
-cli.path_flag("lung_checkpoint", "Lung model: a training workdir (its best checkpoint) or an exported model.")
-cli.path_flag("infection_checkpoint", "Infection model, the same.")
-flags.DEFINE_enum("split", "test", ["train", "val", "test", "all"], "Which part of the split to evaluate.")
-cli.path_flag("split_file", "The split; by default the one in the workdir of the models.")
-flags.DEFINE_integer("batch_size", 8, "Slices at a time; it does not change the result.", lower_bound=1)
-cli.define_mask_flags()
+settings.define_data_flag()
+settings.define_path("output_dir", "Gets metrics.json, volumes.csv, slices.csv and figures.", required=True)
+settings.define_model_flags()
+flags.DEFINE_enum("split", "test", ["train", "val", "test", "all"], "Which subset of the split to evaluate.")
+settings.define_path("split_file", "The split; by default the one in the workdir of the models.")
 for structure, default in TOLERANCE_MM.items():
     flags.DEFINE_float(f"{structure}_tolerance_mm", default, f"Of the surface Dice of the {structure}, in mm.")
-cli.define_cache_flag()
-cli.define_compilation_cache_flag()
-flags.adopt_module_key_flags(cli)  # so that --help shows them
+settings.define_cache_flags()
+flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 
 def main() -> None:
     """Evaluates by the flags."""
+    from resunet_jax.evaluation.evaluate import evaluate
     from resunet_jax.evaluation.report import print_table, write_report
-    from resunet_jax.evaluation.run import evaluate
+    from resunet_jax.plugins import load_plugins
 
-    output_dir = Path(FLAGS.output_dir)
+    output_dir = settings.path("output_dir")
     evaluation = evaluate(
-        Path(FLAGS.data_dir),
-        cli.cache_dir(),
-        lung_checkpoint=cli.to_path(FLAGS["lung_checkpoint"]),
-        infection_checkpoint=cli.to_path(FLAGS["infection_checkpoint"]),
-        part=FLAGS.split,
-        split_file=cli.to_path(FLAGS["split_file"]),
-        batch_size=FLAGS.batch_size,
+        settings.path("data_dir"),
+        settings.path("cache_dir"),
+        subset=FLAGS.split,
+        split_file=settings.optional_path("split_file"),
         output_dir=output_dir,
-        validated_threshold=FLAGS.threshold == "validated",
-        smallest_region=FLAGS.smallest_region,
-        tolerance_mm={structure: FLAGS[f"{structure}_tolerance_mm"].value for structure in TOLERANCE_MM},
+        tolerance_mm={structure: getattr(FLAGS, f"{structure}_tolerance_mm") for structure in TOLERANCE_MM},
+        **settings.model_arguments(),
+        **load_plugins().for_evaluation,
     )
     write_report(evaluation, output_dir)
     print_table(evaluation)
@@ -52,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -4,18 +4,19 @@ python experiments/make_phantom.py --output_dir=phantom --seed=0
 """
 
 import dataclasses
-from pathlib import Path
 
-import cli
 from absl import flags
+from common import settings
+from common.run import run
 
 from resunet_jax.data.phantom import SMALL, PhantomConfig, make_phantom
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("output_dir", None, "Folder to make.", required=True)
+settings.define_path("output_dir", "New folder.", required=True)
 flags.DEFINE_integer("seed", 0, "The same seed gives the same files.", lower_bound=0)
 flags.DEFINE_bool("small", False, "Few and small scans, in seconds.")
 flags.DEFINE_integer("volumes", None, "Number of scans, from 2 to 20; half of each source.")
+flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 
 def main() -> None:
@@ -23,9 +24,9 @@ def main() -> None:
     config = dataclasses.replace(SMALL if FLAGS.small else PhantomConfig(), seed=FLAGS.seed)
     if FLAGS.volumes is not None:
         config = dataclasses.replace(config, volumes=FLAGS.volumes)
-    make_phantom(Path(FLAGS.output_dir), config)
-    print(f"{config.volumes} scans: {Path(FLAGS.output_dir).resolve()}")
+    make_phantom(settings.path("output_dir"), config)
+    print(f"{config.volumes} scans: {settings.path('output_dir').resolve()}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

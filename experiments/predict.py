@@ -5,59 +5,56 @@ python experiments/predict.py --input=SCAN.nii.gz --output_dir=masks --lung_chec
 """
 
 import sys
-from pathlib import Path
 
-import cli
 from absl import flags
+from common import settings
+from common.run import BAD_INPUT, run
 
 from resunet_jax.errors import InputError
 from resunet_jax.files import check_output_dir
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("input", None, "A scan (.nii, .nii.gz), or a folder of scans.", required=True)
-flags.DEFINE_string("output_dir", None, "Gets <scan>_lung.nii.gz and <scan>_infection.nii.gz.", required=True)
-cli.path_flag("lung_checkpoint", "Lung model: a training workdir (its best checkpoint) or an exported model.")
-cli.path_flag("infection_checkpoint", "Infection model, the same.")
+settings.define_path("input", "A scan (.nii, .nii.gz), or a folder of scans.", required=True)
+settings.define_path("output_dir", "Gets <scan>_lung.nii.gz and <scan>_infection.nii.gz.", required=True)
+settings.define_model_flags()
 flags.DEFINE_bool("probabilities", False, "Also writes the probabilities, as <scan>_lung_probability.nii.gz and so on.")
-cli.define_mask_flags()
-cli.define_compilation_cache_flag()
-flags.DEFINE_integer("batch_size", 8, "Slices at a time; it does not change the result.", lower_bound=1)
-flags.adopt_module_key_flags(cli)  # so that --help shows them
+settings.define_compilation_cache_flag()
+flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 
 def main() -> None:
-    """Segments by the flags; goes on after a bad scan."""
-    from resunet_jax.inference.folder import find_scans, segment_scans
-    from resunet_jax.inference.segment import load_segmenter
+    """Segments by the flags; continues after a bad scan."""
+    from resunet_jax.data.readers import find_sources
+    from resunet_jax.inference.batch import segment_scans
+    from resunet_jax.inference.predictor import load_predictor
+    from resunet_jax.plugins import load_plugins
 
-    source, output_dir = Path(FLAGS.input), Path(FLAGS.output_dir)
-    scans = find_scans(source)
+    tables = load_plugins()
+    source, output_dir = settings.path("input"), settings.path("output_dir")
+    scans = find_sources(source, tables.readers)
     if output_dir.resolve() == source.resolve():
         raise InputError(f"--output_dir={output_dir} is the input folder; choose another, or masks would become scans")
     check_output_dir(output_dir)
-    segmenter = load_segmenter(
-        cli.to_path(FLAGS["lung_checkpoint"]),
-        cli.to_path(FLAGS["infection_checkpoint"]),
-        FLAGS.batch_size,
-        validated_threshold=FLAGS.threshold == "validated",
-        smallest_region=FLAGS.smallest_region,
-    )
-    outcomes = []
-    for outcome in segment_scans(scans, output_dir, segmenter, save_probabilities=FLAGS.probabilities):
-        outcomes.append(outcome)
-        for mask in outcome.masks:
-            print(mask, *["(done before)"] * outcome.done_before, flush=True)
-    failures = [outcome for outcome in outcomes if outcome.error]
+    predictor = load_predictor(**settings.model_arguments(), architectures=tables.architectures)
+    results = []
+    for result in segment_scans(
+        scans, output_dir, predictor, save_probabilities=FLAGS.probabilities, readers=tables.readers
+    ):
+        results.append(result)
+        for mask in result.masks:
+            print(mask, *["(done before)"] * result.skipped, flush=True)
+    failures = [result for result in results if result.error]
     for failure in failures:
         print(f"error: {failure.error}", file=sys.stderr)
     if len(scans) > 1:
-        before = sum(outcome.done_before for outcome in outcomes)
+        skipped = sum(result.skipped for result in results)
         print(
-            f"{len(scans) - len(failures)} of {len(scans)} scans segmented{f', {before} of them before' * (before > 0)}"
+            f"{len(scans) - len(failures)} of {len(scans)} scans segmented"
+            f"{f', {skipped} of them before' * (skipped > 0)}"
         )
     if failures:
-        sys.exit(2)
+        sys.exit(BAD_INPUT)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

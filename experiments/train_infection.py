@@ -3,40 +3,48 @@
 python experiments/train_infection.py --data_dir=DATA --workdir=runs/infection --lung_checkpoint=runs/lung
 """
 
-from pathlib import Path
-
-import cli
 from absl import flags
+from common import processes, settings
+from common.run import run, stop_signals
 
 from resunet_jax.errors import InputError
 
 FLAGS = flags.FLAGS
-cli.define_recipe_flags()
-cli.define_split_flags()
-cli.define_device_flags()
-cli.path_flag("lung_checkpoint", "Lung model: a training workdir (its best checkpoint) or an exported model.")
+settings.define_recipe_flags()
+settings.define_split_flags()
+processes.define_device_flags()
+settings.define_path("lung_checkpoint", "Lung model: a training workdir (its best checkpoint) or a saved model.")
 flags.DEFINE_bool("ct_only", False, "Train on CT alone, without a lung model.")
-flags.adopt_module_key_flags(cli)  # so that --help shows them
+flags.adopt_module_key_flags(settings)  # so that --help shows them
+flags.adopt_module_key_flags(processes)
 
 
 def main() -> None:
     """Trains by the flags."""
-    from resunet_jax.training.run import train
-
     if FLAGS.ct_only and FLAGS.lung_checkpoint:
         raise InputError("--ct_only and --lung_checkpoint exclude each other; drop one of them")
-    devices, should_stop = cli.connect()
+    if not FLAGS.ct_only and not FLAGS.lung_checkpoint:
+        raise InputError(
+            "infection training needs the lung model: give its workdir with --lung_checkpoint, or --ct_only"
+        )
+    config = settings.config_from_flags("infection_ct" if FLAGS.ct_only else "infection")
+
+    from resunet_jax.plugins import load_plugins
+    from resunet_jax.training.train import train
+
+    devices = processes.init_distributed()
     train(
-        cli.config_from_flags("infection_ct" if FLAGS.ct_only else "infection"),
-        Path(FLAGS.data_dir),
-        Path(FLAGS.workdir),
-        cli.cache_dir(),
-        split=cli.split_request(),
+        config,
+        settings.path("data_dir"),
+        settings.path("workdir"),
+        settings.path("cache_dir"),
+        split=settings.split_request(),
         devices=devices,
-        should_stop=should_stop,
-        lung_checkpoint=cli.to_path(FLAGS["lung_checkpoint"]),
+        should_stop=stop_signals(),
+        lung_checkpoint=settings.optional_path("lung_checkpoint"),
+        **load_plugins().for_training,
     )
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

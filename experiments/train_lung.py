@@ -3,33 +3,36 @@
 python experiments/train_lung.py --data_dir=DATA --workdir=runs/lung
 """
 
-from pathlib import Path
-
-import cli
 from absl import flags
+from common import processes, settings
+from common.run import run, stop_signals
 
-FLAGS = flags.FLAGS
-cli.define_recipe_flags()
-cli.define_split_flags()
-cli.define_device_flags()
-flags.adopt_module_key_flags(cli)  # so that --help shows them
+settings.define_recipe_flags()
+settings.define_split_flags()
+processes.define_device_flags()
+flags.adopt_module_key_flags(settings)  # so that --help shows them
+flags.adopt_module_key_flags(processes)
 
 
 def main() -> None:
     """Trains by the flags."""
-    from resunet_jax.training.run import train
+    config = settings.config_from_flags("lung")
 
-    devices, should_stop = cli.connect()
+    from resunet_jax.plugins import load_plugins
+    from resunet_jax.training.train import train
+
+    devices = processes.init_distributed()
     train(
-        cli.config_from_flags("lung"),
-        Path(FLAGS.data_dir),
-        Path(FLAGS.workdir),
-        cli.cache_dir(),
-        split=cli.split_request(),
+        config,
+        settings.path("data_dir"),
+        settings.path("workdir"),
+        settings.path("cache_dir"),
+        split=settings.split_request(),
         devices=devices,
-        should_stop=should_stop,
+        should_stop=stop_signals(),
+        **load_plugins().for_training,
     )
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

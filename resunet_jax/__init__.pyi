@@ -1,15 +1,24 @@
-from .config import AugmentConfig, Config, ModelConfig, PredictConfig, PreprocessConfig, TrainConfig, override
+from .config import (
+    AugmentConfig,
+    CascadeConfig,
+    Config,
+    ModelConfig,
+    PostprocessConfig,
+    PreprocessConfig,
+    TrainConfig,
+    override,
+)
 from .errors import InputError, StoppedError
-from .inference.folder import segment_scans
-from .inference.segment import Segmenter, load_segmenter, segment_scan
+from .inference.batch import segment_scans
+from .inference.predictor import Predictor, load_predictor
+from .inference.scan import segment_scan
 from .model.cascade import cascade, predict_probability
-from .model.conv import fastest_convolution
 from .model.resunet import ResUnet, init_variables
+from .model.winograd import default_convolution
 from .recipes import recipe
 from .training.augment import augment
-from .training.checkpoints import LoadedModel, load_model, save_model
 from .training.losses import bce, bce_dice, bce_pooled_dice, dice, pooled_dice
-from .training.steps import (
+from .training.step import (
     TrainState,
     create_state,
     frozen_lung,
@@ -17,17 +26,21 @@ from .training.steps import (
     make_optimizer,
     make_train_step,
 )
+from .weights.store import LoadedModel, load_model, save_model
+
+__version__: str
 
 __all__ = [
     "AugmentConfig",
+    "CascadeConfig",
     "Config",
     "InputError",
     "LoadedModel",
     "ModelConfig",
-    "PredictConfig",
+    "PostprocessConfig",
+    "Predictor",
     "PreprocessConfig",
     "ResUnet",
-    "Segmenter",
     "StoppedError",
     "TrainConfig",
     "TrainState",
@@ -37,12 +50,12 @@ __all__ = [
     "bce_pooled_dice",
     "cascade",
     "create_state",
+    "default_convolution",
     "dice",
-    "fastest_convolution",
     "frozen_lung",
     "init_variables",
     "load_model",
-    "load_segmenter",
+    "load_predictor",
     "make_eval_step",
     "make_optimizer",
     "make_train_step",

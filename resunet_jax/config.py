@@ -1,326 +1,433 @@
 """Settings as frozen dataclasses, with JSON in and out.
 
-A `Config` travels with every checkpoint and decides how the model is used: nothing about preprocessing or
-architecture has to be repeated when a model is restored. Fields that an older file does not have take their
-defaults; fields that this version does not know are refused.
+A `Config` travels with every saved model and decides how it is used: nothing about preprocessing or architecture has to
+be repeated when a model is restored. Each field is one line: default, description, unit and bounds; the check and the
+scripts' flags are made from it. Names of older versions are read through `ALIASES`, and a field that an older file
+lacks takes the default of the version that wrote the file.
 """
 
 import dataclasses
 import json
+import math
 import typing
-from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple, TypeVar
 
+from resunet_jax import __version__
 from resunet_jax.errors import InputError
 
 Normalization = Literal["window", "air", "minmax"]
-LossName = Literal["bce", "dice", "bce_dice", "bce_pooled_dice"]
 ScheduleName = Literal["step", "one_cycle"]
 TaskName = Literal["lung", "infection", "infection_ct"]
-Target = Literal["lung", "infection"]
+Structure = Literal["lung", "infection"]
 
-_MOST_CHANGE = {
-    "max_rotation_deg": 180.0,
-    "max_zoom": 1.0,
-    "max_contrast": 0.9,
-    "max_brightness": 0.5,
-    "max_gamma": 2.0,
-    "max_noise": 0.5,
-}
-"""Largest sensible values in an `AugmentConfig`; the smallest is 0."""
+
+def setting(
+    default: Any,
+    description: str,
+    *,
+    unit: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A field with its description, unit and bounds: `low` and `high` are allowed themselves, `above` is not."""
+    metadata = {"description": description, "unit": unit, "low": low, "high": high, "above": above}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class PreprocessConfig:
-    """From a scan's values to the square slices that a model sees.
+    """From a scan's intensities to the square slices that a model sees."""
 
-    Attributes:
-      image_size: side of the square slice, in pixels.
-      normalization: "window" maps HU [-1250, 250] to [0, 1], and takes 0..255 to be that window; "air" does the same,
-        and moves scans in 0..255, whose window may have been another, until the air around the patient lies at
-        -1000 HU; "minmax" maps each slice's own range to [0, 1].
-      body_threshold_hu: what is above it counts as body, in HU, before a scan is moved.
-      body_thresholds_minmax: where given, two thresholds on each slice's own range as [0, 1] take the place of
-        `body_threshold_hu`: for scans in HU, and for windowed ones. The original's are 50/255 and 175/255.
-      body_dilation: iterations by which the body is dilated before its bounding box is taken, in pixels.
-    """
-
-    image_size: int = 128
-    normalization: Normalization = "window"
-    body_threshold_hu: float = -220.0
-    body_thresholds_minmax: tuple[float, ...] = ()
-    body_dilation: int = 5
+    image_size: int = setting(128, "side of the square slices that the model sees", unit="pixels", low=8)
+    normalization: Normalization = setting(
+        "air",
+        "intensity scale: HU [-1250, 250] to [0, 1] (window), the same with scans in 0..255 shifted until the air "
+        "around the patient is at -1000 HU (air), or each slice's own range (minmax)",
+    )
+    body_threshold_hu: float = setting(
+        -220.0, "what is above it is body, before a shift", unit="HU", low=-1250, high=250
+    )
+    body_thresholds_minmax: tuple[float, ...] = setting(
+        (), "two thresholds on each slice's own range instead of body_threshold_hu: HU scans, windowed scans", above=0
+    )
+    body_dilation: int = setting(5, "iterations of the body's dilation before its bounding box", unit="pixels", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The residual U-Net.
+    """One model of the cascade."""
 
-    Attributes:
-      filters: feature channels of the four levels, from full to an eighth of the resolution.
-      dtype: type of the computation, "float32" or "bfloat16"; parameters stay float32.
-      lung_closing: for task "infection": holes and bays of the lung probability narrower than this part of a slice's
-        side are filled before the infection model sees it; 0 leaves them.
-    """
+    architecture: str = setting("resunet", "name in the table of architectures")
+    filters: tuple[int, ...] = setting((64, 128, 256, 512), "channels of the levels, finest first", low=1)
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "of the computation; parameters stay float32")
+    patch_grid: int = setting(1, "f cuts each slice into f × f patches that are processed independently", low=1)
 
-    filters: tuple[int, int, int, int] = (64, 128, 256, 512)
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    lung_closing: float = 0.0
+
+@dataclasses.dataclass(frozen=True)
+class CascadeConfig:
+    """How the lung probability reaches the infection model."""
+
+    closing_fraction: float = setting(
+        0.0, "width of its morphological closing, as a fraction of the slice; 0 for none", low=0, high=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PostprocessConfig:
+    """From probabilities to the masks of a whole scan; that of the lung model counts."""
+
+    min_component_fraction: float = setting(
+        0.1,
+        "components of the lung mask below this fraction of the largest are removed, and the infection in slices where "
+        "no lung is left; 0 for none",
+        low=0,
+        high=1,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes to a training slice and its masks, each by its own chance (probabilities in [0, 1]).
+    """Random transforms of a training slice and its mask."""
 
-    Attributes:
-      vertical_flip: chance of exchanging front and back of the body.
-      horizontal_flip: chance of exchanging left and right.
-      quarter_turn: chance of a turn by 90°.
-      rotation: chance of a rotation by one of `angles_deg`, each equally likely.
-      angles_deg: angles in degrees, positive is counter-clockwise.
-      max_rotation_deg: every slice is rotated by up to this angle either way, in degrees.
-      max_zoom: every slice is enlarged by up to this part, or made smaller by up to as much.
-      max_contrast: grey values are multiplied by up to this part more or less than 1.
-      max_brightness: up to this is added to grey values, or taken from them, on their scale of [0, 1].
-      max_gamma: grey values are raised to a power between e^-g and e^g.
-      max_noise: up to this standard deviation of Gaussian noise is added, on the scale of [0, 1].
-      consolidation: chance that what the mask covers is made denser, up to soft tissue: for the infection, of which a
-        small training set does not have every density.
-      fading: chance that it is made fainter instead, most of the way down to healthy lung.
-    """
-
-    vertical_flip: float = 0.4
-    horizontal_flip: float = 0.4
-    quarter_turn: float = 0.2
-    rotation: float = 0.3
-    angles_deg: tuple[float, ...] = (-30.0, -18.0, -6.0, 6.0, 18.0, 30.0)
-    max_rotation_deg: float = 0.0
-    max_zoom: float = 0.0
-    max_contrast: float = 0.0
-    max_brightness: float = 0.0
-    max_gamma: float = 0.0
-    max_noise: float = 0.0
-    consolidation: float = 0.0
-    fading: float = 0.0
+    vertical_flip_prob: float = setting(0.0, "probability of exchanging front and back", low=0, high=1)
+    horizontal_flip_prob: float = setting(0.5, "probability of exchanging left and right", low=0, high=1)
+    rot90_prob: float = setting(0.0, "probability of a rotation by 90°", low=0, high=1)
+    rotation_prob: float = setting(0.0, "probability of a rotation by one of angles_deg", low=0, high=1)
+    angles_deg: tuple[float, ...] = setting(
+        (-30.0, -18.0, -6.0, 6.0, 18.0, 30.0), "equally likely, counter-clockwise", unit="degrees", low=-360, high=360
+    )
+    max_rotation_deg: float = setting(15.0, "every slice is rotated by up to this", unit="degrees", low=0, high=180)
+    max_scale: float = setting(
+        0.2, "every slice is scaled by a factor of up to 1 + this, or its inverse", low=0, high=1
+    )
+    max_contrast: float = setting(0.15, "intensities times up to 1 ± this", low=0, high=0.9)
+    max_brightness: float = setting(0.045, "up to this is added or subtracted, on [0, 1]", low=0, high=0.5)
+    max_gamma: float = setting(0.3, "intensities to a power between e^-this and e^this", low=0, high=2)
+    max_noise: float = setting(0.03, "largest standard deviation of Gaussian noise, on [0, 1]", low=0, high=0.5)
+    lesion_densify_prob: float = setting(
+        0.0, "probability that the masked region is made denser, up to soft tissue", low=0, high=1
+    )
+    lesion_fade_prob: float = setting(
+        0.0, "probability that it is made fainter instead, towards healthy lung", low=0, high=1
+    )
+    transforms: tuple[str, ...] = setting(
+        ("spatial", "lesion_intensity", "intensity"), "names in the table of augmentations, in order"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One training run.
+    """One training run."""
 
-    Attributes:
-      batch_size: slices per step.
-      epochs: upper limit on passes over the training slices.
-      schedule: "step" multiplies the learning rate by `decay_factor` every `decay_epochs`; "one_cycle" raises it from a
-        tenth to `learning_rate` over the first 15 % of all steps, and lowers it along a cosine to a thousandth.
-      learning_rate: Adam's step size at the start ("step"), or at its highest ("one_cycle").
-      decay_epochs: see `schedule`.
-      decay_factor: see `schedule`.
-      weight_decay: of AdamW, times the learning rate; 0 is Adam.
-      loss: "bce", "dice", "bce_dice" (their sum), or "bce_pooled_dice", with one Dice over all slices of a batch.
-      patience: epochs without a lower validation loss after which training stops.
-      accumulate_steps: k > 1 updates the parameters every k-th step, by the mean of k gradients: the effective batch
-        is k · batch_size slices, in the memory of batch_size. Batch statistics are of each step's slices.
-      skip_nonfinite: leaves out steps whose loss or gradient is not finite, instead of ending the training.
-      remat: see `ResUnet`; less memory for a quarter more computation.
-      patch_factor: 1 for whole slices; f > 1 cuts each slice into f × f patches that the model sees apart.
-      seed: of the initial parameters, the order of slices and the augmentation.
-    """
-
-    batch_size: int = 8
-    epochs: int = 60
-    schedule: ScheduleName = "step"
-    learning_rate: float = 1e-4
-    decay_epochs: int = 20
-    decay_factor: float = 0.1
-    weight_decay: float = 0.0
-    loss: LossName = "bce"
-    patience: int = 10
-    accumulate_steps: int = 1
-    skip_nonfinite: bool = False
-    remat: bool = False
-    patch_factor: int = 1
-    seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class PredictConfig:
-    """From probabilities to masks of a whole scan.
-
-    Attributes:
-      smallest_region: regions of a lung mask that are smaller than this part of the largest are dropped, and with them
-        the infection in slices where no lung is left; 0 drops nothing.
-    """
-
-    smallest_region: float = 0.0
+    batch_size: int = setting(8, "slices per step", low=1)
+    epochs: int = setting(60, "passes over the training slices, at most", low=1)
+    schedule: ScheduleName = setting(
+        "one_cycle",
+        "learning rate: times decay_factor every decay_epochs (step), or from a tenth up to learning_rate over the "
+        "first 15 % of all steps and down a cosine to a thousandth (one_cycle)",
+    )
+    learning_rate: float = setting(2e-3, "Adam's, at its highest", above=0, high=10)
+    decay_epochs: int = setting(20, "see schedule", unit="epochs", low=1)
+    decay_factor: float = setting(0.1, "see schedule", above=0, high=1)
+    weight_decay: float = setting(1e-4, "AdamW's, times the learning rate; 0 is Adam", low=0, high=10)
+    loss: str = setting("bce:1,pooled_dice:1", "weighted terms from the table of losses, as in bce:1,pooled_dice:1")
+    patience: int = setting(60, "epochs without a lower validation loss before training stops", low=1)
+    accumulate_steps: int = setting(1, "steps whose mean gradient is one update", low=1)
+    skip_nonfinite: bool = setting(False, "leave out steps whose loss or gradient is not finite")
+    remat: bool = setting(False, "recompute residual blocks in the backward pass: less memory, a quarter more work")
+    seed: int = setting(0, "of initial parameters, order of slices and augmentation", low=0, high=2**31 - 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All that made a model, and all that is needed to use it.
+    """All that made a model, and all that is needed to use it; the defaults are the default recipe for the lungs.
 
     Attributes:
       task: "lung"; "infection", on CT and lung probability; or "infection_ct", on CT alone.
-      preprocess: see `PreprocessConfig`.
-      model: see `ModelConfig`.
-      augment: see `AugmentConfig`.
-      train: see `TrainConfig`.
-      predict: see `PredictConfig`; that of the lung model counts.
-      lung_fingerprint: for task "infection", which lung model fed the training (see `fingerprint` in
-        `training/checkpoints.py`); otherwise empty.
+      preprocess: see `PreprocessConfig`, as for the other sections.
+      model: the architecture.
+      cascade: from lung probability to infection model.
+      postprocess: from probabilities to masks.
+      augment: of training slices.
+      train: the training run.
+      lung_fingerprint: for task "infection", `fingerprint` of the lung model that fed the training; otherwise empty.
     """
 
     task: TaskName = "lung"
     preprocess: PreprocessConfig = PreprocessConfig()
     model: ModelConfig = ModelConfig()
+    cascade: CascadeConfig = CascadeConfig()
+    postprocess: PostprocessConfig = PostprocessConfig()
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()
-    predict: PredictConfig = PredictConfig()
     lung_fingerprint: str = ""
 
     def __post_init__(self) -> None:
         check(self)
 
 
-def _require(condition: bool, field: str, value: object, wanted: str) -> None:
+ALIASES = {
+    "model.lung_closing": "cascade.closing_fraction",
+    "predict.smallest_region": "postprocess.min_component_fraction",
+    "augment.vertical_flip": "augment.vertical_flip_prob",
+    "augment.horizontal_flip": "augment.horizontal_flip_prob",
+    "augment.quarter_turn": "augment.rot90_prob",
+    "augment.rotation": "augment.rotation_prob",
+    "augment.max_zoom": "augment.max_scale",
+    "augment.consolidation": "augment.lesion_densify_prob",
+    "augment.fading": "augment.lesion_fade_prob",
+    "train.patch_factor": "model.patch_grid",
+}
+"""Names of 0.6.0 and before, which are still read and written, and what they are called now."""
+
+LOSS_ALIASES = {"bce_dice": "bce:1,dice:1", "bce_pooled_dice": "bce:1,pooled_dice:1"}
+"""Losses of 0.6.0 and before as weighted terms."""
+
+DEFAULTS_BY_VERSION: dict[str, dict[str, Any]] = {
+    "0.6.0": {
+        "preprocess.normalization": "window",
+        "augment.vertical_flip_prob": 0.4,
+        "augment.horizontal_flip_prob": 0.4,
+        "augment.rot90_prob": 0.2,
+        "augment.rotation_prob": 0.3,
+        "augment.max_rotation_deg": 0.0,
+        "augment.max_scale": 0.0,
+        "augment.max_contrast": 0.0,
+        "augment.max_brightness": 0.0,
+        "augment.max_gamma": 0.0,
+        "augment.max_noise": 0.0,
+        "train.schedule": "step",
+        "train.learning_rate": 1e-4,
+        "train.weight_decay": 0.0,
+        "train.loss": "bce",
+        "train.patience": 10,
+        "postprocess.min_component_fraction": 0.0,
+    },
+}
+"""By version, oldest first: what a field that a file of that version or an older one lacks meant, where it is not
+today's default. Before 0.7.0 files did not say their version."""
+
+
+class Setting(NamedTuple):
+    """A field of a section: its type, default, and the arguments of `setting`."""
+
+    kind: Any
+    default: Any
+    description: str
+    unit: str
+    low: float | None
+    high: float | None
+    above: float | None
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Allowed values, where they can be listed."""
+        return typing.get_args(self.kind) if typing.get_origin(self.kind) is Literal else ()
+
+    @property
+    def help(self) -> str:
+        """Description, unit and bounds in a line."""
+        bounds = {"above": self.above, "at least": self.low, "at most": self.high}
+        unit = [f"in {self.unit}"] if self.unit else []
+        return "; ".join([self.description, *unit, *(f"{n} {b:g}" for n, b in bounds.items() if b is not None)])
+
+
+def _settings() -> Iterator[tuple[str, Setting]]:
+    for section in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(section.type):
+            hints = typing.get_type_hints(section.type)
+            for field in dataclasses.fields(section.type):
+                yield f"{section.name}.{field.name}", Setting(hints[field.name], field.default, **field.metadata)
+
+
+SETTINGS = dict(_settings())
+"""Every field of every section, by path, as in "train.epochs"."""
+
+
+def _require(condition: bool, field: str, value: object, expected: str) -> None:
     if not condition:
-        raise InputError(f"{field} is {value!r}; it must be {wanted}")
+        raise InputError(f"{field} is {value!r}; it must be {expected}")
 
 
 def check(config: Config) -> None:
     """Raises `InputError`, naming the field, where a value makes no sense."""
-    preprocess, model, train, augment = config.preprocess, config.model, config.train, config.augment
-    chosen: tuple[tuple[str, str, Any], ...] = (
-        ("task", config.task, TaskName),
-        ("normalization", preprocess.normalization, Normalization),
-        ("loss", train.loss, LossName),
-        ("schedule", train.schedule, ScheduleName),
-    )
-    for field, name, names in chosen:
-        allowed = typing.get_args(names)
-        _require(name in allowed, field, name, "one of " + ", ".join(allowed))
-    _require(train.weight_decay >= 0, "weight_decay", train.weight_decay, "0 or more")
-    _require(model.dtype in ("float32", "bfloat16"), "dtype", model.dtype, "float32 or bfloat16")
-    _require(0 <= model.lung_closing <= 1, "lung_closing", model.lung_closing, "a part in [0, 1]")
-    _require(train.patch_factor >= 1, "patch_factor", train.patch_factor, "1 or more")
-    multiple = 8 * train.patch_factor
+    _require(config.task in typing.get_args(TaskName), "task", config.task, "one of lung, infection, infection_ct")
+    for path, entry in SETTINGS.items():
+        section, _, name = path.partition(".")
+        value = getattr(getattr(config, section), name)
+        for item in value if isinstance(value, tuple) else (value,):
+            _check_setting(name, item, entry)
+    preprocess, augment = config.preprocess, config.augment
+    multiple = 8 * config.model.patch_grid
     _require(
-        preprocess.image_size > 0 and preprocess.image_size % multiple == 0,
+        preprocess.image_size % multiple == 0,
         "image_size",
         preprocess.image_size,
         f"a positive multiple of {multiple} (the model halves the resolution three times in each patch)",
     )
     thresholds = preprocess.body_thresholds_minmax
     _require(
-        len(thresholds) in (0, 2) and all(0 < t < 1 for t in thresholds),
+        len(thresholds) in (0, 2) and all(t < 1 for t in thresholds),
         "body_thresholds_minmax",
         thresholds,
         "empty, or two numbers between 0 and 1",
     )
-    _require(preprocess.body_dilation >= 0, "body_dilation", preprocess.body_dilation, "0 or more")
     _require(
-        len(model.filters) == 4 and all(f > 0 for f in model.filters),
-        "filters",
-        ",".join(map(str, model.filters)),
-        "four positive numbers, as in 64,128,256,512",
+        len(config.model.filters) == 4, "filters", config.model.filters, "four positive numbers, as in 64,128,256,512"
     )
-    positive = ("batch_size", "epochs", "learning_rate", "decay_epochs", "decay_factor", "patience", "accumulate_steps")
-    for field in positive:
-        _require(getattr(train, field) > 0, field, getattr(train, field), "more than 0")
-    for field in ("vertical_flip", "horizontal_flip", "quarter_turn", "rotation", "consolidation", "fading"):
-        _require(0 <= getattr(augment, field) <= 1, field, getattr(augment, field), "a probability in [0, 1]")
-    either = augment.consolidation + augment.fading
-    _require(either <= 1, "consolidation + fading", either, "at most 1: a lesion is made denser or fainter")
-    smallest = config.predict.smallest_region
-    _require(0 <= smallest <= 1, "smallest_region", smallest, "a part in [0, 1]")
-    for field, most in _MOST_CHANGE.items():
-        value = getattr(augment, field)
-        _require(0 <= value <= most, field, value, f"between 0 and {most:g}")
+    either = augment.lesion_densify_prob + augment.lesion_fade_prob
+    name = "lesion_densify_prob + lesion_fade_prob"
+    _require(either <= 1, name, either, "at most 1: a lesion is made denser or fainter")
     _require(len(augment.angles_deg) > 0, "angles_deg", augment.angles_deg, "at least one angle")
+    _require(bool(config.train.loss), "loss", config.train.loss, "weighted terms, as in bce:1,pooled_dice:1")
+
+
+def _check_setting(name: str, value: Any, entry: Setting) -> None:
+    if entry.choices:
+        _require(value in entry.choices, name, value, "one of " + ", ".join(entry.choices))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    low, high, above = entry.low, entry.high, entry.above
+    _require(math.isfinite(value), name, value, "a finite number")
+    _require(low is None or value >= low, name, value, f"at least {low}")
+    _require(high is None or value <= high, name, value, f"at most {high}")
+    _require(above is None or value > above, name, value, f"more than {above}")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The config as plain JSON values: nested dicts, lists, numbers and strings."""
+    """The config as plain JSON values, with the version that writes it and the names of 0.6.0 next to today's."""
+    values = _plain(config)
+    for old, new in ALIASES.items():
+        _set(values, old, _get(values, new))
+    return {"version": __version__, **values}
+
+
+def _plain(config: Config) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return plain
 
 
-def changed_fields(config: Config) -> dict[str, Any]:
-    """The fields that are not at their default, by path: what `override` needs to make the config from `Config()`.
-
-    A later version that adds a field gives the same.
-    """
-    default, values = to_dict(Config()), to_dict(config)
-    changes: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            changes |= {f"{name}.{field}": inner for field, inner in value.items() if inner != default[name][field]}
-        elif value != default[name]:
-            changes[name] = value
-    return changes
+def _get(values: Mapping[str, Any], path: str, default: Any = None) -> Any:
+    """A value by its path."""
+    section, _, field = path.rpartition(".")
+    inner: Mapping[str, Any] = values[section] if section else values
+    return inner.get(field, default)
 
 
-def override(config: Config, changes: Mapping[str, Any], origin: str = "config") -> Config:
+def _set(values: dict[str, Any], path: str, value: Any) -> None:
+    section, _, field = path.rpartition(".")
+    (values.setdefault(section, {}) if section else values)[field] = value
+
+
+def non_defaults(config: Config) -> dict[str, Any]:
+    """The fields that are not at their default, by path: what `override` needs to make the config from `Config()`."""
+    default, values = _plain(Config()), _plain(config)
+    paths = [*SETTINGS, "task", "lung_fingerprint"]
+    return {path: _get(values, path) for path in paths if _get(values, path) != _get(default, path)}
+
+
+def override(config: Config, changes: Mapping[str, Any], source: str = "config") -> Config:
     """The config with some fields changed.
 
     Args:
       config: to start from.
-      changes: JSON values by path, as in {"train.loss": "bce", "augment.max_zoom": 0.3}.
-      origin: where they come from, for error messages.
+      changes: JSON values by path, as in {"train.loss": "bce", "augment.max_scale": 0.3}; names of 0.6.0 are known too.
+      source: where they come from, for error messages.
 
     Raises:
       InputError: see `from_dict`.
     """
-    values = to_dict(config)
+    values = _plain(config)
     for path, value in changes.items():
-        section, _, field = path.rpartition(".")
-        if section and not isinstance(values.get(section), dict):
-            raise InputError(f"{origin}: there is no {path}; fields look like train.loss")
-        (values[section] if section else values)[field] = value
-    return from_dict(values, origin)
+        section = path.rpartition(".")[0]
+        if section and path not in ALIASES and not isinstance(values.get(section), dict):
+            raise InputError(f"{source}: there is no {path}; fields look like train.loss")
+        name = ALIASES.get(path, path)
+        if changes.get(name, value) != value:
+            raise InputError(_contradiction(path, name, source))
+        _set(values, name, value)
+    return from_dict({"version": __version__, **values}, source)
+
+
+def from_dict(values: Any, source: str = "config") -> Config:
+    """The inverse of `to_dict`, for what any version has written.
+
+    Args:
+      values: nested dicts as from JSON; missing fields take the defaults of the version that wrote it.
+      source: the file that they came from, for error messages.
+
+    Raises:
+      InputError: an unknown field, a value of the wrong type or range, or two names of a field that contradict.
+    """
+    if not isinstance(values, dict):
+        raise InputError(f"{source}: the config must be a JSON object, found {values!r}")
+    return _build(Config, _upgrade(values, source), "", source)
+
+
+def _upgrade(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Values of any version under today's names, with the defaults of that version where they lack some."""
+    upgraded = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
+    version = upgraded.pop("version", "0.6.0")
+    for old, new in ALIASES.items():
+        section, _, field = old.rpartition(".")
+        if not isinstance(upgraded.get(section), dict) or field not in upgraded[section]:
+            continue
+        value = upgraded[section].pop(field)
+        if isinstance(upgraded.setdefault(new.partition(".")[0], {}), dict):
+            if _get(upgraded, new, value) != value:
+                raise InputError(_contradiction(old, new, source))
+            _set(upgraded, new, value)
+    if upgraded.get("predict") == {}:
+        del upgraded["predict"]
+    defaults = next((row for known, row in DEFAULTS_BY_VERSION.items() if _order(version) <= _order(known)), {})
+    for path, value in defaults.items():
+        section, _, field = path.partition(".")
+        if isinstance(upgraded.setdefault(section, {}), dict):
+            upgraded[section].setdefault(field, value)
+    train = upgraded.get("train")
+    if isinstance(train, dict) and isinstance(train.get("loss"), str):
+        train["loss"] = LOSS_ALIASES.get(train["loss"], train["loss"])
+    return upgraded
+
+
+def _contradiction(old: str, new: str, source: str) -> str:
+    return f"{source}: {old} and {new} name one field and differ; make them equal"
+
+
+def _order(version: Any) -> tuple[int, ...]:
+    return tuple(int(number) for number in str(version).split(".") if number.isdecimal())
 
 
 _T = TypeVar("_T")
 
 
-def _build(cls: type[_T], values: Any, where: str, origin: str) -> _T:
+def _build(cls: type[_T], values: Any, where: str, source: str) -> _T:
     if not isinstance(values, dict):
-        raise InputError(f"{origin}: {where or 'the config'} must be a JSON object, found {values!r}")
+        raise InputError(f"{source}: {where.removesuffix('.')} must be a JSON object, found {values!r}")
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     if unknown:
-        raise InputError(f"{origin}: unknown field {where}{unknown[0]}; was it written by a newer resunet_jax?")
+        raise InputError(f"{source}: unknown field {where}{unknown[0]}; was it written by a newer resunet_jax?")
     fields: dict[str, Any] = {}
     for name, value in values.items():
         kind = hints[name]
         if dataclasses.is_dataclass(kind):
-            fields[name] = _build(typing.cast(type, kind), value, f"{where}{name}.", origin)
+            fields[name] = _build(typing.cast(type, kind), value, f"{where}{name}.", source)
         else:
-            fields[name] = _convert(kind, value, f"{where}{name}", origin)
+            fields[name] = _convert(kind, value, f"{where}{name}", source)
     return cls(**fields)
 
 
-def _convert(kind: Any, value: Any, where: str, origin: str) -> Any:
+def _convert(kind: Any, value: Any, where: str, source: str) -> Any:
     if typing.get_origin(kind) is tuple:
         items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_convert(typing.get_args(kind)[0], item, where, origin) for item in items)
-    wanted = str if typing.get_origin(kind) is Literal else kind
+        return tuple(_convert(typing.get_args(kind)[0], item, where, source) for item in items)
+    expected = str if typing.get_origin(kind) is Literal else kind
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if wanted is float and number:
+    if expected is float and number:
         return float(value)
-    if isinstance(value, wanted) and isinstance(value, bool) == (wanted is bool):
+    if isinstance(value, expected) and isinstance(value, bool) == (expected is bool):
         return value
-    raise InputError(f"{origin}: {where} is {value!r}; expected {wanted.__name__}")
-
-
-def from_dict(values: Any, origin: str = "config") -> Config:
-    """The inverse of `to_dict`.
-
-    Args:
-      values: nested dicts as from JSON; missing fields take their defaults.
-      origin: the file that they came from, for error messages.
-
-    Raises:
-      InputError: an unknown field, or a value of the wrong type or range.
-    """
-    return _build(Config, values, "", origin)
+    raise InputError(f"{source}: {where} is {value!r}; expected {expected.__name__}")

@@ -8,7 +8,7 @@ class InputError(Exception):
     """
 
 
-class HeldError(InputError):
+class LockedError(InputError):
     """Another process works in the folder; the message says which."""
 
 

@@ -1,22 +1,28 @@
-"""Results that are there whole or not at all, and folders that one process holds."""
+"""Atomic files and folders, folders that one process holds, and room on disk; on Linux, macOS and Windows."""
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
 import socket
+import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
-from resunet_jax.errors import HeldError, InputError
+from filelock import FileLock, Timeout
 
-_ATTEMPTS = 100  # to hold a folder that others are just letting go
+from resunet_jax.errors import InputError, LockedError
+
+_LOCK = ".lock"
+_HOLDER = ".lock-holder"
+_ZEROS = bytes(2**20)
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to; the file gets its name when the block ends well, and vanishes if not.
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A path to write to; the file gets its name, and is on disk, when the block ends well, and vanishes if not.
 
     Raises:
       InputError: it cannot be written.
@@ -24,7 +30,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     partial = _partial(path)
     try:
         yield partial
+        _sync(partial)
         partial.replace(path)
+        _sync(path.parent)
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
@@ -33,8 +41,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; it gets its name when the block ends well, and vanishes if not.
+def atomic_dir(path: Path) -> Iterator[Path]:
+    """A folder to fill; it gets its name, and is on disk, when the block ends well, and vanishes if not.
 
     If `path` has come into being in the meantime, it is left as it is.
 
@@ -43,30 +51,53 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     partial = _partial(path)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        if not path.is_dir():
+        for entry in (*partial.rglob("*"), partial):
+            _sync(entry)
+        try:
             partial.replace(path)
+        except OSError:
+            if not path.is_dir():  # otherwise somebody else was first
+                raise
+        _sync(path.parent)
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _sync(path: Path) -> None:
+    """Waits until a file or a folder's entries are on disk, where the system can."""
+    with contextlib.suppress(OSError):  # Windows has no descriptor for a folder
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _partial(path: Path) -> Path:
-    """Where `path` is written first: beside it, with its suffix. Removes what a killed process left there."""
-    ours = f".partial-{socket.gethostname()}-"
+    """Where `path` is written first: next to it, under a unique name. Removes what killed processes left there."""
+    ours = f".partial-{_machine()}-"
     for leftover in path.parent.iterdir() if path.parent.is_dir() else ():
-        match = re.fullmatch(rf"{re.escape(ours)}(\d+)-{re.escape(path.name)}", leftover.name)
+        match = re.fullmatch(rf"{re.escape(ours)}(\d+)-[0-9a-f]+-{re.escape(path.name)}", leftover.name)
         if match and not _is_alive(int(match[1])):
             shutil.rmtree(leftover, ignore_errors=True)
             with contextlib.suppress(OSError):
                 leftover.unlink()
-    return path.with_name(f"{ours}{os.getpid()}-{path.name}")
+    return path.with_name(f"{ours}{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}")
+
+
+def _machine() -> str:
+    """Where a process id means something: this machine, and on Linux this container."""
+    namespace = Path("/proc/self/ns/pid")
+    return f"{socket.gethostname()}-{namespace.stat().st_ino if namespace.exists() else 0}"
 
 
 def _is_alive(process: int) -> bool:
+    if os.name == "nt":  # where signal 0 would end it
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -77,50 +108,58 @@ def _is_alive(process: int) -> bool:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds a folder, made if need be, against other processes; the system lets go of it when this one dies.
+def dir_lock(folder: Path) -> Iterator[None]:
+    """Holds a folder, created where it is missing, against other processes; a process that dies lets go of it.
 
     Raises:
-      HeldError: another process holds it.
-      InputError: it cannot be made.
+      LockedError: another process holds it.
+      InputError: it cannot be created.
     """
-    file = folder / ".lock"
+    holder = folder / _HOLDER
     with contextlib.ExitStack() as stack:
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context(file.open("a+", encoding="utf-8"))
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(file.stat(), os.fstat(lock.fileno())):
-                    break  # otherwise the holder before has just removed it, and another one has made it again
-            except BlockingIOError as error:
-                lock.seek(0)
-                holder = lock.read().strip() or "another process"
-                raise HeldError(f"{folder}: {holder} works in it; wait for it, or choose another folder") from error
-            except OSError as error:
-                # The holder before may just have removed it, which does not happen again and again.
-                if attempt == _ATTEMPTS or not isinstance(error, FileNotFoundError | FileExistsError):
-                    raise _cannot_write(folder, error) from error
-        else:
-            raise HeldError(f"{folder}: other processes take turns in it; wait for them, or choose another folder")
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(folder / _LOCK, timeout=0))
+        except Timeout as error:
+            who = _holder_of(holder)
+            raise LockedError(f"{folder}: {who} works in it; wait for it, or choose another folder") from error
+        except OSError as error:
+            raise _cannot_write(folder, error) from error
+        write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")
         try:
             yield
         finally:
-            file.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # where nothing has come into it
+            holder.unlink(missing_ok=True)
+
+
+def _holder_of(holder: Path) -> str:
+    try:
+        return holder.read_text(encoding="utf-8")
+    except OSError:  # not written yet, or just released
+        return "another process"
+
+
+def reserve(file: IO[Any], size: int) -> None:
+    """Makes an empty open file `size` bytes long, of zeros that have their place on disk.
+
+    Raises:
+      OSError: there is no room.
+    """
+    if size and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    for start in range(0, size, len(_ZEROS)):
+        file.write(_ZEROS[: size - start])
+    file.seek(0)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all, as UTF-8.
+    """Writes a text file atomically, as UTF-8.
 
     Raises:
       InputError: it cannot be written.
     """
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -155,5 +194,9 @@ def _cannot_write(path: Path, error: OSError) -> InputError:
 
 
 def default_cache_dir() -> Path:
-    """For what may be deleted at any time: $XDG_CACHE_HOME/resunet_jax, or ~/.cache/resunet_jax."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resunet_jax"
+    """For what may be deleted at any time: $XDG_CACHE_HOME/resunet_jax, ~/.cache/resunet_jax, or a temporary folder."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(home or Path.home() / ".cache") / "resunet_jax"
+    except RuntimeError:  # a user without a home folder
+        return Path(tempfile.gettempdir()) / "resunet_jax"

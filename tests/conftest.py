@@ -1,7 +1,6 @@
 """Shared fixtures: the small phantom, a small trained cascade, and a way to run the scripts."""
 
 import contextlib
-import fcntl
 import itertools
 import os
 import subprocess
@@ -14,12 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
-from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TrainConfig
+from resunet_jax.config import CascadeConfig, Config, ModelConfig, PostprocessConfig, PreprocessConfig, TrainConfig
 from resunet_jax.data.phantom import SMALL, make_phantom
 from resunet_jax.data.splits import SplitRequest
-from resunet_jax.training.run import train
+from resunet_jax.recipes import recipe
+from resunet_jax.training.train import train
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,9 +29,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
-# The seeded part that every run does; `--hypothesis-profile=long` goes on for about ten minutes a test.
-settings.register_profile("seeded", deadline=None, database=None, derandomize=True, max_examples=300)
-settings.register_profile("long", deadline=None, database=None, max_examples=20_000)
+# The seeded sample of every run, 300 inputs over all fuzz tests; `-m exhaustive` takes the other.
+settings.register_profile("seeded", deadline=None, database=None, derandomize=True, max_examples=60)
+settings.register_profile("exhaustive", deadline=None, database=None, max_examples=20_000)
 settings.load_profile("seeded")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -40,18 +41,27 @@ REFERENCE = ROOT / "tests" / "reference"
 
 TINY = {
     "preprocess": PreprocessConfig(image_size=32, normalization="air"),
-    "model": ModelConfig(filters=(4, 8, 16, 32), lung_closing=0.125),
-    "train": TrainConfig(epochs=2, learning_rate=3e-3, batch_size=4),
+    "model": ModelConfig(filters=(4, 8, 16, 32)),
+    "cascade": CascadeConfig(closing_fraction=0.125),
+    "postprocess": PostprocessConfig(min_component_fraction=0.0),
+    "augment": recipe("original", "lung").augment,
+    # By steps, not by one cycle: such a run may grow.
+    "train": TrainConfig(
+        epochs=2, learning_rate=3e-3, batch_size=4, schedule="step", loss="bce", weight_decay=0.0, patience=10
+    ),
 }
 TINY_FLAGS = ("--image_size=32", "--filters=4,8,16,32", "--learning_rate=3e-3", "--batch_size=4")
 
+COMPILE_FAST = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+"""Environment of scripts whose programs run only a few times."""
+
 
 def run_script(name: str, *flags: object, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs experiments/<name>.py as a user would, with `env` beside the environment, and waits."""
+    """Runs experiments/<name>.py as a user would, with `env` added to the environment, and waits."""
     return subprocess.run(
         [sys.executable, ROOT / "experiments" / f"{name}.py", *map(str, flags)],
         capture_output=True,
-        text=True,
+        encoding=(env or {}).get("PYTHONIOENCODING", "utf-8"),
         timeout=540,
         check=False,
         env={**os.environ, **(env or {})},
@@ -75,8 +85,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextlib.contextmanager
 def once(folder: Path) -> Iterator[bool]:
     """Whether this worker is the first; the others wait until it has made the folder."""
-    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
         yield not folder.exists()
 
 

@@ -1,20 +1,31 @@
 import dataclasses
 import json
+import math
 
 import pytest
 
+from resunet_jax import __version__
 from resunet_jax.config import (
+    ALIASES,
+    SETTINGS,
+    AugmentConfig,
+    CascadeConfig,
     Config,
     ModelConfig,
+    PostprocessConfig,
     PreprocessConfig,
     TrainConfig,
-    changed_fields,
     from_dict,
+    non_defaults,
     override,
     to_dict,
 )
 from resunet_jax.errors import InputError
 from resunet_jax.recipes import RECIPES, recipe
+from tests.conftest import REFERENCE
+
+ANGLES = (-30.0, -18.0, -6.0, 6.0, 18.0, 30.0)
+STILL = {"max_rotation_deg": 0.0, "max_scale": 0.0, "max_contrast": 0.0, "max_brightness": 0.0, "max_gamma": 0.0}
 
 
 def test_json_round_trip() -> None:
@@ -22,20 +33,219 @@ def test_json_round_trip() -> None:
         task="infection",
         preprocess=PreprocessConfig(image_size=64, normalization="minmax", body_threshold_hu=-300),
         model=ModelConfig(filters=(1, 2, 3, 4), dtype="bfloat16"),
-        train=TrainConfig(learning_rate=1e-3, loss="bce_dice", remat=True, accumulate_steps=4),
+        train=TrainConfig(learning_rate=1e-3, loss="bce:1,dice:2", remat=True, accumulate_steps=4),
         lung_fingerprint="abc",
     )
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
 
 
-def test_a_tuple_is_as_good_as_a_list() -> None:
-    assert override(Config(), {"model.filters": (1, 2, 3, 4)}).model.filters == (1, 2, 3, 4)
+def test_files_say_their_version_and_keep_the_keys_of_0_6_0() -> None:
+    values = to_dict(override(Config(), {"cascade.closing_fraction": 0.25, "model.patch_grid": 2}))
+    assert values["version"] == __version__
+    assert values["model"]["lung_closing"] == values["cascade"]["closing_fraction"] == 0.25
+    assert values["train"]["patch_factor"] == values["model"]["patch_grid"] == 2
+    for old, new in ALIASES.items():
+        (section, field), (new_section, new_field) = old.split("."), new.split(".")
+        assert values[section][field] == values[new_section][new_field]
 
 
-def test_missing_fields_take_their_defaults() -> None:
+def test_a_file_of_0_1_0_means_what_it_meant() -> None:
+    config = from_dict(json.loads((REFERENCE / "config_0.1.0.json").read_text()))
+    assert config == Config(
+        task="infection",
+        preprocess=PreprocessConfig(256, "window", -300.0, (), 5),
+        model=ModelConfig("resunet", (16, 32, 64, 128), "float32", 2),
+        cascade=CascadeConfig(0.0),
+        postprocess=PostprocessConfig(0.0),
+        augment=AugmentConfig(
+            vertical_flip_prob=0.0,
+            horizontal_flip_prob=0.4,
+            rot90_prob=0.1,
+            rotation_prob=0.3,
+            angles_deg=(-10.0, 10.0),
+            **STILL,
+            max_noise=0.0,
+            lesion_densify_prob=0.0,
+            lesion_fade_prob=0.0,
+            transforms=("spatial", "lesion_intensity", "intensity"),
+        ),
+        train=TrainConfig(
+            batch_size=4,
+            epochs=15,
+            schedule="step",
+            learning_rate=1e-3,
+            decay_epochs=20,
+            decay_factor=0.1,
+            weight_decay=0.0,
+            loss="bce:1,dice:1",
+            patience=10,
+            accumulate_steps=1,
+            skip_nonfinite=False,
+            remat=False,
+            seed=3,
+        ),
+        lung_fingerprint="0123456789abcdef",
+    )
+
+
+def test_a_file_of_0_6_0_means_what_it_meant() -> None:
+    config = from_dict(json.loads((REFERENCE / "config_0.6.0.json").read_text()))
+    assert config == Config(
+        task="infection",
+        preprocess=PreprocessConfig(96, "air", -220.0, (), 5),
+        model=ModelConfig("resunet", (4, 8, 16, 32), "float32", 1),
+        cascade=CascadeConfig(0.125),
+        postprocess=PostprocessConfig(0.1),
+        augment=AugmentConfig(
+            vertical_flip_prob=0.0,
+            horizontal_flip_prob=0.5,
+            rot90_prob=0.0,
+            rotation_prob=0.0,
+            angles_deg=ANGLES,
+            max_rotation_deg=15.0,
+            max_scale=0.2,
+            max_contrast=0.1,
+            max_brightness=0.03,
+            max_gamma=0.2,
+            max_noise=0.02,
+            lesion_densify_prob=0.33,
+            lesion_fade_prob=0.33,
+            transforms=("spatial", "lesion_intensity", "intensity"),
+        ),
+        train=TrainConfig(
+            batch_size=8,
+            epochs=6,
+            schedule="one_cycle",
+            learning_rate=2e-3,
+            decay_epochs=20,
+            decay_factor=0.1,
+            weight_decay=1e-4,
+            loss="bce:1,pooled_dice:1",
+            patience=60,
+            accumulate_steps=1,
+            skip_nonfinite=False,
+            remat=False,
+            seed=0,
+        ),
+        lung_fingerprint=config.lung_fingerprint,
+    )
+    assert len(config.lung_fingerprint) == 16
+
+
+OLD_DEFAULTS = Config(
+    task="lung",
+    preprocess=PreprocessConfig(128, "window", -220.0, (), 5),
+    model=ModelConfig("resunet", (64, 128, 256, 512), "float32", 1),
+    cascade=CascadeConfig(0.0),
+    postprocess=PostprocessConfig(0.0),
+    augment=AugmentConfig(
+        vertical_flip_prob=0.4,
+        horizontal_flip_prob=0.4,
+        rot90_prob=0.2,
+        rotation_prob=0.3,
+        angles_deg=ANGLES,
+        **STILL,
+        max_noise=0.0,
+        lesion_densify_prob=0.0,
+        lesion_fade_prob=0.0,
+        transforms=("spatial", "lesion_intensity", "intensity"),
+    ),
+    train=TrainConfig(
+        batch_size=8,
+        epochs=60,
+        schedule="step",
+        learning_rate=1e-4,
+        decay_epochs=20,
+        decay_factor=0.1,
+        weight_decay=0.0,
+        loss="bce",
+        patience=10,
+        accumulate_steps=1,
+        skip_nonfinite=False,
+        remat=False,
+        seed=0,
+    ),
+    lung_fingerprint="",
+)
+"""What `Config()` was from 0.1.0 to 0.6.0, under today's names."""
+
+
+def test_a_file_of_the_original_recipe_of_0_6_0_means_what_it_meant() -> None:
+    config = from_dict(json.loads((REFERENCE / "config_0.6.0_original.json").read_text()))
+    assert config == dataclasses.replace(
+        OLD_DEFAULTS,
+        preprocess=PreprocessConfig(128, "minmax", -220.0, (50 / 255, 175 / 255), 5),
+        model=ModelConfig("resunet", (64, 128, 256, 512), "float32", 2),
+        train=dataclasses.replace(OLD_DEFAULTS.train, loss="bce:1,dice:1"),
+    )
+
+
+def test_defaults_of_0_1_0_mean_what_they_meant() -> None:
+    assert from_dict(json.loads((REFERENCE / "config_0.1.0_defaults.json").read_text())) == OLD_DEFAULTS
+    assert from_dict({}) == OLD_DEFAULTS
+
+
+OLD_PATHS = [
+    f"{section}.{field}"
+    for section, fields in json.loads((REFERENCE / "config_0.6.0.json").read_text()).items()
+    if isinstance(fields, dict)
+    for field in fields
+]
+
+
+@pytest.mark.parametrize("path", OLD_PATHS)
+def test_a_field_that_a_file_of_0_6_0_lacks_takes_the_default_of_0_6_0(path: str) -> None:
+    values = json.loads((REFERENCE / "config_0.6.0.json").read_text())
+    section, _, field = path.partition(".")
+    complete = from_dict(values)
+    del values[section][field]
+    new = ALIASES.get(path, path)
+    new_section, _, new_field = new.partition(".")
+    default = getattr(getattr(OLD_DEFAULTS, new_section), new_field)
+    assert from_dict(values) == override(complete, {new: default})
+
+
+def test_a_field_that_a_file_of_this_version_lacks_takes_todays_default() -> None:
     values = to_dict(Config())
     del values["augment"], values["train"]["patience"]
     assert from_dict(values) == Config()
+
+
+def test_two_names_of_a_field_must_agree() -> None:
+    values = {"model": {"lung_closing": 0.1}, "cascade": {"closing_fraction": 0.2}}
+    with pytest.raises(InputError, match=r"config.json: model\.lung_closing and cascade\.closing_fraction .* differ"):
+        from_dict(values, "config.json")
+    with pytest.raises(InputError, match=r"flags: augment\.max_zoom and augment\.max_scale .* differ"):
+        override(Config(), {"augment.max_scale": 0.1, "augment.max_zoom": 0.3}, "flags")
+
+
+@pytest.mark.parametrize(("old", "new"), ALIASES.items())
+def test_old_and_new_names_change_the_same_field(old: str, new: str) -> None:
+    value = 2 if old == "train.patch_factor" else 0.25
+    assert override(Config(), {old: value}) == override(Config(), {new: value}) != Config()
+    assert override(Config(), {old: value, new: value}) == override(Config(), {new: value})
+
+
+def test_the_defaults_are_the_default_recipe() -> None:
+    assert Config() == recipe("robust", "lung")
+
+
+@pytest.mark.parametrize("path", SETTINGS)
+def test_every_field_is_described_and_its_default_lies_within_its_bounds(path: str) -> None:
+    setting = SETTINGS[path]
+    assert setting.description
+    for value in setting.default if isinstance(setting.default, tuple) else (setting.default,):
+        if isinstance(value, int | float):
+            assert setting.low is None or value >= setting.low
+            assert setting.high is None or value <= setting.high
+            assert setting.above is None or value > setting.above
+
+
+@pytest.mark.parametrize("path", [path for path, setting in SETTINGS.items() if setting.kind is float])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_named(path: str, value: float) -> None:
+    with pytest.raises(InputError, match=path.partition(".")[2]):
+        override(Config(), {path: value})
 
 
 def test_configs_are_frozen_and_hashable() -> None:
@@ -52,15 +262,15 @@ def test_configs_are_frozen_and_hashable() -> None:
         ({"preprocess": {"image_size": "128"}}, "expected int"),
         ({"preprocess": {"image_size": True}}, "expected int"),
         ({"train": {"remat": 1}}, "expected bool"),
-        ({"train": {"accumulate_steps": 0}}, "accumulate_steps"),
+        ({"train": {"accumulate_steps": 0}}, "accumulate_steps is 0; it must be at least 1"),
         ({"preprocess": 3}, "JSON object"),
         ({"model": {"filters": [1, 2, 3]}}, "four positive numbers"),
-        ({"model": {"lung_closing": 17}}, "lung_closing is 17.0; it must be a part"),
+        ({"model": {"lung_closing": 17}}, "closing_fraction is 17.0; it must be at most 1"),
         ({"preprocess": {"normalization": "none"}}, "one of window, air, minmax"),
         ({"train": {"patch_factor": 3}}, "multiple of 24"),
         ({"train": {"epochs": 0}}, "epochs"),
-        ({"train": {"loss": "mse"}}, "loss"),
-        ({"augment": {"rotation": 1.5}}, "probability"),
+        ({"train": {"loss": ""}}, "loss"),
+        ({"augment": {"rotation": 1.5}}, "rotation_prob is 1.5; it must be at most 1"),
         ({"augment": {"consolidation": 0.6, "fading": 0.5}}, "denser or fainter"),
         ({"task": "liver"}, "task"),
     ],
@@ -74,18 +284,17 @@ def test_override_changes_what_it_names_and_nothing_else() -> None:
     changed = override(
         Config(task="infection"), {"train.loss": "dice", "augment.max_zoom": 0.3, "model.filters": [1, 2, 3, 4]}
     )
-    assert (changed.train.loss, changed.augment.max_zoom, changed.model.filters) == ("dice", 0.3, (1, 2, 3, 4))
-    assert override(
-        changed, {"train.loss": "bce", "augment.max_zoom": 0, "model.filters": [64, 128, 256, 512]}
-    ) == Config(task="infection")
+    assert (changed.train.loss, changed.augment.max_scale, changed.model.filters) == ("dice", 0.3, (1, 2, 3, 4))
+    back = {"train.loss": "bce_pooled_dice", "augment.max_scale": 0.2, "model.filters": (64, 128, 256, 512)}
+    assert override(changed, back) == Config(task="infection")
 
 
 def test_changed_fields_are_all_that_it_takes() -> None:
-    assert changed_fields(Config()) == {}
+    assert non_defaults(Config()) == {}
     changed = Config(task="infection", train=TrainConfig(seed=3), model=ModelConfig(filters=(1, 2, 3, 4)))
-    assert changed_fields(changed) == {"task": "infection", "train.seed": 3, "model.filters": [1, 2, 3, 4]}
+    assert non_defaults(changed) == {"task": "infection", "train.seed": 3, "model.filters": [1, 2, 3, 4]}
     for config in (recipe(name, task) for name in RECIPES for task in ("lung", "infection")):
-        assert override(Config(), changed_fields(config)) == config
+        assert override(Config(), non_defaults(config)) == config
 
 
 @pytest.mark.parametrize(
@@ -95,7 +304,7 @@ def test_changed_fields_are_all_that_it_takes() -> None:
         ("augmentation.max_zoom", r"flags: there is no augmentation\.max_zoom"),
         ("task.name", r"flags: there is no task\.name"),
         ("train.loss", r"flags: train\.loss is 0\.3; expected str"),
-        ("augment.consolidation", "consolidation is 3"),
+        ("augment.consolidation", "lesion_densify_prob is 3"),
     ],
 )
 def test_a_bad_override_is_named(path: str, message: str) -> None:

@@ -3,16 +3,16 @@
 import csv
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from resunet_jax.data.readers import READERS, Reader, list_sources
 from resunet_jax.errors import InputError
 
 Source = Literal["coronacases", "radiopaedia", "other"]
 
 COLUMNS = ("ct_scan", "lung_mask", "infection_mask")
-SUFFIXES = (".nii", ".nii.gz")
 LAYOUTS = (
     ("ct_scans", "lung_mask", "infection_mask"),
     ("COVID-19-CT-Seg_20cases", "Lung_Mask", "Infection_Mask"),
@@ -49,7 +49,7 @@ class Case:
 
     Attributes:
       id: the base name of its masks, as in "coronacases_001" or "radiopaedia_7_85703_0".
-      source: where the scan comes from, told from its name.
+      source: where the scan comes from, inferred from its name.
       patient: scans with the same value show the same person.
       ct: the scan.
       lung_mask: labels of the lungs.
@@ -64,14 +64,15 @@ class Case:
     infection_mask: Path | None
 
 
-def find_cases(data_dir: Path) -> list[Case]:
+def find_cases(data_dir: Path, readers: Mapping[str, Reader] = READERS) -> list[Case]:
     """Lists the scans of a data folder.
 
     Takes Kaggle's layout with or without metadata.csv, and Zenodo's. An optional column `patient` in the CSV says which
-    scans show the same person; without it the known doubles are told by their names.
+    scans show the same person; without it the known doubles are recognised by their names.
 
     Args:
       data_dir: the folder.
+      readers: the table of formats.
 
     Returns:
       The cases, in the order of metadata.csv, or by id without one.
@@ -79,36 +80,37 @@ def find_cases(data_dir: Path) -> list[Case]:
     Raises:
       InputError: no such folder, no scan in it, columns or files missing, doubly matched, or outside the folder.
     """
-    cases, problems = list_cases(data_dir)
+    cases, problems = list_cases(data_dir, readers)
     if problems:
         raise problems[0]
     return cases
 
 
-def list_cases(data_dir: Path) -> tuple[list[Case], list[InputError]]:
-    """As `find_cases`, but with every problem that concerns single cases beside the cases that are good.
+def list_cases(data_dir: Path, readers: Mapping[str, Reader] = READERS) -> tuple[list[Case], list[InputError]]:
+    """As `find_cases`, but with the problems of single cases returned next to the good cases.
 
     Raises:
       InputError: nothing can be listed: no such folder, no scan in it, columns missing.
     """
     if not data_dir.is_dir():
-        raise InputError(f"{data_dir}: no such folder; give the data set's folder with --data_dir")
+        raise InputError(f"{data_dir}: no such folder; give the data set's folder with `data_dir`")
     metadata = data_dir / "metadata.csv"
     problems: list[InputError] = []
     if metadata.is_file():
-        cases = _from_csv(metadata, problems)
+        cases = _from_csv(metadata, problems, readers)
     else:
         for folders in LAYOUTS:
             if (data_dir / folders[0]).is_dir():
-                cases = _from_folders(data_dir, folders, problems)
+                cases = _from_folders(data_dir, folders, problems, readers)
                 break
         else:
             raise InputError(
                 f"{data_dir}: neither metadata.csv nor a folder {LAYOUTS[0][0]}/ or {LAYOUTS[1][0]}/ in it; "
-                "lay the scans out as the Kaggle set does (README, 'Your own data')"
+                "lay the scans out as the Kaggle set does (README, 'Your data')"
             )
     if not cases and not problems:
-        raise InputError(f"{data_dir}: no scan in it; put .nii or .nii.gz files there (README, 'Your own data')")
+        formats = ", ".join(readers)
+        raise InputError(f"{data_dir}: no scan in it; formats that are read: {formats} (README, 'Your data')")
     return _without_doubles(data_dir, cases, problems), problems
 
 
@@ -117,12 +119,12 @@ def require_infection_masks(cases: Iterable[Case]) -> None:
     for case in cases:
         if case.infection_mask is None:
             raise InputError(
-                f"{case.id}: no infection mask for {case.ct}; add the mask, or leave the case out with --split_file"
+                f"{case.id}: no infection mask for {case.ct}; add the mask, or leave the case out with `split_file`"
             )
 
 
 def identify(name: str) -> tuple[str, Source, str]:
-    """Tells (case id, source, patient) from the file name of a scan or mask, with or without its suffix."""
+    """Infers (case id, source, patient) from the file name of a scan or mask, with or without its suffix."""
     stem = _stem(name)
     if match := _CORONACASES.fullmatch(stem):
         case = f"coronacases_{int(match[1]):03d}"
@@ -136,6 +138,14 @@ def _stem(name: str) -> str:
     return name.removesuffix(".gz").removesuffix(".nii")
 
 
+def _name(path: Path, readers: Mapping[str, Reader]) -> str:
+    """A file's name without the suffix of its format; raises `InputError` where no reader knows that."""
+    sources = list_sources(path, readers)
+    if not sources:
+        raise InputError(f"{path}: not a scan; formats that are read: {', '.join(readers)}; convert it first")
+    return sources[0].name
+
+
 def _without_doubles(where: Path, cases: Iterable[Case], problems: list[InputError]) -> list[Case]:
     found: dict[str, Case] = {}
     for case in cases:
@@ -146,7 +156,7 @@ def _without_doubles(where: Path, cases: Iterable[Case], problems: list[InputErr
     return list(found.values())
 
 
-def _from_csv(metadata: Path, problems: list[InputError]) -> list[Case]:
+def _from_csv(metadata: Path, problems: list[InputError], readers: Mapping[str, Reader]) -> list[Case]:
     try:
         with metadata.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -160,26 +170,26 @@ def _from_csv(metadata: Path, problems: list[InputError]) -> list[Case]:
     cases = []
     for line, row in enumerate(rows, start=2):
         try:
-            cases.append(_from_row(metadata, line, row))
+            cases.append(_from_row(metadata, line, row, readers))
         except InputError as problem:
             problems.append(problem)
     return cases
 
 
-def _from_row(metadata: Path, line: int, row: dict[str, str | None]) -> Case:
-    paths = {column: _resolve(metadata, line, row[column]) for column in COLUMNS}
+def _from_row(metadata: Path, line: int, row: dict[str, str | None], readers: Mapping[str, Reader]) -> Case:
+    paths = {column: _resolve(metadata, line, row[column], readers) for column in COLUMNS}
     ct, lung_mask, infection_mask = (paths[column] for column in COLUMNS)
     if ct is None or lung_mask is None:
         raise InputError(f"{metadata}, line {line}: ct_scan and lung_mask must both name a file")
-    case_id, source, patient = identify(lung_mask.name)
+    case_id, source, patient = identify(_name(lung_mask, readers))
     for path in (ct, infection_mask):
-        other, other_source, _ = (case_id, source, "") if path is None else identify(path.name)
+        other, other_source, _ = (case_id, source, "") if path is None else identify(_name(path, readers))
         if "other" not in (source, other_source) and other != case_id:
-            raise InputError(f"{metadata}, line {line}: {path} does not belong to {lung_mask}; mend the row")
+            raise InputError(f"{metadata}, line {line}: {path} does not belong to {lung_mask}; fix the row")
     return Case(case_id, source, row.get("patient") or patient, ct, lung_mask, infection_mask)
 
 
-def _resolve(metadata: Path, line: int, text: str | None) -> Path | None:
+def _resolve(metadata: Path, line: int, text: str | None, readers: Mapping[str, Reader]) -> Path | None:
     """A path of the CSV under the data folder: Kaggle's `../input/<set>/` prefix dropped, .nii for .nii.gz taken."""
     if not text or not text.strip():
         return None
@@ -190,36 +200,40 @@ def _resolve(metadata: Path, line: int, text: str | None) -> Path | None:
     path = data_dir.joinpath(*parts)
     if not path.resolve().is_relative_to(data_dir.resolve()):
         raise InputError(f"{metadata}, line {line}: {text} lies outside {data_dir}; only files inside are read")
-    candidates = [path, *(path.with_name(_stem(path.name) + suffix) for suffix in SUFFIXES)]
+    candidates = [
+        path,
+        *(source.path for source in list_sources(path.parent, readers) if source.name == _stem(path.name)),
+    ]
     for candidate in candidates:
-        if candidate.is_file():
+        if candidate.exists():
             return candidate
-    raise InputError(f"{path}: no such file, though {metadata} names it in line {line}; add it or mend the row")
+    raise InputError(f"{path}: no such file, though {metadata} names it in line {line}; add it or fix the row")
 
 
-def _from_folders(data_dir: Path, folders: Sequence[str], problems: list[InputError]) -> list[Case]:
+def _from_folders(
+    data_dir: Path, folders: Sequence[str], problems: list[InputError], readers: Mapping[str, Reader]
+) -> list[Case]:
     ct_dir, lung_dir, infection_dir = (data_dir / folder for folder in folders)
-    lung_masks, infection_masks = _by_id(lung_dir, problems), _by_id(infection_dir, problems)
+    lung_masks, infection_masks = (_by_id(folder, problems, readers) for folder in (lung_dir, infection_dir))
     cases = []
-    for case_id, ct in sorted(_by_id(ct_dir, problems).items()):
+    for case_id, ct in sorted(_by_id(ct_dir, problems, readers).items()):
         if case_id in lung_masks:
-            _, source, patient = identify(ct.name)
+            _, source, patient = identify(case_id)
             cases.append(Case(case_id, source, patient, ct, lung_masks[case_id], infection_masks.get(case_id)))
         else:
             problems.append(InputError(f"{ct}: no lung mask for it in {lung_dir}; its name should begin {case_id}.nii"))
     return cases
 
 
-def _by_id(folder: Path, problems: list[InputError]) -> dict[str, Path]:
+def _by_id(folder: Path, problems: list[InputError], readers: Mapping[str, Reader]) -> dict[str, Path]:
     """Scans or masks of a folder by case id; an absent folder has none."""
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
     found: dict[str, Path] = {}
-    for path in files:
-        if not path.name.endswith(SUFFIXES) or path.name.startswith("."):
-            continue
-        case_id = identify(path.name)[0]
+    for source in list_sources(folder, readers):
+        case_id = identify(source.name)[0]
         if case_id in found:
-            problems.append(InputError(f"{found[case_id]} and {path} both match case {case_id}; remove one of them"))
+            problems.append(
+                InputError(f"{found[case_id]} and {source.path} both match case {case_id}; remove one of them")
+            )
         else:
-            found[case_id] = path
+            found[case_id] = source.path
     return found

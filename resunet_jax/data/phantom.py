@@ -1,8 +1,8 @@
 """A synthetic chest-CT set in the Kaggle layout: for trying things out and for tests, not for science.
 
-Anatomy is drawn in mm and Hounsfield units, so that scans differ in field of view, spacing, orientation and encoding
-as the real ones do: half are "coronacases" (HU, int16), half "radiopaedia" (windowed, uint8, other axes). What a
-threshold would mistake for lung or infection is there too: trachea, stomach gas, vessels, dense posterior lung.
+Anatomy is drawn in mm and Hounsfield units, so that scans differ in field of view, spacing, orientation and intensity
+scale as the real ones do: half are "coronacases" (HU, int16), half "radiopaedia" (windowed, uint8, other axes).
+What a threshold would mistake for lung or infection is there too: trachea, stomach gas, vessels, dense posterior lung.
 """
 
 import csv
@@ -19,9 +19,9 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 from scipy import ndimage
 
 from resunet_jax.data.cases import KNOWN_CASES, identify
-from resunet_jax.data.volumes import HU_WINDOW, FloatArray
+from resunet_jax.data.volume import HU_WINDOW, FloatArray
 from resunet_jax.errors import InputError
-from resunet_jax.files import whole_folder
+from resunet_jax.files import atomic_dir
 from resunet_jax.progress import progress
 
 Floats = npt.NDArray[np.float64]
@@ -39,18 +39,18 @@ class PhantomConfig:
 
     Attributes:
       volumes: number of scans, half of each source; from 2 to 20.
-      shrink: divides the in-plane size of 512 (coronacases) or 630 (radiopaedia) pixels; the anatomy stays as large.
+      downsample: divides the in-plane size, 512 (coronacases) or 630 (radiopaedia) pixels; the anatomy keeps its size.
       slices: of a coronacases scan; a radiopaedia scan has three quarters of that.
       seed: the same seed gives the same files.
     """
 
     volumes: int = 10
-    shrink: int = 1
+    downsample: int = 1
     slices: int = 28
     seed: int = 0
 
 
-SMALL = PhantomConfig(volumes=6, shrink=6, slices=12)
+SMALL = PhantomConfig(volumes=6, downsample=6, slices=12)
 """A variant that is made in seconds, for tests."""
 
 
@@ -86,13 +86,13 @@ def make_phantom(output_dir: Path, config: PhantomConfig) -> None:
     Raises:
       InputError: the folder exists, cannot be written, or the config makes no sense.
     """
-    if not (2 <= config.volumes <= 20 and config.shrink >= 1 and config.slices >= 4):
-        raise InputError(f"{config}: wanted 2 to 20 volumes, shrink ≥ 1, slices ≥ 4")
+    if not (2 <= config.volumes <= 20 and config.downsample >= 1 and config.slices >= 4):
+        raise InputError(f"{config}: expected 2 to 20 volumes, downsample ≥ 1, slices ≥ 4")
     if output_dir.exists():
-        raise InputError(f"{output_dir}: exists already; choose a new --output_dir")
+        raise InputError(f"{output_dir}: exists already; choose a new `output_dir`")
     half = config.volumes // 2
     ids = [*KNOWN_CASES[: config.volumes - half], *KNOWN_CASES[10 : 10 + half]]
-    with whole_folder(output_dir.absolute()) as partial, ThreadPoolExecutor(2) as executor:
+    with atomic_dir(output_dir.absolute()) as partial, ThreadPoolExecutor(2) as executor:
         for folder in FOLDERS:
             (partial / folder).mkdir()
         with progress("drawing phantoms", len(ids)) as advance:
@@ -123,8 +123,8 @@ def _write_case(root: Path, case_id: str, config: PhantomConfig) -> str:
     person = np.random.default_rng([config.seed, *patient.encode()])
     scan = np.random.default_rng([config.seed, order])
     windowed = source == "radiopaedia"
-    size = (630 if windowed else 512) // config.shrink
-    rows = 401 // config.shrink if case_id == _NOT_SQUARE else size
+    size = (630 if windowed else 512) // config.downsample
+    rows = 401 // config.downsample if case_id == _NOT_SQUARE else size
     slices = max(3, config.slices * 3 // 4) if windowed else config.slices
     field_mm = scan.uniform(390, 430)
     spacing = np.array([field_mm / size, field_mm / size, _HEIGHT_MM / slices])
@@ -150,9 +150,9 @@ def _write(path: Path, array: npt.NDArray[Any], spacing: Floats, axes: str) -> N
     shape = np.array(array.shape)
     affine[:3, 3] = -affine[:3, :3] @ ((shape - 1) / 2)
     image = nib.Nifti1Image(array, affine)
-    moved = image.as_reoriented(ornt_transform(axcodes2ornt("PLS"), axcodes2ornt(tuple(axes))))
-    moved.header.set_xyzt_units("mm")
-    nib.Nifti1Image(np.asarray(moved.dataobj), moved.affine, moved.header).to_filename(path)
+    reoriented = image.as_reoriented(ornt_transform(axcodes2ornt("PLS"), axcodes2ornt(tuple(axes))))
+    reoriented.header.set_xyzt_units("mm")
+    nib.Nifti1Image(np.asarray(reoriented.dataobj), reoriented.affine, reoriented.header).to_filename(path)
 
 
 def _draw_anatomy(person: np.random.Generator, scan: np.random.Generator, *, nearly_free: bool) -> _Anatomy:

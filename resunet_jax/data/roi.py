@@ -7,7 +7,7 @@ import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
 
-from resunet_jax.data.volumes import Array, FloatArray
+from resunet_jax.data.volume import Array, FloatArray
 
 _EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
 

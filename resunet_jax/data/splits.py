@@ -12,11 +12,11 @@ from resunet_jax.data.cases import KNOWN_CASES, Case
 from resunet_jax.errors import InputError
 from resunet_jax.files import write_text
 
-PARTS = ("train", "val", "test")
+SUBSETS = ("train", "val", "test")
 Protocol = Literal["original", "few_shot", "five_fold", "patient_five_fold", "ratio"]
-FOLDED: tuple[Protocol, ...] = ("few_shot", "five_fold", "patient_five_fold")
-FOLDS = 5
-"""Of every protocol in `FOLDED`."""
+FOLD_PROTOCOLS: tuple[Protocol, ...] = ("few_shot", "five_fold", "patient_five_fold")
+NUM_FOLDS = 5
+"""Of every protocol in `FOLD_PROTOCOLS`."""
 
 _BENCHMARK = ("few_shot", "five_fold")
 _GROUPS = (
@@ -26,19 +26,19 @@ _GROUPS = (
     ("coronacases_003", "coronacases_005", "radiopaedia_40_86625_0", "radiopaedia_27_86410_0"),
     ("coronacases_002", "coronacases_006", "radiopaedia_10_85902_3", "radiopaedia_29_86490_1"),
 )
-"""The benchmark's groups, which part two patients (Ma et al., Medical Physics 48(3), 2021)."""
+"""The benchmark's groups, which split two patients across sets (Ma et al., Medical Physics 48(3), 2021)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Case ids of each part; every part is sorted as the cases are.
+    """Case ids of each subset, sorted as the cases are.
 
     Attributes:
       train: to learn from.
       val: to choose the best epoch and the threshold; may be empty.
       test: to report.
-      protocol: how the parts were chosen, in words, with what is missing; empty for a split file of the user's. Splits
-        into the same parts are equal, however chosen.
+      protocol: how the subsets were chosen, in words, with what is missing; empty for a split file of the user's.
+        Splits into the same subsets are equal, however chosen.
     """
 
     train: tuple[str, ...]
@@ -46,19 +46,19 @@ class Split:
     test: tuple[str, ...]
     protocol: str = dataclasses.field(default="", compare=False)
 
-    def cases(self, part: str, cases: Sequence[Case]) -> list[Case]:
-        """The cases of a part: "train", "val" or "test".
+    def cases(self, subset: str, cases: Sequence[Case]) -> list[Case]:
+        """The cases of a subset: "train", "val" or "test".
 
         Raises:
-          InputError: the part is empty, or a case is not among `cases`.
+          InputError: the subset is empty, or a case is not among `cases`.
         """
-        ids: tuple[str, ...] = getattr(self, part)
+        ids: tuple[str, ...] = getattr(self, subset)
         known = {case.id: case for case in cases}
         for case_id in ids:
             if case_id not in known:
                 raise InputError(f"the split names {case_id}, which is not in the data; there are {', '.join(known)}")
         if not ids:
-            raise InputError(f"the split has no {part} case; name some in --split_file")
+            raise InputError(f"the split has no {subset} case; name some in `split_file`")
         return [known[case_id] for case_id in dict.fromkeys(ids)]
 
 
@@ -70,14 +70,14 @@ class SplitRequest:
       split_file: JSON, {"train": [ids], "val": [ids], "test": [ids]}; decides alone.
       protocol: by its name; None is "original" where the full set is there, otherwise "ratio".
       fold: 0 to 4, for the protocols that have folds.
-      seed: of "ratio"; given without a protocol it asks for "ratio".
+      split_seed: of "ratio"; given without a protocol it asks for "ratio".
       allow_missing: forms "original", "few_shot" and "five_fold" from what is there of the full set.
     """
 
     split_file: Path | None = None
     protocol: Protocol | None = None
     fold: int | None = None
-    seed: int | None = None
+    split_seed: int | None = None
     allow_missing: bool = False
 
 
@@ -96,18 +96,18 @@ def make_split(cases: Sequence[Case], request: SplitRequest = DEFAULT_SPLIT) -> 
     """
     protocol, fold = request.protocol, request.fold
     if request.split_file is not None:
-        if protocol is not None or fold is not None or request.seed is not None:
-            raise InputError("--split_file decides alone; drop --protocol, --fold and --split_seed")
+        if protocol is not None or fold is not None or request.split_seed is not None:
+            raise InputError("`split_file` decides alone; drop `protocol`, `fold` and `split_seed`")
         return read_split(request.split_file, cases)
     if protocol is None:
-        whole = set(KNOWN_CASES) <= {case.id for case in cases}
-        protocol = "original" if whole and request.seed is None else "ratio"
+        is_complete = set(KNOWN_CASES) <= {case.id for case in cases}
+        protocol = "original" if is_complete and request.split_seed is None else "ratio"
     _check_request(request, protocol)
     match protocol:
         case "original":
             return original_split(cases, allow_missing=request.allow_missing)
         case "ratio":
-            return ratio_split(cases, request.seed or 0)
+            return ratio_split(cases, request.split_seed or 0)
         case "patient_five_fold":
             return patient_five_fold_split(cases, fold or 0)
         case "few_shot" | "five_fold":
@@ -115,13 +115,15 @@ def make_split(cases: Sequence[Case], request: SplitRequest = DEFAULT_SPLIT) -> 
 
 
 def _check_request(request: SplitRequest, protocol: Protocol) -> None:
-    if request.seed is not None and protocol != "ratio":
-        raise InputError(f"--protocol={protocol} has no seed; drop --split_seed")
-    if protocol in FOLDED:
-        if request.fold is None or not 0 <= request.fold < FOLDS:
-            raise InputError(f"--protocol={protocol} needs --fold, from 0 to {FOLDS - 1}; got {request.fold}")
+    if request.split_seed is not None and protocol != "ratio":
+        raise InputError(f"`protocol={protocol}` has no seed; drop `split_seed`")
+    if protocol in FOLD_PROTOCOLS:
+        if request.fold is None or not 0 <= request.fold < NUM_FOLDS:
+            raise InputError(f"`protocol={protocol}` needs `fold`, from 0 to {NUM_FOLDS - 1}; got {request.fold}")
     elif request.fold is not None:
-        raise InputError(f"--protocol={protocol} has no folds; drop --fold, or choose one of {', '.join(FOLDED)}")
+        raise InputError(
+            f"`protocol={protocol}` has no folds; drop `fold`, or choose one of {', '.join(FOLD_PROTOCOLS)}"
+        )
 
 
 def original_split(cases: Sequence[Case], *, allow_missing: bool = False) -> Split:
@@ -132,11 +134,11 @@ def original_split(cases: Sequence[Case], *, allow_missing: bool = False) -> Spl
       allow_missing: leaves out what is not there, and says so in the protocol.
 
     Raises:
-      InputError: cases are missing, or a part would be empty.
+      InputError: cases are missing, or a subset would be empty.
     """
     first, second = KNOWN_CASES[:10], KNOWN_CASES[10:]
-    parts = ((*first[:8], *second[:8]), (first[8], second[8]), (first[9], second[9]))
-    return _known_split(cases, "original", parts, allow_missing)
+    subsets = ((*first[:8], *second[:8]), (first[8], second[8]), (first[9], second[9]))
+    return _known_split(cases, "original", subsets, allow_missing)
 
 
 def benchmark_split(
@@ -147,38 +149,39 @@ def benchmark_split(
     Args:
       cases: all cases.
       protocol: "few_shot" trains on one group and tests on the other four; "five_fold" the other way round.
-      fold: 0 to 4, the group that trains or tests alone.
+      fold: 0 to 4, the group that is held out: to train ("few_shot") or to test ("five_fold").
       allow_missing: leaves out what is not there, and says so in the protocol.
 
     Raises:
-      InputError: cases are missing, or a part would be empty.
+      InputError: cases are missing, or a subset would be empty.
     """
-    alone = _GROUPS[fold]
-    others = tuple(case for case in KNOWN_CASES if case not in alone)
-    parts = (alone, (), others) if protocol == "few_shot" else (others, (), alone)
-    return _known_split(cases, f"{protocol}, fold {fold} of {FOLDS}; folds part patients", parts, allow_missing)
+    held_out = _GROUPS[fold]
+    rest = tuple(case for case in KNOWN_CASES if case not in held_out)
+    subsets = (held_out, (), rest) if protocol == "few_shot" else (rest, (), held_out)
+    note = f"{protocol}, fold {fold} of {NUM_FOLDS}; folds split patients across sets"
+    return _known_split(cases, note, subsets, allow_missing)
 
 
 def _known_split(
-    cases: Sequence[Case], protocol: str, parts: tuple[tuple[str, ...], ...], allow_missing: bool
+    cases: Sequence[Case], protocol: str, subsets: tuple[tuple[str, ...], ...], allow_missing: bool
 ) -> Split:
     there = [case.id for case in cases]
     missing = [case_id for case_id in KNOWN_CASES if case_id not in there]
     if missing and not allow_missing:
         raise InputError(
             f"protocol {protocol} needs the full set; {', '.join(missing)} are missing: add them, or form it from what "
-            "is there with --allow_missing"
+            "is there with `allow_missing`"
         )
-    train, val, test = (tuple(case_id for case_id in there if case_id in part) for part in parts)
-    for name, part in (("training", train), ("test", test)):
-        if not part:
+    train, val, test = (tuple(case_id for case_id in there if case_id in subset) for subset in subsets)
+    for name, subset in (("training", train), ("test", test)):
+        if not subset:
             raise InputError(f"protocol {protocol}: no {name} case of it is in the data; there are {', '.join(there)}")
     note = f"; {len(missing)} of {len(KNOWN_CASES)} cases missing: {', '.join(missing)}" if missing else ""
     return Split(train, val, test, protocol + note)
 
 
 def patient_five_fold_split(cases: Sequence[Case], fold: int) -> Split:
-    """Five folds that never part a patient and share out each source evenly; one tests, the others train.
+    """Five folds that keep each patient together and distribute each source evenly; one tests, the others train.
 
     Formed from whatever cases there are: patients of each source, those with most scans first, go one by one to the
     fold with fewest scans of that source, of equals to the one with fewest scans.
@@ -193,32 +196,32 @@ def patient_five_fold_split(cases: Sequence[Case], fold: int) -> Split:
     patients: dict[str, list[Case]] = {}
     for case in sorted(cases, key=lambda case: case.id):
         patients.setdefault(case.patient, []).append(case)
-    if len(patients) < FOLDS:
+    if len(patients) < NUM_FOLDS:
         raise InputError(
-            f"{len(patients)} patient(s) are too few for {FOLDS} folds; add scans, or use --protocol=ratio"
+            f"{len(patients)} patient(s) are too few for {NUM_FOLDS} folds; add scans, or use `protocol=ratio`"
         )
-    folds: list[list[str]] = [[] for _ in range(FOLDS)]
+    folds: list[list[str]] = [[] for _ in range(NUM_FOLDS)]
     of_source: dict[str, list[int]] = {}
     for scans in sorted(patients.values(), key=lambda scans: (scans[0].source, -len(scans), scans[0].id)):
-        counts = of_source.setdefault(scans[0].source, [0] * FOLDS)
-        chosen = min(range(FOLDS), key=lambda i: (counts[i], len(folds[i]), i))
+        counts = of_source.setdefault(scans[0].source, [0] * NUM_FOLDS)
+        chosen = min(range(NUM_FOLDS), key=lambda i: (counts[i], len(folds[i]), i))
         counts[chosen] += len(scans)
         folds[chosen] += [case.id for case in scans]
     test = tuple(case.id for case in cases if case.id in folds[fold])
     train = tuple(case.id for case in cases if case.id not in folds[fold])
     known = sum(case.id in KNOWN_CASES for case in cases)
     note = f"; only {known} of the full set's {len(KNOWN_CASES)} cases" if 0 < known < len(KNOWN_CASES) else ""
-    return Split(train, (), test, f"patient_five_fold, fold {fold} of {FOLDS}{note}")
+    return Split(train, (), test, f"patient_five_fold, fold {fold} of {NUM_FOLDS}{note}")
 
 
 def ratio_split(cases: Sequence[Case], seed: int, val: float = 0.2, test: float = 0.2) -> Split:
-    """Patients in random order: the first part tests, the next validates, the rest trains.
+    """Patients in random order: the first test, the next validate, the rest train.
 
     Args:
       cases: all cases.
       seed: of the order.
-      val: share of the patients that validate, at least one of them.
-      test: share of the patients that test, at least one of them.
+      val: fraction of the patients that validate, at least one of them.
+      test: fraction of the patients that test, at least one of them.
 
     Raises:
       InputError: fewer than three patients.
@@ -226,45 +229,45 @@ def ratio_split(cases: Sequence[Case], seed: int, val: float = 0.2, test: float 
     patients = sorted({case.patient for case in cases})
     if len(patients) < 3:
         raise InputError(
-            f"{len(patients)} patient(s) are too few to train, validate and test apart, which takes 3; "
-            "add scans, or name the parts in --split_file"
+            f"{len(patients)} patient(s) are too few to train, validate and test on separate ones, which takes 3; "
+            "add scans, or name the subsets in `split_file`"
         )
     patients = [patients[i] for i in np.random.default_rng(seed).permutation(len(patients))]
-    n_test, n_val = (max(1, round(share * len(patients))) for share in (test, val))
-    parts = (patients[n_test + n_val :], patients[n_test : n_test + n_val], patients[:n_test])
-    train_ids, val_ids, test_ids = (tuple(case.id for case in cases if case.patient in part) for part in parts)
+    n_test, n_val = (max(1, round(fraction * len(patients))) for fraction in (test, val))
+    subsets = (patients[n_test + n_val :], patients[n_test : n_test + n_val], patients[:n_test])
+    train_ids, val_ids, test_ids = (tuple(case.id for case in cases if case.patient in subset) for subset in subsets)
     return Split(train_ids, val_ids, test_ids, f"ratio, seed {seed}")
 
 
 def read_split(path: Path, cases: Sequence[Case] | None = None) -> Split:
-    """Reads a split from JSON; a part that is not named is empty.
+    """Reads a split from JSON; a subset that is not named is empty.
 
     Args:
       path: JSON, {"train": [ids], "val": [ids], "test": [ids]}, and "protocol" where a training wrote it.
-      cases: if given, ids are checked against them and no patient may be in two parts.
+      cases: if given, ids are checked against them and no patient may be in two subsets.
 
     Raises:
-      InputError: no such file, not of that form, unknown ids, or a patient in two parts.
+      InputError: no such file, not of that form, unknown ids, or a patient in two subsets.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: cannot read the split ({error.strerror}); check --split_file") from error
+        raise InputError(f"{path}: cannot read the split ({error.strerror}); check `split_file`") from error
     except ValueError as error:
         raise InputError(
-            f"{path}: not JSON ({error}); wanted {{'train': [ids], 'val': [ids], 'test': [ids]}}"
+            f"{path}: not JSON ({error}); expected {{'train': [ids], 'val': [ids], 'test': [ids]}}"
         ) from error
     protocol = values.pop("protocol", "") if isinstance(values, dict) else ""
-    good = isinstance(values, dict) and set(values) <= set(PARTS) and "train" in values and isinstance(protocol, str)
+    good = isinstance(values, dict) and set(values) <= set(SUBSETS) and "train" in values and isinstance(protocol, str)
     if not good or not all(
         isinstance(ids, list) and all(isinstance(case_id, str) for case_id in ids) for ids in values.values()
     ):
-        raise InputError(f'{path}: wanted {{"train": [ids], "val": [ids], "test": [ids]}}')
-    train, val, test = (tuple(values.get(part, ())) for part in PARTS)
+        raise InputError(f'{path}: expected {{"train": [ids], "val": [ids], "test": [ids]}}')
+    train, val, test = (tuple(values.get(subset, ())) for subset in SUBSETS)
     split = Split(train, val, test, protocol)
     if cases is not None:
         _check_ids(path, split, cases)
-    # The benchmark's folds part patients, and say so.
+    # The benchmark's folds split patients across sets, and say so.
     if cases is not None and not protocol.startswith(_BENCHMARK):
         _check_patients(path, split, cases)
     return split
@@ -280,16 +283,16 @@ def _check_ids(path: Path, split: Split, cases: Sequence[Case]) -> None:
 def _check_patients(path: Path, split: Split, cases: Sequence[Case]) -> None:
     patients = {case.id: case.patient for case in cases}
     seen: dict[str, tuple[str, str]] = {}
-    for part in PARTS:
-        for case_id in getattr(split, part):
-            other_part, other = seen.setdefault(patients[case_id], (part, case_id))
-            if other_part != part:
+    for subset in SUBSETS:
+        for case_id in getattr(split, subset):
+            other_subset, other = seen.setdefault(patients[case_id], (subset, case_id))
+            if other_subset != subset:
                 raise InputError(
-                    f"{path}: {other} ({other_part}) and {case_id} ({part}) are the same patient; put both in one part"
+                    f"{path}: {other} ({other_subset}) and {case_id} ({subset}) are one patient; put both in one subset"
                 )
 
 
 def write_split(path: Path, split: Split) -> None:
     """Writes the form that `read_split` reads."""
-    values = {name: value for name, value in dataclasses.asdict(split).items() if name in PARTS or value}
+    values = {name: value for name, value in dataclasses.asdict(split).items() if name in SUBSETS or value}
     write_text(path, json.dumps(values, indent=2) + "\n")

@@ -10,25 +10,17 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from resunet_jax.evaluation.evaluate import METRICS, Evaluation, summarize
-from resunet_jax.evaluation.lesions import dice_by_load
-from resunet_jax.evaluation.metrics import SOFT_METRICS
-from resunet_jax.figures import Overlay, save_boxes, save_overlays, save_reliability, save_volumes
-from resunet_jax.files import make_output_dir, whole_file, write_text
+from resunet_jax.evaluation.compare import Evaluation, summarize
+from resunet_jax.files import atomic_file, make_output_dir, write_text
+from resunet_jax.metrics import METRICS, Metric, with_legacy_keys
+from resunet_jax.metrics.lesions import dice_by_burden
+from resunet_jax.metrics.overlap import SOFT_METRICS
+from resunet_jax.plots import Overlay, save_boxes, save_overlays, save_reliability, save_volumes
 
 _EMPTY = {
     "both": "reference and prediction are empty",
     "reference": "the reference is empty",
     "prediction": "the prediction is empty",
-}
-_SHORT = {
-    "specificity": "specif.",
-    "accuracy": "accur.",
-    "hd95_mm": "HD95 mm",
-    "lesion_recall": "lesions",
-    "false_lesions": "false l.",
-    "volume_error_ml": "err. ml",
-    "lung_part_error": "part err.",
 }
 
 
@@ -41,7 +33,9 @@ def write_report(evaluation: Evaluation, output_dir: Path) -> None:
     make_output_dir(output_dir)
     protocol = evaluation.settings["protocol"]
     write_text(output_dir / "metrics.json", evaluation.to_json())
-    write_csv(output_dir / "volumes.csv", [{**row, "protocol": protocol} for row in evaluation.volumes])
+    write_csv(
+        output_dir / "volumes.csv", [{**with_legacy_keys(row), "protocol": protocol} for row in evaluation.volumes]
+    )
     write_csv(output_dir / "slices.csv", evaluation.slices)
     save_boxes(output_dir / "boxes.png", evaluation.volumes, ("dice", "nsd"), protocol)
     save_volumes(output_dir / "volumes.png", evaluation.volumes, protocol)
@@ -53,7 +47,7 @@ def write_report(evaluation: Evaluation, output_dir: Path) -> None:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes rows of the same keys; NaN is an empty field."""
-    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    with atomic_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows({name: "" if _is_nan(value) else value for name, value in row.items()} for row in rows)
@@ -78,7 +72,7 @@ def best_median_worst(overlays: Sequence[tuple[float, Overlay]]) -> list[Overlay
 
 
 def print_table(evaluation: Evaluation) -> None:
-    """A row a case and structure, then the summary, then the original's soft numbers apart."""
+    """One row per case and structure, then the summary, then the original's soft metrics in a table of their own."""
     console = wide_console()
     settings = evaluation.settings
     threshold = ", ".join(f"{s} {value:g}" for s, value in settings["threshold"].items())
@@ -86,47 +80,51 @@ def print_table(evaluation: Evaluation) -> None:
     console.print(f"Per volume, native grid; threshold: {threshold}; tolerance of the surface Dice (nsd): {tolerance}")
     if settings["protocol"]:
         console.print(f"Protocol: {settings['protocol']}")
-    table = _table("case", "structure", metrics=METRICS)
+    table = _table("case", "structure", metrics=evaluation.metrics)
     for row in evaluation.volumes:
-        table.add_row(row["case"], row["structure"], *(_format(row[metric]) for metric in METRICS))
-    add_summary(table, summarize(evaluation.volumes))
+        table.add_row(row["case"], row["structure"], *(_format(row[metric]) for metric in evaluation.metrics))
+    add_summary(table, summarize(evaluation.volumes, evaluation.metrics), evaluation.metrics)
     console.print(table)
     for row in evaluation.volumes:
         if row["empty"] != "neither":
             console.print(
                 f"{row['case']}, {row['structure']}: {_EMPTY[row['empty']]}; – is undefined, left out of means"
             )
-    if loads := dice_by_load(evaluation.volumes):
-        console.print(f"Dice of the infection by how much of the lung it takes: {_describe_loads(loads)}")
+    if burden := dice_by_burden(evaluation.volumes):
+        console.print(f"Dice of the infection by disease burden (lung involvement): {_describe_burden(burden)}")
     for structure, calibration in evaluation.calibration.items():
-        numbers = f"expected error {calibration.expected_error:.4f}, Brier {calibration.brier:.4f}"
+        numbers = f"ECE {calibration.ece:.4f}, Brier {calibration.brier:.4f}"
         console.print(f"Calibration of {structure}, model grid: {numbers}")
-    soft = _table("structure", metrics=SOFT_METRICS)
+    soft = _table("structure", metrics={name: METRICS[name] for name in SOFT_METRICS})
     for structure, values in evaluation.soft_batch.items():
         soft.add_row(structure, *(_format(values[metric]) for metric in SOFT_METRICS))
-    console.print("The original's soft numbers, not comparable with the Dice of volumes", soft, evaluation.soft_note)
+    console.print(
+        "The original's batch-wise soft metrics, not comparable with the Dice of volumes", soft, evaluation.soft_note
+    )
 
 
-def add_summary(table: Table, summary: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
-    """Mean, SD, median, interval and how many volumes are undefined, for each structure."""
+def add_summary(
+    table: Table, summary: Mapping[str, Mapping[str, Mapping[str, float]]], columns: Mapping[str, Metric]
+) -> None:
+    """Mean, SD, median, 95 % CI and how many volumes are undefined, for each structure."""
     for structure, metrics in summary.items():
         table.add_section()
         for statistic, label in (
             ("mean", "mean"),
             ("sd", "SD"),
             ("median", "median"),
-            ("ci_low", "95 % from"),
-            ("ci_high", "95 % to"),
+            ("ci_low", "95 % CI from"),
+            ("ci_high", "95 % CI to"),
         ):
-            table.add_row(label, structure, *(_format(metrics[metric][statistic]) for metric in METRICS))
+            table.add_row(label, structure, *(_format(metrics[metric][statistic]) for metric in columns))
         table.add_row(
-            "undefined", structure, *(f"{metrics[m]['undefined']} of {metrics[m]['volumes']}" for m in METRICS)
+            "undefined", structure, *(f"{metrics[m]['undefined']} of {metrics[m]['volumes']}" for m in columns)
         )
 
 
-def _describe_loads(loads: Mapping[str, Mapping[str, float]]) -> str:
-    """What `dice_by_load` returns, in a line."""
-    return ", ".join(f"{name}: {group['mean']:.3f} ({group['volumes']:.0f} volumes)" for name, group in loads.items())
+def _describe_burden(groups: Mapping[str, Mapping[str, float]]) -> str:
+    """What `dice_by_burden` returns, in a line."""
+    return ", ".join(f"{name}: {group['mean']:.3f} ({group['volumes']:.0f} volumes)" for name, group in groups.items())
 
 
 def wide_console() -> Console:
@@ -137,12 +135,12 @@ def wide_console() -> Console:
     return console
 
 
-def _table(*names: str, metrics: Sequence[str]) -> Table:
+def _table(*names: str, metrics: Mapping[str, Metric]) -> Table:
     table = Table(box=SIMPLE, pad_edge=False)
     for name in names:
         table.add_column(name, no_wrap=True)
-    for metric in metrics:
-        table.add_column(_SHORT.get(metric, metric), justify="right")
+    for metric in metrics.values():
+        table.add_column(f"{metric.heading} {metric.unit}".strip(), justify="right")
     return table
 
 

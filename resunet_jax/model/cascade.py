@@ -24,7 +24,7 @@ def join_patches(x: jax.Array, factor: int) -> jax.Array:
 
 
 def apply_logits(
-    model: ResUnet, variables: Variables, x: jax.Array, *, train: bool, patch_factor: int = 1
+    model: ResUnet, variables: Variables, x: jax.Array, *, train: bool, patch_grid: int = 1
 ) -> tuple[jax.Array, Any]:
     """Logits, by patches if asked, and the updated batch statistics.
 
@@ -33,40 +33,40 @@ def apply_logits(
       variables: {"params": ..., "batch_stats": ...}.
       x: (N, H, W, C) in [0, 1].
       train: see `ResUnet.__call__`.
-      patch_factor: f cuts each slice into f × f patches that the model sees apart.
+      patch_grid: f cuts each slice into f × f patches that are processed independently.
 
     Returns:
       float32 logits (N, H, W, 1), and "batch_stats": updated if `train`, as given otherwise.
     """
-    patches = split_patches(x, patch_factor)
+    patches = split_patches(x, patch_grid)
     if train:
         logits, updates = model.apply(variables, patches, train=True, mutable=["batch_stats"])
         batch_stats = updates["batch_stats"]
     else:
         logits, batch_stats = model.apply(variables, patches, train=False), variables["batch_stats"]
-    return join_patches(logits, patch_factor), batch_stats
+    return join_patches(logits, patch_grid), batch_stats
 
 
-def predict_probability(model: ResUnet, variables: Variables, x: jax.Array, *, patch_factor: int = 1) -> jax.Array:
+def predict_probability(model: ResUnet, variables: Variables, x: jax.Array, *, patch_grid: int = 1) -> jax.Array:
     """Probabilities (N, H, W, 1) in [0, 1] by the running statistics; for the arguments see `apply_logits`."""
-    logits, _ = apply_logits(model, variables, x, train=False, patch_factor=patch_factor)
+    logits, _ = apply_logits(model, variables, x, train=False, patch_grid=patch_grid)
     return jax.nn.sigmoid(logits)
 
 
-def close_lung(probability: jax.Array, part: float) -> jax.Array:
-    """Fills what the lung model leaves out within or beside a lung: a morphological closing by a square.
+def close_lung_probability(probability: jax.Array, fraction: float) -> jax.Array:
+    """Morphological closing of the lung probability by a square: fills holes and bays that the lung model leaves.
 
     A lung model misses dense lesions that it has not seen the like of, and an infection model that trusts it misses
     them too.
 
     Args:
       probability: (N, H, W, 1).
-      part: width of what is filled, as a part of W; 0 leaves everything as it is.
+      fraction: width of what is filled, as a fraction of W; 0 leaves everything as it is.
 
     Returns:
       the same shape, nowhere lower, and with no value that is not in `probability`.
     """
-    width = 2 * round(part * probability.shape[2] / 2) + 1
+    width = 2 * round(fraction * probability.shape[2] / 2) + 1
 
     def highest(x: jax.Array) -> jax.Array:  # in a square around each pixel; by rows, then by columns, which is faster
         return nn.max_pool(nn.max_pool(x, (width, 1), padding="SAME"), (1, width), padding="SAME")
@@ -78,7 +78,7 @@ def infection_input(infection_model: ResUnet, image: jax.Array, lung_probability
     """What the infection model sees: CT alone (one channel), or CT and the closed lung probability (two channels).
 
     Args:
-      infection_model: says which, by its `in_channels`, and how far to close, by its `lung_closing`.
+      infection_model: says which, by its `in_channels`, and how far to close, by its `closing_fraction`.
       image: CT (N, H, W, 1).
       lung_probability: the same shape; may be None for CT alone.
     """
@@ -86,7 +86,7 @@ def infection_input(infection_model: ResUnet, image: jax.Array, lung_probability
         return image
     if lung_probability is None:
         raise ValueError("this infection model was trained on [CT, lung probability]: give it a lung model")
-    return jnp.concatenate([image, close_lung(lung_probability, infection_model.lung_closing)], axis=-1)
+    return jnp.concatenate([image, close_lung_probability(lung_probability, infection_model.closing_fraction)], axis=-1)
 
 
 def cascade(
@@ -96,8 +96,8 @@ def cascade(
     infection_variables: Variables,
     image: jax.Array,
     *,
-    lung_patch_factor: int = 1,
-    infection_patch_factor: int = 1,
+    lung_patch_grid: int = 1,
+    infection_patch_grid: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """Both probabilities for a batch of slices; jit, vmap and differentiate it as you like.
 
@@ -107,13 +107,13 @@ def cascade(
       lung_variables: of the lung model; nothing stops gradients to them.
       infection_variables: of the infection model.
       image: CT (N, H, W, 1) in [0, 1], prepared as the models' configs say; H and W divisible by 8.
-      lung_patch_factor: see `apply_logits`.
-      infection_patch_factor: see `apply_logits`.
+      lung_patch_grid: see `apply_logits`.
+      infection_patch_grid: see `apply_logits`.
 
     Returns:
       lung probability and infection probability, each float32 (N, H, W, 1) in [0, 1].
     """
-    lung = predict_probability(lung_model, lung_variables, image, patch_factor=lung_patch_factor)
+    lung = predict_probability(lung_model, lung_variables, image, patch_grid=lung_patch_grid)
     stacked = infection_input(infection_model, image, lung)
-    infection = predict_probability(infection_model, infection_variables, stacked, patch_factor=infection_patch_factor)
+    infection = predict_probability(infection_model, infection_variables, stacked, patch_grid=infection_patch_grid)
     return lung, infection

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from resunet_jax.model.conv import Convolution
+from resunet_jax.model.winograd import Convolution
 
 Variables = dict[str, Any]
 """Flax variables: {"params": ..., "batch_stats": ...}."""
@@ -31,7 +31,7 @@ def _bias_init(fan_in: int) -> nn.initializers.Initializer:
     return init
 
 
-class Layers(NamedTuple):
+class LayerFactory(NamedTuple):
     """Makes the layers of one module, all with the same settings; for the fields see `ResUnet`."""
 
     dtype: Any
@@ -105,7 +105,7 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps (N, H, W, C) to (N, H/stride, W/stride, features)."""
-        layers = Layers(self.dtype, train, self.convolution)
+        layers = LayerFactory(self.dtype, train, self.convolution)
         skip = layers.conv(x, self.features, "skip_conv", stride=self.stride)
         skip = layers.norm(skip, "skip_norm")
         x = nn.relu(layers.norm(x, "norm1"))
@@ -125,9 +125,9 @@ class ResUnet(nn.Module):
       filters: channels of the four levels, from full to an eighth of the resolution.
       dtype: type of the computation; parameters, batch statistics and logits are float32.
       remat: computes each residual block again when its gradient is taken, instead of keeping what lies within.
-      lung_closing: for two channels, how far the lung probability is to be closed before it comes here, see
+      closing_fraction: for two channels, how far the lung probability is to be closed before it comes here, see
         `infection_input`.
-      convolution: `jax.lax.conv_general_dilated` or a drop-in for it; `fastest_convolution()` of `model/conv.py` is
+      convolution: `jax.lax.conv_general_dilated` or a drop-in for it; `default_convolution()` of `model/winograd.py` is
         faster on CPUs, in reverse mode only.
     """
 
@@ -135,7 +135,7 @@ class ResUnet(nn.Module):
     filters: tuple[int, int, int, int] = (64, 128, 256, 512)
     dtype: Any = jnp.float32
     remat: bool = False
-    lung_closing: float = 0.0
+    closing_fraction: float = 0.0
     convolution: Convolution = lax.conv_general_dilated
 
     @nn.compact
@@ -155,7 +155,7 @@ class ResUnet(nn.Module):
         """
         self._check(x.shape)
         f1, f2, f3, f4 = self.filters
-        layers = Layers(self.dtype, train, self.convolution)
+        layers = LayerFactory(self.dtype, train, self.convolution)
 
         def apply_block(module: ResidualBlock, x: jax.Array) -> jax.Array:
             return module(x, train=train)
@@ -182,7 +182,7 @@ class ResUnet(nn.Module):
 
     def _check(self, shape: tuple[int, ...]) -> None:
         if len(shape) != 4 or shape[-1] != self.in_channels:
-            raise ValueError(f"ResUnet wants (N, H, W, {self.in_channels}), got {shape}")
+            raise ValueError(f"ResUnet expects (N, H, W, {self.in_channels}), got {shape}")
         if shape[1] % 8 or shape[2] % 8:
             raise ValueError(
                 f"ResUnet halves the resolution three times: height and width must be divisible by 8, got "

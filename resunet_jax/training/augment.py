@@ -1,43 +1,51 @@
-"""Random changes to slices and their masks, on the device: where things lie, and how bright they are."""
+"""Random transforms of slices and their masks, on the device.
+
+A transform is one function of one slice and one row of `AUGMENTATIONS`: (key, image, mask, config) to (image, mask).
+"""
+
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 
 from resunet_jax.config import AugmentConfig
+from resunet_jax.errors import InputError
+
+Augmentation = Callable[[jax.Array, jax.Array, jax.Array, AugmentConfig], tuple[jax.Array, jax.Array]]
 
 SOFT_TISSUE = 0.87
-"""Grey value of consolidated lung, 55 HU."""
+"""Intensity of consolidated lung, 55 HU."""
 
 AERATED_LUNG = 0.29
-"""Grey value of healthy lung, -815 HU."""
+"""Intensity of healthy lung, -815 HU."""
 
-_MOST_FADED = 0.7  # of the way to healthy lung: what is left can still be seen
+_MAX_FADE = 0.7  # of the way to healthy lung: what is left can still be seen
 
 
-def random_matrix(key: jax.Array, config: AugmentConfig) -> jax.Array:
+def random_affine(key: jax.Array, config: AugmentConfig) -> jax.Array:
     """A random (2, 2) matrix from output to input coordinates (row, column) about the centre of a slice.
 
-    Flips and quarter turns alone give entries of exactly 0, 1 and -1, so that they move pixels without touching them.
+    Flips and 90° rotations alone give entries of exactly 0, 1 and -1: they move pixels without resampling them.
     """
-    # One draw for all chances: each draw apart would take XLA seconds to compile.
-    vertical, horizontal, turn, rotate, angle = jax.random.uniform(key, (5,))
+    # One draw for all probabilities: each draw on its own would take XLA seconds to compile.
+    vertical, horizontal, rot90, rotate, angle = jax.random.uniform(key, (5,))
     matrix = jnp.diag(
         jnp.stack(
             [
-                jnp.where(vertical < config.vertical_flip, -1.0, 1.0),
-                jnp.where(horizontal < config.horizontal_flip, -1.0, 1.0),
+                jnp.where(vertical < config.vertical_flip_prob, -1.0, 1.0),
+                jnp.where(horizontal < config.horizontal_flip_prob, -1.0, 1.0),
             ]
         )
     )
     quarter = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
-    matrix = jnp.where(turn < config.quarter_turn, quarter @ matrix, matrix)
+    matrix = jnp.where(rot90 < config.rot90_prob, quarter @ matrix, matrix)
     angles = jnp.deg2rad(jnp.array(config.angles_deg))
     theta = angles[jnp.int32(angle * len(config.angles_deg))]
-    matrix = jnp.where(rotate < config.rotation, _rotation(theta) @ matrix, matrix)
-    if config.max_rotation_deg or config.max_zoom:
-        degrees, zoom = jax.random.uniform(jax.random.fold_in(key, 1), (2,), minval=-1)
-        size = jnp.exp(zoom * jnp.log1p(config.max_zoom))
+    matrix = jnp.where(rotate < config.rotation_prob, _rotation(theta) @ matrix, matrix)
+    if config.max_rotation_deg or config.max_scale:
+        degrees, scale = jax.random.uniform(jax.random.fold_in(key, 1), (2,), minval=-1)
+        size = jnp.exp(scale * jnp.log1p(config.max_scale))
         matrix = _rotation(jnp.deg2rad(degrees * config.max_rotation_deg)) @ matrix / size
     return matrix
 
@@ -45,51 +53,6 @@ def random_matrix(key: jax.Array, config: AugmentConfig) -> jax.Array:
 def _rotation(theta: jax.Array) -> jax.Array:
     cos, sin = jnp.cos(theta), jnp.sin(theta)
     return jnp.stack([jnp.stack([cos, sin]), jnp.stack([-sin, cos])])
-
-
-def jitter(key: jax.Array, image: jax.Array, config: AugmentConfig) -> jax.Array:
-    """Changes the grey values of a slice as another scanner might: contrast and brightness, gamma, noise.
-
-    Args:
-      key: a JAX random key.
-      image: float32 (S, S, C) in [0, 1].
-      config: by how much at most; where all of it is 0, the image comes back as it is.
-
-    Returns:
-      the same shape and range.
-    """
-    if config.max_contrast or config.max_brightness or config.max_gamma or config.max_noise:
-        contrast, brightness, gamma, noise = jax.random.uniform(key, (4,), minval=-1)
-        image = image * (1 + config.max_contrast * contrast) + config.max_brightness * brightness
-        # Away from 0, where the slope of a power below 1 has no bound.
-        image = jnp.clip(image, 1e-6, 1) ** jnp.exp(config.max_gamma * gamma)
-        deviation = config.max_noise * jnp.abs(noise)
-        image = image + deviation * jax.random.normal(jax.random.fold_in(key, 1), image.shape)
-        image = jnp.clip(image, 0, 1)
-    return image
-
-
-def change_density(key: jax.Array, image: jax.Array, mask: jax.Array, config: AugmentConfig) -> jax.Array:
-    """Makes what a mask covers denser or fainter, everywhere by the same random part of the way.
-
-    Denser goes up to soft tissue, and what is denser already stays; fainter goes most of the way down to healthy lung.
-
-    Args:
-      key: a JAX random key.
-      image: float32 (S, S, 1), HU [-1250, 250] as [0, 1].
-      mask: float32 (S, S, 1) in [0, 1].
-      config: how often either happens; never both.
-
-    Returns:
-      the same shape and range.
-    """
-    if config.consolidation or config.fading:
-        chance, part = jax.random.uniform(key, (2,))
-        denser = jnp.where(chance < config.consolidation, part, 0.0)
-        fainter = jnp.where(chance > 1 - config.fading, _MOST_FADED * part, 0.0)
-        up, down = jnp.maximum(SOFT_TISSUE - image, 0), jnp.maximum(image - AERATED_LUNG, 0)
-        image = image + mask * (denser * up - fainter * down)
-    return image
 
 
 def warp(image: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -110,26 +73,111 @@ def warp(image: jax.Array, matrix: jax.Array) -> jax.Array:
     return jax.vmap(channel, in_axes=-1, out_axes=-1)(image)
 
 
-def augment(key: jax.Array, image: jax.Array, mask: jax.Array, config: AugmentConfig) -> tuple[jax.Array, jax.Array]:
-    """Moves each slice of a batch and its mask alike, and changes grey values; the same key gives the same result.
+def spatial(key: jax.Array, image: jax.Array, mask: jax.Array, config: AugmentConfig) -> tuple[jax.Array, jax.Array]:
+    """Flips, rotates and scales a slice and its mask alike; see `random_affine`.
 
     Args:
       key: a JAX random key.
-      image: float32 (N, S, S, 1) in [0, 1].
-      mask: float32 (N, S, S, 1), 0 or 1.
-      config: the chances, and by how much.
+      image: float32 (S, S, 1) in [0, 1].
+      mask: float32 (S, S, 1) in [0, 1].
+      config: probabilities and limits.
 
     Returns:
-      image and mask of the same shapes and ranges; what comes from outside the slice is 0, before grey values change.
+      both resampled, the same shapes and ranges; what comes from outside the slice is 0.
+    """
+    warped = warp(jnp.concatenate([image, mask], axis=-1), random_affine(key, config))
+    return warped[..., :1], warped[..., 1:]
+
+
+def lesion_intensity(
+    key: jax.Array, image: jax.Array, mask: jax.Array, config: AugmentConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Makes what a mask covers denser or fainter, everywhere by the same random fraction of the way.
+
+    Denser goes up to soft tissue, and what is denser already stays; fainter goes most of the way down to healthy lung.
+
+    Args:
+      key: a JAX random key.
+      image: float32 (S, S, 1), HU [-1250, 250] as [0, 1].
+      mask: float32 (S, S, 1) in [0, 1].
+      config: how often either happens; never both.
+
+    Returns:
+      image of the same shape and range, and the mask as it is.
+    """
+    if config.lesion_densify_prob or config.lesion_fade_prob:
+        chance, fraction = jax.random.uniform(key, (2,))
+        denser = jnp.where(chance < config.lesion_densify_prob, fraction, 0.0)
+        fainter = jnp.where(chance > 1 - config.lesion_fade_prob, _MAX_FADE * fraction, 0.0)
+        up, down = jnp.maximum(SOFT_TISSUE - image, 0), jnp.maximum(image - AERATED_LUNG, 0)
+        image = image + mask * (denser * up - fainter * down)
+    return image, mask
+
+
+def intensity(key: jax.Array, image: jax.Array, mask: jax.Array, config: AugmentConfig) -> tuple[jax.Array, jax.Array]:
+    """Changes the intensities of a slice as another scanner might: contrast and brightness, gamma, noise.
+
+    Args:
+      key: a JAX random key.
+      image: float32 (S, S, C) in [0, 1].
+      mask: of any shape.
+      config: by how much at most; where all of it is 0, the image comes back unprocessed.
+
+    Returns:
+      image of the same shape and range, and the mask as it is.
+    """
+    if config.max_contrast or config.max_brightness or config.max_gamma or config.max_noise:
+        contrast, brightness, gamma, noise = jax.random.uniform(key, (4,), minval=-1)
+        image = image * (1 + config.max_contrast * contrast) + config.max_brightness * brightness
+        # Away from 0, where the slope of a power below 1 has no bound.
+        image = jnp.clip(image, 1e-6, 1) ** jnp.exp(config.max_gamma * gamma)
+        deviation = config.max_noise * jnp.abs(noise)
+        image = image + deviation * jax.random.normal(jax.random.fold_in(key, 1), image.shape)
+        image = jnp.clip(image, 0, 1)
+    return image, mask
+
+
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "spatial": spatial,
+    "lesion_intensity": lesion_intensity,
+    "intensity": intensity,
+}
+"""By the name in `AugmentConfig.transforms`; the mask between them is float in [0, 1]."""
+
+
+def check_transforms(config: AugmentConfig, augmentations: Mapping[str, Augmentation] = AUGMENTATIONS) -> None:
+    """Raises `InputError` where a transform of the config is not in the table."""
+    for name in config.transforms:
+        if name not in augmentations:
+            raise InputError(f"augmentation {name!r}: there is none of that name; there are {', '.join(augmentations)}")
+
+
+def augment(
+    key: jax.Array,
+    image: jax.Array,
+    mask: jax.Array,
+    config: AugmentConfig,
+    augmentations: Mapping[str, Augmentation] = AUGMENTATIONS,
+) -> tuple[jax.Array, jax.Array]:
+    """Applies the transforms of a config to each slice of a batch; the same key gives the same result.
+
+    Args:
+      key: a JAX random key, split over the slices and then over the transforms.
+      image: float32 (N, S, S, 1) in [0, 1].
+      mask: float32 (N, S, S, 1), 0 or 1.
+      config: which transforms, how often and by how much.
+      augmentations: the table to find them in.
+
+    Returns:
+      image and mask of the same shapes and ranges.
     """
     if image.shape[1] != image.shape[2]:
-        raise ValueError(f"quarter turns need square slices, got {image.shape}")
+        raise ValueError(f"90° rotations need square slices, got {image.shape}")
 
     def one(key: jax.Array, image: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        warped = warp(jnp.concatenate([image, mask], axis=-1), random_matrix(key, config))
-        image, covered = warped[..., :1], warped[..., 1:]
-        image = change_density(jax.random.fold_in(key, 3), image, covered, config)
-        image = jitter(jax.random.fold_in(key, 2), image, config)
+        covered = mask
+        for own_key, name in zip(jax.random.split(key, len(config.transforms)), config.transforms, strict=True):
+            image, covered = augmentations[name](own_key, image, covered, config)
         return image, (covered > 0.5).astype(mask.dtype)
 
     image, mask = jax.vmap(one)(jax.random.split(key, image.shape[0]), image, mask)

@@ -1,4 +1,4 @@
-"""Devices and processes of a training: the batch is shared out over them, the state is on each."""
+"""Devices and processes of a training: the batch is distributed over them, the state is replicated."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from resunet_jax.data.pipeline import Batch, Share
+from resunet_jax.data.batches import Batch, ProcessShard
 from resunet_jax.errors import InputError
 
 _AXIS = "data"
@@ -18,16 +18,16 @@ def make_mesh(count: int | None, batch_size: int) -> Mesh:
 
     Args:
       count: devices to use, or None for all; where there are several processes, all.
-      batch_size: slices a step, to be shared out evenly.
+      batch_size: slices per step, distributed evenly.
 
     Raises:
-      InputError: there are not so many devices, or the batch cannot be shared out.
+      InputError: there are not so many devices, or the batch cannot be divided evenly.
     """
     devices = jax.devices()
     if count is not None and not 1 <= count <= len(devices):
-        raise InputError(f"--devices={count}: this machine has {len(devices)}; give 1 to {len(devices)}, or all")
+        raise InputError(f"`devices={count}`: this machine has {len(devices)}; give 1 to {len(devices)}, or all")
     if jax.process_count() > 1 and count not in (None, len(devices)):
-        raise InputError(f"--devices={count}: several processes use all their devices; give --devices=all")
+        raise InputError(f"`devices={count}`: several processes use all their devices; give `devices=all`")
     chosen = devices[:count]
     if batch_size % len(chosen):
         raise InputError(f"batch_size is {batch_size}; it must be a multiple of the {len(chosen)} devices")
@@ -44,23 +44,23 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(jax.tree.map(np.asarray, tree), replicated(mesh))
 
 
-def share_of(mesh: Mesh) -> Share:
+def process_shard(mesh: Mesh) -> ProcessShard:
     """What this process reads of each batch, and how it gets to the devices."""
     sharding = NamedSharding(mesh, PartitionSpec(_AXIS))
 
-    def place(batch: Batch) -> Batch:
+    def to_devices(batch: Batch) -> Batch:
         placed: Batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
         return placed
 
-    return Share(place, jax.process_index(), jax.process_count())
+    return ProcessShard(to_devices, jax.process_index(), jax.process_count())
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that writes and tells."""
+    """Whether this process is the one that writes and logs."""
     return bool(jax.process_index() == 0)
 
 
-def wait_for_all(what: str) -> None:
-    """Goes on when every process has come here."""
+def barrier(what: str) -> None:
+    """Waits until every process has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)

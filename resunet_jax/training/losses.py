@@ -1,49 +1,64 @@
-"""Losses from logits, one value an example; the caller reduces."""
+"""Losses as sums that add up over batches, and the value formed from them once.
 
-from collections.abc import Callable
+A loss is one function and one row of `LOSSES`. Because its sums are additive, the validation loss is that of all
+validation slices together: it depends neither on the batch size, nor on the order of slices, nor on padding.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-Loss = Callable[[jax.Array, jax.Array], jax.Array]
+from resunet_jax.errors import InputError
+
+Sums = Mapping[str, Any]
 
 
-def bce(logits: jax.Array, target: jax.Array) -> jax.Array:
+class Loss(NamedTuple):
+    """One term of a training loss.
+
+    Attributes:
+      sums: (logits float (N, H, W, 1), mask of the same shape in [0, 1], valid (N,) in {0, 1}) to scalars by name, over
+        the valid examples; those of several batches add up.
+      value: these scalars, added up over any number of batches, to the loss.
+    """
+
+    sums: Callable[[jax.Array, jax.Array, jax.Array], dict[str, jax.Array]]
+    value: Callable[[Sums], Any]
+
+
+def bce(logits: jax.Array, mask: jax.Array) -> jax.Array:
     """Binary cross-entropy, mean over the pixels of each example, in nats.
 
     Args:
       logits: float (N, H, W, 1).
-      target: same shape, in [0, 1].
+      mask: same shape, in [0, 1].
 
     Returns:
-      (N,), each ≥ 0; finite for any finite logits, empty targets included.
+      (N,), each ≥ 0; finite for any finite logits, empty masks included.
     """
-    return jnp.mean(optax.losses.sigmoid_binary_cross_entropy(logits, target), axis=(1, 2, 3))
+    return jnp.mean(optax.losses.sigmoid_binary_cross_entropy(logits, mask), axis=(1, 2, 3))
 
 
-def dice(logits: jax.Array, target: jax.Array) -> jax.Array:
+def dice(logits: jax.Array, mask: jax.Array) -> jax.Array:
     """Soft Dice loss, 1 - (2|P∩T| + 2) / (|P| + |T| + 2), of each example.
 
     Source: Milletari et al., "V-Net", 3DV 2016, as `optax.losses.binary_dice_loss` computes it with a smoothing of 1.
 
     Args:
       logits: float (N, H, W, 1).
-      target: same shape, in [0, 1].
+      mask: same shape, in [0, 1].
 
     Returns:
-      (N,), each in [0, 1); 0 where both prediction and target are empty.
+      (N,), each in [0, 1); 0 where both prediction and mask are empty.
     """
-    loss: jax.Array = optax.losses.binary_dice_loss(logits, target)
+    loss: jax.Array = optax.losses.binary_dice_loss(logits, mask)
     return loss
 
 
-def bce_dice(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """The sum of `bce` and `dice`."""
-    return bce(logits, target) + dice(logits, target)
-
-
-def pooled_dice(logits: jax.Array, target: jax.Array) -> jax.Array:
+def pooled_dice(logits: jax.Array, mask: jax.Array) -> jax.Array:
     """Soft Dice loss over the pixels of all examples together, the same value for each of them.
 
     For slices of which many do not show the structure: each of these alone would cost as much for a few false pixels as
@@ -51,19 +66,85 @@ def pooled_dice(logits: jax.Array, target: jax.Array) -> jax.Array:
 
     Args:
       logits: float (N, H, W, 1).
-      target: same shape, in [0, 1].
+      mask: same shape, in [0, 1].
 
     Returns:
       (N,), each in [0, 1).
     """
-    one = (1, -1, *logits.shape[2:])
-    return jnp.broadcast_to(dice(logits.reshape(one), target.reshape(one)), logits.shape[:1])
+    value = _pooled_dice_value(_pooled_dice_sums(logits, mask, jnp.ones(logits.shape[0])))
+    return jnp.broadcast_to(value, logits.shape[:1])
 
 
-def bce_pooled_dice(logits: jax.Array, target: jax.Array) -> jax.Array:
+def bce_dice(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """The sum of `bce` and `dice`."""
+    return bce(logits, mask) + dice(logits, mask)
+
+
+def bce_pooled_dice(logits: jax.Array, mask: jax.Array) -> jax.Array:
     """The sum of `bce` and `pooled_dice`."""
-    return bce(logits, target) + pooled_dice(logits, target)
+    return bce(logits, mask) + pooled_dice(logits, mask)
 
 
-LOSSES: dict[str, Loss] = {"bce": bce, "dice": dice, "bce_dice": bce_dice, "bce_pooled_dice": bce_pooled_dice}
-"""By the name that `TrainConfig.loss` gives them."""
+def mean_over_examples(per_example: Callable[[jax.Array, jax.Array], jax.Array]) -> Loss:
+    """The loss that is the mean of one value per example, as `bce` and `dice` return it."""
+
+    def sums(logits: jax.Array, mask: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
+        return {"total": jnp.sum(per_example(logits, mask) * valid), "examples": jnp.sum(valid)}
+
+    return Loss(sums, lambda sums: sums["total"] / sums["examples"])
+
+
+def _pooled_dice_sums(logits: jax.Array, mask: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
+    probability, weight = jax.nn.sigmoid(logits), valid[:, None, None, None]
+    return {
+        "intersection": jnp.sum(probability * mask * weight),
+        "predicted": jnp.sum(probability * weight),
+        "reference": jnp.sum(mask * weight),
+    }
+
+
+def _pooled_dice_value(sums: Sums) -> Any:
+    return 1 - (2 * sums["intersection"] + 2) / (sums["predicted"] + sums["reference"] + 2)
+
+
+LOSSES: dict[str, Loss] = {
+    "bce": mean_over_examples(bce),
+    "dice": mean_over_examples(dice),
+    "pooled_dice": Loss(_pooled_dice_sums, _pooled_dice_value),
+}
+"""By the name in `TrainConfig.loss`."""
+
+
+def make_loss(terms: str, losses: Mapping[str, Loss] = LOSSES) -> Loss:
+    """The weighted sum that a config's `loss` describes.
+
+    Args:
+      terms: names of `losses` with weights, as in "bce:1,pooled_dice:0.5"; a name alone has the weight 1.
+      losses: the table.
+
+    Raises:
+      InputError: a name that the table lacks, twice the same, or a weight that is not a positive number.
+    """
+    weights: dict[str, float] = {}
+    for term in terms.split(","):
+        name, _, weight = term.strip().partition(":")
+        if name not in losses or name in weights:
+            raise InputError(f"loss {terms!r}: {name!r} is not one of {', '.join(losses)}, each at most once")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError:
+            weights[name] = 0
+        if not 0 < weights[name] < float("inf"):
+            raise InputError(f"loss {terms!r}: the weight of {name} is {weight!r}; it must be a positive number")
+
+    def sums(logits: jax.Array, mask: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
+        return {f"{name}.{k}": v for name in weights for k, v in losses[name].sums(logits, mask, valid).items()}
+
+    def value(sums: Sums) -> Any:
+        def of(name: str) -> Any:
+            own = {key.removeprefix(f"{name}."): v for key, v in sums.items() if key.startswith(f"{name}.")}
+            return weights[name] * losses[name].value(own)
+
+        return sum(of(name) for name in weights)
+
+    return Loss(sums, value)

@@ -7,7 +7,7 @@ import pytest
 
 from resunet_jax.data.cases import find_cases
 from resunet_jax.data.phantom import SMALL, PhantomConfig, make_phantom
-from resunet_jax.data.volumes import read_mask, read_volume
+from resunet_jax.data.readers import read_mask, read_volume
 from resunet_jax.errors import InputError
 
 
@@ -17,7 +17,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_same_seed_same_files(tmp_path: Path) -> None:
-    tiny = {"volumes": 2, "shrink": 16, "slices": 4}
+    tiny = {"volumes": 2, "downsample": 16, "slices": 4}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         make_phantom(tmp_path / name, PhantomConfig(**tiny, seed=seed))
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
@@ -36,7 +36,7 @@ def test_kaggle_layout(phantom: Path) -> None:
 
 def test_scans_differ_as_the_real_ones_do(phantom: Path) -> None:
     volumes = {case.id: read_volume(case.ct) for case in find_cases(phantom)}
-    assert {volume.encoding for volume in volumes.values()} == {"hu", "windowed"}
+    assert {volume.intensity_scale for volume in volumes.values()} == {"hu", "windowed"}
     assert len({nib.aff2axcodes(volume.grid.affine) for volume in volumes.values()}) >= 3
     assert len({volume.grid.spacing_mm for volume in volumes.values()}) == SMALL.volumes
     rows, columns, _ = volumes["radiopaedia_14_85914_0"].values.shape
@@ -45,7 +45,7 @@ def test_scans_differ_as_the_real_ones_do(phantom: Path) -> None:
 
 def test_masks_lie_in_the_anatomy(phantom: Path) -> None:
     """Infection inside the lung, left lung on the left, air in healthy lung, no lung in the outermost slices."""
-    loads = []
+    burdens = []
     for case in find_cases(phantom):
         volume = read_volume(case.ct)
         lung = read_mask(case.lung_mask, case.ct, volume.grid)
@@ -58,15 +58,15 @@ def test_masks_lie_in_the_anatomy(phantom: Path) -> None:
         assert np.average(columns, weights=(lung == 1).sum(axis=(0, 2))) > np.average(
             columns, weights=(lung == 2).sum(axis=(0, 2))
         )
-        values = np.stack([volume.window(k) for k in range(lung.shape[2])], axis=-1)
+        values = np.stack([volume.normalize_hu(k) for k in range(lung.shape[2])], axis=-1)
         healthy, sick = values[(lung > 0) & ~infection].mean(), values[infection].mean()
         assert healthy < 0.4 < sick
         by_slice = lung.any(axis=(0, 1))
         assert not by_slice[0]
         assert not by_slice[-1]
-        loads.append(infection.sum() / (lung > 0).sum())
-    assert min(loads) < 0.01
-    assert max(loads) > 0.05
+        burdens.append(infection.sum() / (lung > 0).sum())
+    assert min(burdens) < 0.01
+    assert max(burdens) > 0.05
 
 
 def test_a_threshold_is_not_enough(phantom: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_threshold_is_not_enough(phantom: Path) -> None:
         volume = read_volume(case.ct)
         lung = read_mask(case.lung_mask, case.ct, volume.grid) > 0
         infection = read_mask(case.infection_mask, case.ct, volume.grid) > 0
-        values = np.stack([volume.window(k) for k in range(lung.shape[2])], axis=-1)
+        values = np.stack([volume.normalize_hu(k) for k in range(lung.shape[2])], axis=-1)
         lung_dice.append(dice(values < 0.6, lung))
         infection_dice.append(dice((values > 0.4) & (values < 0.85), infection))
     assert max(lung_dice) < 0.6

@@ -6,9 +6,9 @@ from scipy import ndimage
 
 from resunet_jax.config import PreprocessConfig
 from resunet_jax.data.cases import find_cases
-from resunet_jax.data.prepared import slice_box
+from resunet_jax.data.preprocess import slice_box
+from resunet_jax.data.readers import read_volume
 from resunet_jax.data.roi import Box, body_mask, bounding_box, crop_resize, resize_paste
-from resunet_jax.data.volumes import read_volume
 from tests.conftest import REFERENCE, ROOT
 
 REAL = ROOT.parent / "shared" / "data" / "covid19-ct-scans"

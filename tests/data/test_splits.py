@@ -6,8 +6,8 @@ import pytest
 
 from resunet_jax.data.cases import KNOWN_CASES, Case, identify
 from resunet_jax.data.splits import (
-    FOLDED,
-    FOLDS,
+    FOLD_PROTOCOLS,
+    NUM_FOLDS,
     Split,
     SplitRequest,
     make_split,
@@ -60,11 +60,11 @@ def test_benchmark_groups_are_the_published_ones() -> None:
         assert short(few.train) == short(five.test) == set(names.split())
         assert (few.test, few.val) == (five.train, five.val) == (few.test, ())
         assert len(few.test) == 16
-        assert f"fold {fold} of 5; folds part patients" in few.protocol
+        assert f"fold {fold} of 5; folds split patients across sets" in few.protocol
 
 
-def test_patient_folds_part_nobody_and_balance_the_sources() -> None:
-    splits = [make_split(FULL, SplitRequest(protocol="patient_five_fold", fold=fold)) for fold in range(FOLDS)]
+def test_patient_folds_keep_patients_together_and_balance_the_sources() -> None:
+    splits = [make_split(FULL, SplitRequest(protocol="patient_five_fold", fold=fold)) for fold in range(NUM_FOLDS)]
     assert sorted(case for split in splits for case in split.test) == sorted(KNOWN_CASES)
     for split in splits:
         assert {identify(i)[2] for i in split.train}.isdisjoint(identify(i)[2] for i in split.test)
@@ -72,10 +72,10 @@ def test_patient_folds_part_nobody_and_balance_the_sources() -> None:
         assert [sum(i.startswith(source) for i in split.test) for source in ("coronacases", "radiopaedia")] == [2, 2]
 
 
-def test_patient_folds_of_a_part_of_the_set_say_so() -> None:
+def test_patient_folds_of_an_incomplete_set_say_so() -> None:
     cases = [case for case in FULL if case.source == "radiopaedia"]
     request = SplitRequest(protocol="patient_five_fold")
-    splits = [make_split(cases[2:8], dataclasses.replace(request, fold=fold)) for fold in range(FOLDS)]
+    splits = [make_split(cases[2:8], dataclasses.replace(request, fold=fold)) for fold in range(NUM_FOLDS)]
     assert sorted(len(split.test) for split in splits) == [1, 1, 1, 1, 2]
     assert all("only 6 of the full set's 20 cases" in split.protocol for split in splits)
     with pytest.raises(InputError, match=r"4 patient\(s\) are too few for 5 folds"):
@@ -85,18 +85,18 @@ def test_patient_folds_of_a_part_of_the_set_say_so() -> None:
 @pytest.mark.parametrize("protocol", ["original", "few_shot", "five_fold"])
 def test_missing_cases_are_named_or_marked(protocol) -> None:
     cases = [case for case in FULL if case.id not in ("coronacases_008", "radiopaedia_40_86625_0")]
-    request = SplitRequest(protocol=protocol, fold=0 if protocol in FOLDED else None)
-    with pytest.raises(InputError, match=r"coronacases_008, radiopaedia_40_86625_0 are missing.*--allow_missing"):
+    request = SplitRequest(protocol=protocol, fold=0 if protocol in FOLD_PROTOCOLS else None)
+    with pytest.raises(InputError, match=r"coronacases_008, radiopaedia_40_86625_0 are missing.*`allow_missing`"):
         make_split(cases, request)
-    whole = make_split(FULL, request)
+    complete = make_split(FULL, request)
     split = make_split(cases, dataclasses.replace(request, allow_missing=True))
     there = {case.id for case in cases}
-    for part in ("train", "val", "test"):
-        assert set(getattr(split, part)) == set(getattr(whole, part)) & there
+    for subset in ("train", "val", "test"):
+        assert set(getattr(split, subset)) == set(getattr(complete, subset)) & there
     assert "2 of 20 cases missing: coronacases_008, radiopaedia_40_86625_0" in split.protocol
 
 
-def test_a_part_that_would_be_empty_is_refused() -> None:
+def test_a_subset_that_would_be_empty_is_refused() -> None:
     with pytest.raises(InputError, match="no test case"):
         make_split(FULL[:3], SplitRequest(protocol="original", allow_missing=True))
 
@@ -104,11 +104,11 @@ def test_a_part_that_would_be_empty_is_refused() -> None:
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (SplitRequest(protocol="five_fold"), "needs --fold"),
+        (SplitRequest(protocol="five_fold"), "needs `fold`"),
         (SplitRequest(protocol="five_fold", fold=5), "from 0 to 4; got 5"),
         (SplitRequest(protocol="original", fold=1), "has no folds"),
-        (SplitRequest(protocol="five_fold", fold=1, seed=3), "drop --split_seed"),
-        (SplitRequest(Path("split.json"), protocol="ratio"), "--split_file decides alone"),
+        (SplitRequest(protocol="five_fold", fold=1, split_seed=3), "drop `split_seed`"),
+        (SplitRequest(Path("split.json"), protocol="ratio"), "`split_file` decides alone"),
     ],
 )
 def test_contradictions_are_refused(request_: SplitRequest, message: str) -> None:
@@ -116,7 +116,7 @@ def test_contradictions_are_refused(request_: SplitRequest, message: str) -> Non
         make_split(FULL, request_)
 
 
-@pytest.mark.parametrize("protocol", FOLDED)
+@pytest.mark.parametrize("protocol", FOLD_PROTOCOLS)
 def test_protocol_travels_with_the_file(protocol, tmp_path: Path) -> None:
     split = make_split(FULL, SplitRequest(protocol=protocol, fold=2))
     write_split(tmp_path / "split.json", split)
@@ -125,27 +125,27 @@ def test_protocol_travels_with_the_file(protocol, tmp_path: Path) -> None:
     assert read.protocol == split.protocol
 
 
-def test_splits_into_the_same_parts_are_equal_however_chosen() -> None:
+def test_splits_into_the_same_subsets_are_equal_however_chosen() -> None:
     split = make_split(FULL, SplitRequest(protocol="patient_five_fold", fold=2))
     assert split == Split(split.train, split.val, split.test)
     assert split != make_split(FULL, SplitRequest(protocol="patient_five_fold", fold=1))
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_ratio_never_parts_a_patient_and_loses_nobody(seed: int) -> None:
+def test_ratio_keeps_patients_together_and_loses_no_case(seed: int) -> None:
     split = ratio_split(FULL, seed)
-    parts = [{identify(case)[2] for case in part} for part in (split.train, split.val, split.test)]
-    assert all(parts)
-    assert sum(map(len, parts)) == len(set.union(*parts))
+    subsets = [{identify(case)[2] for case in subset} for subset in (split.train, split.val, split.test)]
+    assert all(subsets)
+    assert sum(map(len, subsets)) == len(set.union(*subsets))
     assert sorted(split.train + split.val + split.test) == sorted(KNOWN_CASES)
 
 
 def test_ratio_is_decided_by_its_seed() -> None:
     split = ratio_split(FULL, 3)
     other = ratio_split(FULL[::-1], 3)
-    assert all(sorted(getattr(split, part)) == sorted(getattr(other, part)) for part in ("train", "val", "test"))
+    assert all(sorted(getattr(split, subset)) == sorted(getattr(other, subset)) for subset in ("train", "val", "test"))
     assert len({ratio_split(FULL, seed) for seed in range(5)}) > 1
-    assert make_split(FULL, SplitRequest(seed=3)) == split
+    assert make_split(FULL, SplitRequest(split_seed=3)) == split
 
 
 def test_too_few_patients() -> None:
@@ -169,13 +169,13 @@ def test_file_round_trip(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "not JSON"),
-        ("[]", "wanted"),
-        ('{"val": []}', "wanted"),
-        ('{"train": "coronacases_001"}', "wanted"),
-        ('{"train": [], "validation": []}', "wanted"),
+        ("[]", "expected"),
+        ('{"val": []}', "expected"),
+        ('{"train": "coronacases_001"}', "expected"),
+        ('{"train": [], "validation": []}', "expected"),
         ('{"train": ["liver_1"]}', "no case liver_1"),
-        ('{"train": ["radiopaedia_10_85902_1"], "test": ["radiopaedia_10_85902_3"]}', "same patient"),
-        ('{"train": ["coronacases_001"], "val": ["coronacases_001"]}', "same patient"),
+        ('{"train": ["radiopaedia_10_85902_1"], "test": ["radiopaedia_10_85902_3"]}', "are one patient"),
+        ('{"train": ["coronacases_001"], "val": ["coronacases_001"]}', "are one patient"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
@@ -190,7 +190,7 @@ def test_absent_file(tmp_path: Path) -> None:
         read_split(tmp_path / "none.json")
 
 
-def test_parts() -> None:
+def test_cases_of_a_subset() -> None:
     split = Split(("coronacases_001",), ("coronacases_002",), ())
     assert [case.id for case in split.cases("val", FULL)] == ["coronacases_002"]
     with pytest.raises(InputError, match="no test case"):

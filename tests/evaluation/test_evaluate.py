@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 from resunet_jax.data.cases import find_cases
-from resunet_jax.data.prepared import prepare_cases
-from resunet_jax.data.volumes import read_mask, read_volume
+from resunet_jax.data.readers import read_mask, read_volume
+from resunet_jax.data.slice_cache import prepare_cases
 from resunet_jax.errors import InputError
-from resunet_jax.evaluation.evaluate import METRICS, Evaluation, evaluate_cases, summarize
-from resunet_jax.evaluation.metrics import soft_metrics
+from resunet_jax.evaluation.compare import Evaluation, evaluate_cases, nan_to_none, summarize
+from resunet_jax.evaluation.evaluate import evaluate
 from resunet_jax.evaluation.report import best_median_worst, print_table, write_report
-from resunet_jax.evaluation.run import evaluate
-from resunet_jax.inference.segment import load_segmenter, segment_scan
+from resunet_jax.inference.predictor import load_predictor
+from resunet_jax.inference.scan import segment_scan
+from resunet_jax.metrics import LEGACY_KEYS, METRICS, Metric, without_legacy_keys
+from resunet_jax.metrics.overlap import soft_metrics
 from tests.conftest import TINY, Trained
 
 
@@ -34,14 +36,14 @@ def evaluation(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Ev
 
 def test_counts_are_those_of_the_written_masks(evaluation: Evaluation, trained: Trained, tmp_path: Path) -> None:
     """Evaluation and prediction agree voxel for voxel, so the native Dice is the Dice of the files."""
-    segmenter = load_segmenter(trained.lung, trained.infection, batch_size=3)
+    predictor = load_predictor(trained.lung, trained.infection, batch_size=3)
     cases = {case.id: case for case in find_cases(trained.data)}
     rows = [row for row in evaluation.volumes if row["structure"] in ("lung", "infection")]
     assert len(rows) == 4
     for row in rows:
         case = cases[row["case"]]
         volume = read_volume(case.ct)
-        paths = dict(zip(("lung", "infection"), segment_scan(case.ct, tmp_path, segmenter), strict=True))
+        paths = dict(zip(("lung", "infection"), segment_scan(case.ct, tmp_path, predictor), strict=True))
         predicted = read_mask(paths[row["structure"]], case.ct, volume.grid) > 0
         actual = read_mask(getattr(case, f"{row['structure']}_mask"), case.ct, volume.grid) > 0
         assert row["tp"] == (predicted & actual).sum()
@@ -53,17 +55,17 @@ def test_counts_are_those_of_the_written_masks(evaluation: Evaluation, trained: 
 def test_does_not_depend_on_batch_size_or_order(evaluation: Evaluation, trained: Trained) -> None:
     cases = [case for case in find_cases(trained.data) if case.id in {row["case"] for row in evaluation.volumes}]
     prepared = prepare_cases(cases[::-1], TINY["preprocess"], trained.cache)
-    other = evaluate_cases(load_segmenter(trained.lung, trained.infection, batch_size=5), prepared)
+    other = evaluate_cases(load_predictor(trained.lung, trained.infection, batch_size=5), prepared)
     key = itemgetter("case", "structure")
     np.testing.assert_equal(sorted(other.volumes, key=key), sorted(evaluation.volumes, key=key))
     np.testing.assert_equal(sorted(other.model_grid, key=key), sorted(evaluation.model_grid, key=key))
 
 
-def test_soft_numbers_are_means_over_batches_of_four(evaluation: Evaluation, trained: Trained) -> None:
+def test_soft_metrics_are_means_over_batches_of_four(evaluation: Evaluation, trained: Trained) -> None:
     cases = [case for case in find_cases(trained.data) if case.id in {row["case"] for row in evaluation.volumes}]
     prepared = prepare_cases(cases, TINY["preprocess"], trained.cache)
-    segmenter = load_segmenter(trained.lung, None)
-    probability = np.concatenate([segmenter.probabilities(one.images)["lung"] for one in prepared])
+    predictor = load_predictor(trained.lung, None)
+    probability = np.concatenate([predictor.slice_probabilities(one.images)["lung"] for one in prepared])
     target = np.concatenate([one.lung for one in prepared])
     batches = [soft_metrics(probability[i : i + 4], target[i : i + 4]) for i in range(0, len(target), 4)]
     expected = np.mean([batch["dice"] for batch in batches])
@@ -77,11 +79,11 @@ def test_volumes_and_errors_follow_from_the_counts(evaluation: Evaluation, train
         np.testing.assert_allclose(row["volume_ml"], (row["tp"] + row["fp"]) * voxel_ml, rtol=1e-5)
         np.testing.assert_allclose(row["reference_ml"], (row["tp"] + row["fn"]) * voxel_ml, rtol=1e-5)
         assert row["volume_error_ml"] == row["volume_ml"] - row["reference_ml"]
-        assert math.isnan(row["lung_part"]) == (row["structure"] != "infection")
+        assert math.isnan(row["lung_involvement"]) == (row["structure"] != "infection")
         if row["structure"] == "infection":
             lung = nib.load(cases[row["case"]].lung_mask).get_fdata() > 0
             infection = nib.load(cases[row["case"]].infection_mask).get_fdata() > 0
-            assert row["reference_lung_part"] == pytest.approx((infection & lung).sum() / lung.sum())
+            assert row["reference_lung_involvement"] == pytest.approx((infection & lung).sum() / lung.sum())
 
 
 def test_sides_add_up_to_the_lung(evaluation: Evaluation) -> None:
@@ -106,21 +108,21 @@ def test_threshold_of_the_validation_cases_is_used(trained: Trained, tmp_path: P
     assert values["chosen_on"] == ["coronacases_002"]
     shutil.copytree(trained.lung, tmp_path / "lung")
     (tmp_path / "lung" / "threshold.json").write_text(json.dumps({**values, "threshold": 0.05}))
-    segmenter = load_segmenter(tmp_path / "lung", None, validated_threshold=True)
-    assert segmenter.threshold("lung") == 0.05
+    predictor = load_predictor(tmp_path / "lung", None, validated_threshold=True)
+    assert predictor.threshold("lung") == 0.05
     (case,) = [case for case in find_cases(trained.data) if case.id == "coronacases_003"]
     prepared = prepare_cases([case], TINY["preprocess"], trained.cache)
-    low, half = (evaluate_cases(s, prepared).volumes[0] for s in (segmenter, load_segmenter(trained.lung, None)))
+    low, half = (evaluate_cases(s, prepared).volumes[0] for s in (predictor, load_predictor(trained.lung, None)))
     assert low["tp"] + low["fp"] > half["tp"] + half["fp"]
-    (mask,) = segment_scan(case.ct, tmp_path / "masks", segmenter)
+    (mask,) = segment_scan(case.ct, tmp_path / "masks", predictor)
     assert np.count_nonzero(nib.load(mask).dataobj) == low["tp"] + low["fp"]
     (tmp_path / "lung" / "threshold.json").unlink()
-    with pytest.raises(InputError, match=r"threshold\.json: no such file.*--threshold=0\.5"):
-        load_segmenter(tmp_path / "lung", None, validated_threshold=True)
+    with pytest.raises(InputError, match=r"threshold\.json: no such file.*use the threshold 0\.5"):
+        load_predictor(tmp_path / "lung", None, validated_threshold=True)
     for text in ("{}", "[]", '{"threshold": 1.5}', '{"threshold": "a"}', "x"):
         (tmp_path / "lung" / "threshold.json").write_text(text)
         with pytest.raises(InputError, match="holds no threshold"):
-            load_segmenter(tmp_path / "lung", None, validated_threshold=True)
+            load_predictor(tmp_path / "lung", None, validated_threshold=True)
 
 
 def row(case: str, dice: float) -> dict:
@@ -134,7 +136,7 @@ def test_summary_leaves_out_what_is_undefined_and_says_so() -> None:
 
 
 def test_json_has_null_for_undefined() -> None:
-    evaluation = Evaluation([row("a", math.nan)], [], [], {}, {}, [], {})
+    evaluation = Evaluation([row("a", math.nan)], [], [], {}, {}, [], {"min_component_fraction": 0.0})
     values = json.loads(evaluation.to_json())
     assert values["volumes"][0]["dice"] is None
     assert values["summary"]["lung"]["dice"]["mean"] is None
@@ -152,11 +154,13 @@ def test_report_files(evaluation: Evaluation, tmp_path: Path, capsys: pytest.Cap
         "overlays.png",
     }
     values = json.loads((tmp_path / "metrics.json").read_text())
-    groups = {"settings", "volumes", "summary", "infection_dice_by_load", "model_grid", "calibration", "soft_batch"}
-    assert set(values) == groups
+    by_burden = {"infection_dice_by_burden", "infection_dice_by_load"}
+    assert set(values) == {"settings", "volumes", "summary", *by_burden, "model_grid", "calibration", "soft_batch"}
+    assert values["infection_dice_by_burden"] == values["infection_dice_by_load"] != {}
     assert values["settings"] == {
-        "protocol": "test part of a split file",
+        "protocol": "test subset of a split file",
         "threshold": {"lung": 0.5, "infection": 0.5},
+        "min_component_fraction": 0.0,
         "smallest_region": 0.0,
         "tolerance_mm": {"lung": 1.0, "infection": 3.0},
     }
@@ -166,7 +170,16 @@ def test_report_files(evaluation: Evaluation, tmp_path: Path, capsys: pytest.Cap
         for structure in ("lung", "left_lung", "right_lung", "infection")
     }
     with (tmp_path / "volumes.csv").open() as file:
-        assert [r["case"] for r in csv.DictReader(file)] == [r["case"] for r in evaluation.volumes]
+        rows = list(csv.DictReader(file))
+    assert [r["case"] for r in rows] == [r["case"] for r in evaluation.volumes]
+    for row in (*values["volumes"], *values["summary"].values(), *rows):
+        renamed = {new for new in LEGACY_KEYS.values() if new in row}
+        assert renamed >= {"false_positive_lesions", "lung_involvement_error"}
+        assert {old for old in LEGACY_KEYS if old in row} == {o for o, new in LEGACY_KEYS.items() if new in renamed}
+        assert all(row[old] == row[new] for old, new in LEGACY_KEYS.items() if new in renamed)
+    assert set(LEGACY_KEYS.values()) < set(rows[0])
+    for written, found in zip(values["volumes"], evaluation.volumes, strict=True):
+        assert without_legacy_keys(written) == nan_to_none(found)
     print_table(evaluation)
     out = capsys.readouterr().out
     assert "radiopaedia_14_85914_0" in out
@@ -193,7 +206,7 @@ def test_protocol_with_missing_cases_marks_the_numbers(trained: Trained, tmp_pat
     evaluation = evaluate(
         trained.data, trained.cache, output_dir=tmp_path, lung_checkpoint=trained.lung, split_file=split_file
     )
-    assert evaluation.settings["protocol"] == f"test part of {protocol}"
+    assert evaluation.settings["protocol"] == f"test subset of {protocol}"
     write_report(evaluation, tmp_path / "report")
     assert protocol in (tmp_path / "report" / "volumes.csv").read_text().splitlines()[1]
 
@@ -204,10 +217,31 @@ def test_split_comes_from_the_models_or_a_file(trained: Trained, tmp_path: Path)
         volumes = evaluate(trained.data, trained.cache, **arguments).volumes
         return [row["case"] for row in volumes if row["structure"] == "lung"]
 
-    assert run(part="val") == ["coronacases_002"]
-    assert len(run(part="all")) == 6
+    assert run(subset="val") == ["coronacases_002"]
+    assert len(run(subset="all")) == 6
     other = tmp_path / "split.json"
     other.write_text('{"train": [], "val": [], "test": ["coronacases_001"]}')
     assert run(split_file=other) == ["coronacases_001"]
     with pytest.raises(InputError, match="no val case"):
-        run(split_file=other, part="val")
+        run(split_file=other, subset="val")
+
+
+def test_a_metric_that_is_added_appears_everywhere(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = METRICS | {"toy_litres": Metric(lambda c: c.volumes_ml[0] / 1000, "TOY", "l")}
+    evaluation = evaluate(
+        trained.data, trained.cache, output_dir=tmp_path, lung_checkpoint=trained.lung, metrics=metrics
+    )
+    assert evaluation.volumes
+    assert all(row["toy_litres"] == row["volume_ml"] / 1000 for row in evaluation.volumes)
+    write_report(evaluation, tmp_path)
+    values = json.loads((tmp_path / "metrics.json").read_text())
+    expected = [row["toy_litres"] for row in evaluation.volumes if row["structure"] == "lung"]
+    assert [row["toy_litres"] for row in values["volumes"] if row["structure"] == "lung"] == expected
+    assert values["summary"]["lung"]["toy_litres"]["mean"] == pytest.approx(np.mean(expected))
+    with (tmp_path / "volumes.csv").open() as file:
+        assert [float(r["toy_litres"]) for r in csv.DictReader(file) if r["structure"] == "lung"] == expected
+    print_table(evaluation)
+    assert "TOY l" in " ".join(capsys.readouterr().out.split())
+    assert "toy_litres" not in METRICS

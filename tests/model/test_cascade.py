@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from resunet_jax import ResUnet, cascade, init_variables, predict_probability
-from resunet_jax.model.cascade import close_lung, infection_input, join_patches, split_patches
+from resunet_jax.model.cascade import close_lung_probability, infection_input, join_patches, split_patches
 
 FILTERS = (2, 4, 4, 8)
 jitted = jax.jit(cascade, static_argnums=(0, 1))
@@ -71,16 +71,16 @@ def test_patches_are_an_exact_partition() -> None:
     np.testing.assert_array_equal(join_patches(patches, 2), x)
 
 
-def test_patches_are_seen_apart(models, image) -> None:
+def test_patches_are_processed_independently(models, image) -> None:
     model, _, variables, _ = models
     image = image[:, :, :16]
-    predict = jax.jit(predict_probability, static_argnums=0, static_argnames="patch_factor")
-    whole = predict(model, variables, image, patch_factor=2)
-    corner = predict(model, variables, image[:, :8, :8], patch_factor=1)
+    predict = jax.jit(predict_probability, static_argnums=0, static_argnames="patch_grid")
+    whole = predict(model, variables, image, patch_grid=2)
+    corner = predict(model, variables, image[:, :8, :8], patch_grid=1)
     np.testing.assert_allclose(whole[:, :8, :8], corner, atol=1e-6)
 
 
-def test_closing_fills_holes_and_bays_that_are_narrower_than_asked() -> None:
+def test_closing_fills_holes_and_bays_below_its_width() -> None:
     lung = np.zeros((1, 32, 64, 1), np.float32)
     lung[:, 6:26, 8:56] = 1
     whole = lung.copy()
@@ -88,22 +88,22 @@ def test_closing_fills_holes_and_bays_that_are_narrower_than_asked() -> None:
     lung[:, 6:9, 40:43] = 0  # a bay
     lung[:, 12:22, 28:38] = 0  # a hole of 10 × 10
     whole[:, 12:22, 28:38] = 0
-    np.testing.assert_array_equal(close_lung(jnp.asarray(lung), 6 / 64), whole)  # by 7 × 7
-    np.testing.assert_array_equal(close_lung(jnp.asarray(lung), 0), lung)
+    np.testing.assert_array_equal(close_lung_probability(jnp.asarray(lung), 6 / 64), whole)  # by 7 × 7
+    np.testing.assert_array_equal(close_lung_probability(jnp.asarray(lung), 0), lung)
 
 
-def test_closing_only_raises_and_does_all_at_once() -> None:
+def test_closing_only_raises_and_is_idempotent() -> None:
     lung = jax.random.uniform(jax.random.key(4), (2, 32, 32, 1))
-    closed = close_lung(lung, 0.125)
+    closed = close_lung_probability(lung, 0.125)
     assert bool((closed >= lung).all())
     assert set(np.unique(closed)) < set(np.unique(lung))
-    np.testing.assert_array_equal(close_lung(closed, 0.125), closed)
+    np.testing.assert_array_equal(close_lung_probability(closed, 0.125), closed)
 
 
 def test_infection_model_sees_the_closed_lung(models, image) -> None:
-    closing = models[1].clone(lung_closing=0.25)
+    closing = models[1].clone(closing_fraction=0.25)
     lung, infection = jitted(models[0], closing, *models[2:], image)
-    closed = jnp.concatenate([image, close_lung(lung, 0.25)], axis=-1)
+    closed = jnp.concatenate([image, close_lung_probability(lung, 0.25)], axis=-1)
     np.testing.assert_allclose(infection, predict_probability(models[1], models[3], closed), atol=1e-6)
     assert float(jnp.abs(infection - jitted(*models, image)[1]).max()) > 1e-4
 

@@ -8,7 +8,7 @@ import pytest
 
 from resunet_jax.errors import InputError
 from resunet_jax.model.resunet import ResUnet, init_variables
-from resunet_jax.model.torch_names import tree_from_torch
+from resunet_jax.weights.torch import params_from_state_dict
 from tests.conftest import REFERENCE
 
 NARROW = (4, 8, 16, 32)
@@ -21,7 +21,9 @@ def reference(channels: int) -> dict[str, np.ndarray]:
 
 
 def subtree(arrays: dict[str, np.ndarray], name: str) -> dict:
-    return tree_from_torch({k.removeprefix(f"{name}/"): v for k, v in arrays.items() if k.startswith(f"{name}/")})
+    return params_from_state_dict(
+        {k.removeprefix(f"{name}/"): v for k, v in arrays.items() if k.startswith(f"{name}/")}
+    )
 
 
 @partial(jax.jit, static_argnums=0)
@@ -100,7 +102,7 @@ def _level(layer: list[str]) -> int:
 
 def test_missing_weights_are_named() -> None:
     with pytest.raises(InputError, match=r"input_layer\.0\.weight"):
-        tree_from_torch({})
+        params_from_state_dict({})
 
 
 def test_initialisation_is_uniform_within_pytorchs_bound() -> None:
@@ -132,7 +134,7 @@ def test_same_key_same_parameters_other_key_others() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"), [((1, 20, 16, 1), "divisible by 8"), ((1, 16, 16, 2), "wants"), ((16, 16, 1), "wants")]
+    ("shape", "message"), [((1, 20, 16, 1), "divisible by 8"), ((1, 16, 16, 2), "expects"), ((16, 16, 1), "expects")]
 )
 def test_refuses_other_shapes(shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -1,10 +1,11 @@
-"""Checkpoints that were damaged, or written by an older version."""
+"""Checkpoints that were damaged, or written by an older version, and thresholds chosen for another one."""
 
 import functools
+import itertools
 import json
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -13,8 +14,9 @@ import pytest
 
 from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TrainConfig
 from resunet_jax.errors import InputError
-from resunet_jax.training.checkpoints import Checkpoints, Saved, fingerprint, load_model, save_model
-from resunet_jax.training.steps import TrainState, create_state, make_optimizer
+from resunet_jax.training.checkpoints import Checkpoints, RestoredState
+from resunet_jax.training.step import TrainState, create_state, make_optimizer
+from resunet_jax.weights.store import fingerprint, load_model, load_threshold, save_model, save_threshold
 from tests.conftest import REFERENCE
 
 CONFIG = Config(
@@ -45,15 +47,18 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def restore(folder: Path) -> Saved:
+def restore(folder: Path) -> RestoredState:
     with Checkpoints(folder) as checkpoints:
         return checkpoints.restore_latest(state(0))
 
 
-def assert_is_step(saved: Saved, step: int) -> None:
+def assert_is_step(saved: RestoredState, step: int) -> None:
     assert [record["step"] for record in saved.history] == list(range(4, step + 1, 4))
     for leaf, expected in zip(jax.tree.leaves(saved.state), jax.tree.leaves(state(step)), strict=True):
         np.testing.assert_array_equal(leaf, expected)
+
+
+Damage = Callable[[Path], None]
 
 
 def delete(path: Path) -> None:
@@ -80,11 +85,24 @@ def files(folder: Path) -> list[Path]:
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("damage", [delete, truncate, empty, flip])
+DAMAGES = [delete, truncate, empty, flip]
+# Each file in one way; the exhaustive run, in each.
+EACH_DAMAGE = pytest.mark.parametrize(
+    "damages",
+    [DAMAGES, *(pytest.param([damage], marks=pytest.mark.exhaustive) for damage in DAMAGES)],
+    ids=["interleaved", *(damage.__name__ for damage in DAMAGES)],
+)
+
+
+def damaged_files(folder: Path, damages: list[Damage]) -> Iterator[tuple[Path, Damage]]:
+    return zip(files(folder), itertools.cycle(damages), strict=False)
+
+
+@EACH_DAMAGE
 def test_damage_anywhere_in_the_latest_is_noticed(
-    workdir: Path, tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+    workdir: Path, tmp_path: Path, damages: list[Damage], caplog: pytest.LogCaptureFixture
 ) -> None:
-    for file in files(workdir / "checkpoints" / "16"):
+    for file, damage in damaged_files(workdir / "checkpoints" / "16", damages):
         copy = tmp_path / "run"
         shutil.copytree(workdir, copy)
         damage(copy / "checkpoints" / "16" / file)
@@ -92,14 +110,14 @@ def test_damage_anywhere_in_the_latest_is_noticed(
         assert_is_step(restore(copy), 12)
         named = file.name if file.name == "files.json" else file
         assert f"{copy}/checkpoints/16: damaged ({named}: " in caplog.text, file
-        assert "going on from the checkpoint of step 12" in caplog.text
+        assert "resuming from the checkpoint of step 12" in caplog.text
         assert (copy / "damaged_checkpoints" / "16").is_dir()
         assert not (copy / "checkpoints" / "16").exists()
         assert fingerprint(load_model(copy).variables) == fingerprint(state(8).variables)
         shutil.rmtree(copy)
 
 
-def test_run_goes_on_over_a_damaged_checkpoint(workdir: Path, tmp_path: Path) -> None:
+def test_run_resumes_over_a_damaged_checkpoint(workdir: Path, tmp_path: Path) -> None:
     shutil.copytree(workdir, tmp_path / "run")
     delete(tmp_path / "run" / "checkpoints" / "16" / "history.json")
     with Checkpoints(tmp_path / "run") as checkpoints:
@@ -109,7 +127,7 @@ def test_run_goes_on_over_a_damaged_checkpoint(workdir: Path, tmp_path: Path) ->
     assert fingerprint(load_model(tmp_path / "run").variables) == fingerprint(state(16).variables)
 
 
-def test_run_goes_on_without_a_damaged_best_checkpoint(
+def test_run_resumes_without_a_damaged_best_checkpoint(
     workdir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(workdir, tmp_path / "run")
@@ -130,16 +148,14 @@ def test_where_none_is_good_nothing_is_trained_over(workdir: Path, tmp_path: Pat
     shutil.copytree(workdir, tmp_path / "run")
     for step in (8, 12, 16):
         truncate(tmp_path / "run" / "checkpoints" / str(step) / "history.json")
-    with pytest.raises(InputError, match=r"run: none of its checkpoints is good; choose a new --workdir"):
+    with pytest.raises(InputError, match=r"run: none of its checkpoints is good; choose a new `workdir`"):
         restore(tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["12", "16", "8"]
 
 
-@pytest.mark.parametrize("damage", [delete, truncate, empty, flip])
-def test_damage_anywhere_in_the_best_model_is_refused(
-    workdir: Path, tmp_path: Path, damage: Callable[[Path], None]
-) -> None:
-    for file in files(workdir / "checkpoints" / "8"):
+@EACH_DAMAGE
+def test_damage_anywhere_in_the_best_model_is_refused(workdir: Path, tmp_path: Path, damages: list[Damage]) -> None:
+    for file, damage in damaged_files(workdir / "checkpoints" / "8", damages):
         copy = tmp_path / "run"
         shutil.copytree(workdir, copy)
         damage(copy / "checkpoints" / "8" / file)
@@ -148,13 +164,14 @@ def test_damage_anywhere_in_the_best_model_is_refused(
         shutil.rmtree(copy)
 
 
-@pytest.mark.parametrize("damage", [delete, truncate, empty, flip])
-def test_damage_anywhere_in_an_exported_model_is_refused(
-    tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+@EACH_DAMAGE
+def test_damage_anywhere_in_a_saved_model_is_refused(
+    tmp_path: Path, damages: list[Damage], caplog: pytest.LogCaptureFixture
 ) -> None:
     variables = state(1).variables
     save_model(tmp_path / "model", variables, CONFIG)
-    for file in files(tmp_path / "model"):
+    damaged = damaged_files(tmp_path / "model", damages)
+    for file, damage in (*damaged, (Path("files.json"), delete)):
         copy = tmp_path / "copy"
         shutil.copytree(tmp_path / "model", copy)
         damage(copy / file)
@@ -168,7 +185,7 @@ def test_damage_anywhere_in_an_exported_model_is_refused(
         shutil.rmtree(copy)
 
 
-def test_training_of_the_first_version_can_be_used_but_not_gone_on_with(tmp_path: Path) -> None:
+def test_training_of_the_first_version_can_be_used_but_not_resumed(tmp_path: Path) -> None:
     """Its checkpoint has no digests, and its config lacks fields that came later."""
     with zipfile.ZipFile(REFERENCE / "workdir_0_1_0.zip") as archive:
         archive.extractall(tmp_path)
@@ -178,5 +195,28 @@ def test_training_of_the_first_version_can_be_used_but_not_gone_on_with(tmp_path
     assert not loaded.config.train.skip_nonfinite
     logits = loaded.model.apply(loaded.variables, np.full((1, 16, 16, 1), 0.5, np.float32), train=False)
     assert np.isfinite(logits).all()
-    with pytest.raises(InputError, match=r"was written by resunet_jax 0\.1\.0 .* choose a new --workdir"):
+    with pytest.raises(InputError, match=r"was written by resunet_jax 0\.1\.0 .* choose a new `workdir`"):
         restore(tmp_path)
+
+
+def test_threshold_belongs_to_the_checkpoint_that_it_was_chosen_for(workdir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(workdir, folder)
+    save_threshold(folder, 0.35, 0.8, ["a"])
+    values = {"threshold": 0.35, "mean_dice": 0.8, "chosen_on": ["a"], "step": 8}
+    assert json.loads((folder / "threshold.json").read_text()) == values
+    assert load_threshold(folder) == 0.35
+    with Checkpoints(folder) as checkpoints:
+        history = [*checkpoints.restore_latest(state(0)).history, {"epoch": 5, "step": 20, "val_loss": 1.0}]
+        checkpoints.save(state(20), CONFIG, history, None)
+    assert load_threshold(folder) == 0.35  # of two equal ones the first is the best
+    with Checkpoints(folder) as checkpoints:
+        history = [*history, {"epoch": 6, "step": 24, "val_loss": 0.5}]
+        checkpoints.save(state(24), CONFIG, history, None)
+    with pytest.raises(InputError, match="chosen for the checkpoint of step 8, which is not the best any more"):
+        load_threshold(folder)
+
+
+def test_thresholds_of_0_6_0_name_no_checkpoint_and_are_used(tmp_path: Path) -> None:
+    (tmp_path / "threshold.json").write_text('{"threshold": 0.4, "mean_dice": 0.9, "chosen_on": ["a"]}')
+    assert load_threshold(tmp_path) == 0.4

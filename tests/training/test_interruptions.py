@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from resunet_jax.training.checkpoints import load_model
+from resunet_jax.weights.store import load_model
 from tests.conftest import ROOT, Trained, run_script, training_flags
 
 
@@ -88,7 +88,7 @@ def test_sigterm_saves_and_a_second_trainer_is_refused_meanwhile(start) -> None:
     code, errors = training.end()
     assert code == 75, errors
     assert "SIGTERM: stopping at the next step" in errors
-    stopped = int(re.search(r"run: stopped after step (\d+); the same command goes on", errors)[1])
+    stopped = int(re.search(r"run: stopped after step (\d+); the same command resumes", errors)[1])
 
     training = start()
     training.wait_for_text("resuming")
@@ -121,7 +121,7 @@ def make_read_only(training: Training, workdir: Path) -> None:
     (workdir / "checkpoints").chmod(0o555)
 
 
-@pytest.mark.parametrize("hinder", [fill_the_disk, make_read_only])
+@pytest.mark.parametrize("hinder", [pytest.param(fill_the_disk, marks=pytest.mark.exhaustive), make_read_only])
 def test_what_hinders_writing_is_told_and_the_last_good_checkpoint_stays(
     start, tmp_path: Path, hinder: Callable[[Training, Path], None]
 ) -> None:

@@ -1,0 +1,1 @@
+"""How fast and how large, compared with PyTorch or another baseline, interleaved in one run."""

@@ -1,0 +1,60 @@
+"""What a person waits for before anything happens: imports, --help, compilation."""
+
+import tempfile
+from pathlib import Path
+
+from benchmarks.measure import Row, in_subprocess, row
+
+_COMPILE = """
+import sys, time
+import jax
+from benchmarks.training import FULL, Setting, config_of, make_batch
+from resunet_jax.training.step import compiler_options, create_state, make_optimizer, make_train_step
+
+jax.config.update("jax_compilation_cache_dir", {cache!r})
+config = config_of(Setting(FULL, 128, "float32"))
+optimizer = make_optimizer(config, 100)
+state = create_state(config, optimizer)
+step = jax.jit(make_train_step(config, optimizer), donate_argnums=0, compiler_options=compiler_options())
+start = time.perf_counter()
+step.lower(state, make_batch(8, 128), jax.random.key(0), None).compile()
+print(time.perf_counter() - start)
+"""
+
+SCRIPTS = ("train_lung", "train_infection", "evaluate", "predict", "cross_validate", "quickstart")
+
+
+def startup_suite(rounds: int, experiments: Path) -> list[Row]:
+    """Seconds, each in a process of its own.
+
+    Args:
+      rounds: processes per figure.
+      experiments: folder of the scripts.
+    """
+    rows = [
+        row("startup", f"{name}", "s", [in_subprocess(f"import {name}")[1] for _ in range(rounds)], max_value=limit)
+        for name, limit in (("resunet_jax", 1.5), ("jax", None))
+    ]
+    rows[0], rows[1] = (r._replace(name=f"import {r.name}") for r in rows)
+    everything = "from resunet_jax import *"
+    seconds = [in_subprocess(everything)[1] for _ in range(rounds)]
+    rows.append(row("startup", everything, "s", seconds))
+    for script in SCRIPTS:
+        code = (
+            f"import runpy, sys; sys.path.insert(0, {str(experiments)!r}); sys.argv = ['{script}.py', '--help']\n"
+            f"try: runpy.run_path({str(experiments / (script + '.py'))!r}, run_name='__main__')\n"
+            "except SystemExit: pass"
+        )
+        rows.append(
+            row("startup", f"{script}.py --help", "s", [in_subprocess(code)[1] for _ in range(rounds)], max_value=2)
+        )
+    cold, cached = [], []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as cache:
+            code = _COMPILE.format(cache=cache)
+            cold.append(float(in_subprocess(code)[0]))
+            cached.append(float(in_subprocess(code)[0]))
+    name = "first step, full width, 128², batch 8: tracing and compilation"
+    rows.append(row("startup", f"{name}, cold", "s", cold, max_value=15))
+    rows.append(row("startup", f"{name}, from the compilation cache", "s", cached, max_value=3))
+    return rows

@@ -1,0 +1,162 @@
+"""The original's architecture in PyTorch, with its parameter names, and the work that the benchmarks give it.
+
+The one module that imports PyTorch when it is imported: take it with `load_torch_baseline`.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from resunet_jax.data.volume import FloatArray
+from resunet_jax.inference.predictor import Predictor
+from resunet_jax.model.cascade import close_lung_probability
+from resunet_jax.weights.store import LoadedModel
+from resunet_jax.weights.torch import state_dict_from_params
+
+
+class ResidualConv(nn.Module):
+    """See `ResidualBlock` of `model/resunet.py`."""
+
+    def __init__(self, channels: int, features: int, stride: int) -> None:
+        super().__init__()
+        self.conv_block = nn.Sequential(
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, features, 3, stride=stride, padding=1),
+            nn.BatchNorm2d(features),
+            nn.ReLU(),
+            nn.Conv2d(features, features, 3, padding=1),
+        )
+        self.conv_skip = nn.Sequential(
+            nn.Conv2d(channels, features, 3, stride=stride, padding=1), nn.BatchNorm2d(features)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) to (N, C', H', W')."""
+        return self.conv_block(x) + self.conv_skip(x)
+
+
+class Upsample(nn.Module):
+    """A transposed convolution, 2×2 of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.upsample = nn.ConvTranspose2d(channels, channels, 2, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) to (N, C', H', W')."""
+        return self.upsample(x)
+
+
+class TorchResUnet(nn.Module):
+    """From (N, C, H, W) to logits (N, 1, H, W)."""
+
+    def __init__(self, in_channels: int, filters: tuple[int, ...]) -> None:
+        super().__init__()
+        f1, f2, f3, f4 = filters
+        self.input_layer = nn.Sequential(
+            nn.Conv2d(in_channels, f1, 3, padding=1), nn.BatchNorm2d(f1), nn.ReLU(), nn.Conv2d(f1, f1, 3, padding=1)
+        )
+        self.input_skip = nn.Sequential(nn.Conv2d(in_channels, f1, 3, padding=1))
+        self.residual_conv_1 = ResidualConv(f1, f2, 2)
+        self.residual_conv_2 = ResidualConv(f2, f3, 2)
+        self.bridge = ResidualConv(f3, f4, 2)
+        self.upsample_1 = Upsample(f4)
+        self.up_residual_conv1 = ResidualConv(f4 + f3, f3, 1)
+        self.upsample_2 = Upsample(f3)
+        self.up_residual_conv2 = ResidualConv(f3 + f2, f2, 1)
+        self.upsample_3 = Upsample(f2)
+        self.up_residual_conv3 = ResidualConv(f2 + f1, f1, 1)
+        self.output_layer = nn.Sequential(nn.Conv2d(f1, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        level1 = self.input_layer(x) + self.input_skip(x)
+        level2 = self.residual_conv_1(level1)
+        level3 = self.residual_conv_2(level2)
+        y = self.upsample_1(self.bridge(level3))
+        y = self.up_residual_conv1(torch.cat([y, level3], dim=1))
+        y = self.up_residual_conv2(torch.cat([self.upsample_2(y), level2], dim=1))
+        y = self.up_residual_conv3(torch.cat([self.upsample_3(y), level1], dim=1))
+        return self.output_layer(y)
+
+
+class Trainer:
+    """A model with its batch: a training step without augmentation, and a forward pass.
+
+    On a GPU: channels last, `torch.compile`, and autocast where bfloat16 is asked for.
+    """
+
+    def __init__(
+        self,
+        filters: tuple[int, ...],
+        batch: dict[str, npt.NDArray[Any]],
+        *,
+        bfloat16: bool,
+        gpu: bool,
+    ) -> None:
+        """Takes a batch as of `data/batches.py`."""
+        self._device = "cuda" if gpu else "cpu"
+        self._bfloat16 = bfloat16
+        arrays = [
+            torch.tensor(batch[name].transpose(0, 3, 1, 2)).float().to(self._device) for name in ("image", "mask")
+        ]
+        model = TorchResUnet(1, filters).to(self._device)
+        if gpu:
+            model = model.to(memory_format=torch.channels_last)
+            arrays = [array.contiguous(memory_format=torch.channels_last) for array in arrays]
+        self._image, self._target = arrays
+        self._optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+        self._model: Any = torch.compile(model) if gpu else model
+
+    def step(self) -> float:
+        """One step of Adam; returns the loss, and so waits for it."""
+        self._model.train()
+        self._optimizer.zero_grad()
+        with torch.autocast(self._device, torch.bfloat16, enabled=self._bfloat16):
+            logits = self._model(self._image)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), self._target)
+        loss.backward()
+        self._optimizer.step()
+        return float(loss.item())
+
+    def forward(self) -> float:
+        """A pass in evaluation mode; returns one value, and so waits for it."""
+        self._model.eval()
+        with torch.no_grad(), torch.autocast(self._device, torch.bfloat16, enabled=self._bfloat16):
+            return float(self._model(self._image)[0, 0, 0, 0].item())
+
+
+def matrix_product(size: int) -> float:
+    """One product of square matrices."""
+    a = torch.ones((size, size))
+    return float(torch.matmul(a, a)[0, 0].item())
+
+
+class TorchPredictor(Predictor):
+    """A predictor's weights in PyTorch, both models on every slice; the rest is the same code."""
+
+    def slice_probabilities(self, images: FloatArray) -> dict[str, FloatArray]:
+        """See `Predictor.slice_probabilities`."""
+        models = self.__dict__.setdefault("_torch", {name: _to_torch(getattr(self, name)) for name in self.structures})
+        outputs = {name: np.empty(images.shape, np.float32) for name in self.structures}
+        closing = self.infection.model.closing_fraction if self.infection else 0.0
+        with torch.no_grad():
+            for start in range(0, len(images), self.batch_size):
+                image = torch.tensor(images[start : start + self.batch_size, None])
+                lung = torch.sigmoid(models["lung"](image))
+                closed = np.array(close_lung_probability(lung.numpy()[:, 0, ..., None], closing))[:, None, ..., 0]
+                infection = torch.sigmoid(models["infection"](torch.cat([image, torch.from_numpy(closed)], dim=1)))
+                outputs["lung"][start : start + len(image)] = lung[:, 0].numpy()
+                outputs["infection"][start : start + len(image)] = infection[:, 0].numpy()
+        return outputs
+
+
+def _to_torch(loaded: LoadedModel) -> nn.Module:
+    model = TorchResUnet(loaded.model.in_channels, loaded.config.model.filters)
+    arrays = state_dict_from_params(loaded.variables)
+    model.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()}, strict=False)
+    return model.eval()

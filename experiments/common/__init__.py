@@ -1,0 +1,1 @@
+"""What the scripts share; light to import, so that --help needs no JAX."""

@@ -1,0 +1,130 @@
+"""Starting a script, and ending it with one clear line: exit codes, signals, logging."""
+
+import logging
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags
+
+from common import processes
+from resunet_jax.errors import InputError, StoppedError, first_line
+
+BAD_INPUT = 2
+"""Exit code where a file or flag is wrong."""
+
+STOPPED = 75
+"""Exit code of a training that was asked to stop and saved its state (EX_TEMPFAIL: the same command resumes)."""
+
+_CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+_FLAG_OF_ARGUMENT = {"subset": "split", "validated_threshold": "threshold", "target": "task"}
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and calls `main`; an `InputError` becomes one line and exit code 2, a `StoppedError` 75."""
+    _log_to_stderr()
+
+    def guarded(argv: list[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.getLogger().setLevel(logging.WARNING)
+            logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs every file, and what it raises
+            logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # what matters comes as an `InputError`
+        if len(argv) > 1:
+            _fail(f"unexpected argument {argv[1]}; flags look like --name=value")
+        try:
+            _keep_compiled_programs()
+            main()
+        except InputError as error:
+            _fail(with_flags(str(error)))
+        except StoppedError as stopped:
+            print(stopped, file=sys.stderr)
+            sys.exit(STOPPED)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+        except Exception as error:
+            if not processes.is_distributed():
+                raise
+            _end_one_of_several(error)
+
+    app.run(guarded)
+
+
+def with_flags(message: str) -> str:
+    """A library's message with its `arguments` as the flags that a user of the script knows."""
+
+    def as_flag(match: re.Match[str]) -> str:
+        name = _FLAG_OF_ARGUMENT.get(match[1], match[1])
+        name = name if name in flags.FLAGS else match[1]
+        return f"--{name}{match[2] or ''}" if name in flags.FLAGS else match[0]
+
+    return re.sub(r"`(\w+)(=[^`]*)?`", as_flag, message)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    _leave(BAD_INPUT)
+
+
+def _end_one_of_several(error: Exception) -> None:
+    import jax
+
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        _fail(
+            f"another process of this training has ended, or cannot be reached ({first_line(error)}); "
+            "start all of them again, they resume from the last checkpoint"
+        )
+    traceback.print_exception(error)
+    _leave(1)
+
+
+def _leave(code: int) -> None:
+    """Ends the process; at an orderly end, one of several would wait for the others, who wait for it."""
+    if processes.is_distributed():
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _log_to_stderr() -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter gets another one, not a traceback
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    logger = logging.getLogger("resunet_jax")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def _keep_compiled_programs() -> None:
+    """So that the next run of a script that compiles need not; by the variable, which needs no JAX yet."""
+    if "compilation_cache_dir" in flags.FLAGS:
+        folder = flags.FLAGS.compilation_cache_dir
+        os.environ[_CACHE_VARIABLE] = str(Path(folder).expanduser()) if folder else ""
+        if "jax" in sys.modules:
+            import jax
+
+            jax.config.update("jax_compilation_cache_dir", os.environ[_CACHE_VARIABLE] or None)
+
+
+def stop_signals() -> Callable[[int], bool]:
+    """A function that says whether to stop, at the next step after a signal; a second one ends a lone process."""
+    if processes.is_distributed():
+        return processes.stop_signals()
+    received: list[int] = []
+
+    def receive(number: int, _: object) -> None:
+        received.append(number)
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, signal.SIG_DFL)
+        print(f"{signal.Signals(number).name}: stopping at the next step; once more stops at once", file=sys.stderr)
+
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, receive)
+    return lambda step: bool(received)

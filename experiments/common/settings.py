@@ -1,0 +1,192 @@
+"""Flags, most of them made from the fields of a config, and what they ask for."""
+
+import json
+import os
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from resunet_jax.config import SETTINGS, Config, TaskName, override
+from resunet_jax.data.splits import NUM_FOLDS, Protocol, SplitRequest
+from resunet_jax.errors import InputError
+from resunet_jax.files import default_cache_dir
+from resunet_jax.recipes import DEFAULT_RECIPE, RecipeName, recipe
+
+_FLAGGED = (
+    "preprocess.image_size",
+    "preprocess.normalization",
+    "model.architecture",
+    "model.filters",
+    "model.dtype",
+    "model.patch_grid",
+    "train.batch_size",
+    "train.epochs",
+    "train.learning_rate",
+    "train.loss",
+    "train.patience",
+    "train.remat",
+    "train.accumulate_steps",
+    "train.skip_nonfinite",
+    "train.seed",
+)
+"""Fields of a config with a flag of their own; the others are set by --set."""
+
+_ALIASES = {"patch_grid": "patch_factor", "min_component_fraction": "smallest_region"}
+"""Flags and what they were called in 0.6.0, which still works."""
+
+
+_DEFINE: dict[Any, Callable[..., Any]] = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
+
+
+def define_path(name: str, description: str, *, required: bool = False, default: str | None = None) -> None:
+    """A flag that holds a path; ~ is the home folder."""
+    flags.DEFINE_string(name, default, description, required=required)
+
+
+def path(name: str) -> Path:
+    """The path of a flag that is required or has a default."""
+    return Path(getattr(flags.FLAGS, name)).expanduser()
+
+
+def optional_path(name: str) -> Path | None:
+    """The path of a flag, or None."""
+    return path(name) if getattr(flags.FLAGS, name) else None
+
+
+def _define_field(field: str) -> None:
+    setting, name = SETTINGS[field], field.partition(".")[2]
+    if setting.choices:
+        flags.DEFINE_enum(name, None, setting.choices, setting.help)
+    elif typing.get_origin(setting.kind) is tuple:
+        flags.DEFINE_list(name, None, setting.help)
+    else:
+        define = _DEFINE.get(setting.kind, flags.DEFINE_string)
+        define(name, None, setting.help)
+    if name in _ALIASES:
+        flags.DEFINE_alias(_ALIASES[name], name)
+
+
+def define_data_flag() -> None:
+    """--data_dir."""
+    define_path("data_dir", "Folder of the data set, in Kaggle's or Zenodo's layout.", required=True)
+
+
+def define_cache_flags() -> None:
+    """--cache_dir and --compilation_cache_dir."""
+    define_path(
+        "cache_dir", "Folder of preprocessed slices; may be deleted at any time.", default=str(default_cache_dir())
+    )
+    define_compilation_cache_flag()
+
+
+def define_compilation_cache_flag() -> None:
+    """--compilation_cache_dir, for every script that compiles."""
+    default = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(default_cache_dir() / "compiled")
+    define_path(
+        "compilation_cache_dir",
+        "Folder of compiled programs; may be deleted at any time. Empty for none.",
+        default=default,
+    )
+
+
+def define_recipe_flags() -> None:
+    """Flags of the scripts that train by one recipe."""
+    flags.DEFINE_enum(
+        "recipe", DEFAULT_RECIPE, typing.get_args(RecipeName), "What the flags below are where they are not given."
+    )
+    _define_field("train.seed")
+    define_training_flags()
+
+
+def define_training_flags() -> None:
+    """Flags of every script that trains: what of a recipe is to be different."""
+    define_data_flag()
+    define_path("workdir", "Folder of this run; the same command resumes it.", required=True)
+    for field in _FLAGGED:
+        if field != "train.seed":
+            _define_field(field)
+    flags.DEFINE_multi_string(
+        "set", [], "Any other field of config.json, as in --set=augment.max_scale=0.3; repeatable."
+    )
+    flags.DEFINE_bool("allow_missing", False, "Forms a protocol of the full set from the cases that are there.")
+    define_cache_flags()
+
+
+def define_split_flags() -> None:
+    """Flags of both training scripts that choose the cases."""
+    define_path("split_file", 'JSON {"train": [ids], "val": [ids], "test": [ids]}.')
+    flags.DEFINE_integer("split_seed", None, "Of --protocol=ratio.", lower_bound=0)
+    flags.DEFINE_enum(
+        "protocol",
+        None,
+        typing.get_args(Protocol),
+        "How cases are split; by default original where the full set is there, otherwise ratio.",
+    )
+    flags.DEFINE_integer("fold", None, f"Of a protocol with folds, 0 to {NUM_FOLDS - 1}.", lower_bound=0)
+
+
+def split_request() -> SplitRequest:
+    """The split that the flags ask for."""
+    values = flags.FLAGS
+    return SplitRequest(
+        split_file=optional_path("split_file"),
+        protocol=values.protocol,
+        fold=values.fold,
+        split_seed=values.split_seed,
+        allow_missing=values.allow_missing,
+    )
+
+
+def define_model_flags() -> None:
+    """Flags of every script that makes masks by trained models."""
+    define_path("lung_checkpoint", "Lung model: a training workdir (its best checkpoint) or a saved model.")
+    define_path("infection_checkpoint", "Infection model, the same.")
+    flags.DEFINE_integer("batch_size", 8, "Slices at a time; it does not change the result.", lower_bound=1)
+    flags.DEFINE_enum(
+        "threshold", "0.5", ["0.5", "validated"], "Of the masks: 0.5, or what each training chose on validation cases."
+    )
+    name = "min_component_fraction"
+    flags.DEFINE_float(name, None, f"{SETTINGS[f'postprocess.{name}'].help}; by default as the lung model was trained.")
+    flags.DEFINE_alias(_ALIASES[name], name)
+
+
+def model_arguments() -> dict[str, Any]:
+    """What the model flags ask for, as keywords of `load_predictor` and `evaluate`."""
+    return {
+        "lung_checkpoint": optional_path("lung_checkpoint"),
+        "infection_checkpoint": optional_path("infection_checkpoint"),
+        "batch_size": flags.FLAGS.batch_size,
+        "validated_threshold": flags.FLAGS.threshold == "validated",
+        "min_component_fraction": flags.FLAGS.min_component_fraction,
+    }
+
+
+def config_from_flags(task: TaskName) -> Config:
+    """The config that the training flags describe."""
+    return override(recipe(flags.FLAGS.recipe, task), changes_from_flags(), "flags")
+
+
+def changes_from_flags() -> dict[str, Any]:
+    """What the flags change of a recipe, for `override`."""
+    values = flags.FLAGS
+    given = {field: values[field.partition(".")[2]].value for field in _FLAGGED if field.partition(".")[2] in values}
+    changes = {field: value for field, value in given.items() if value is not None}
+    if "model.filters" in changes:
+        try:
+            changes["model.filters"] = [int(f) for f in values.filters]
+        except ValueError as error:
+            raise InputError(
+                f"--filters={','.join(values.filters)}: it must be four numbers, as in 64,128,256,512"
+            ) from error
+    for item in values.set:
+        field, equals, text = item.partition("=")
+        if not equals or "." not in field:
+            raise InputError(f"--set={item}: it must be a field and its value, as in --set=augment.max_scale=0.3")
+        try:
+            changes[field] = json.loads(text)
+        except ValueError:
+            changes[field] = text
+    return changes

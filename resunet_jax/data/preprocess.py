@@ -1,0 +1,114 @@
+"""From a scan's values to the square slices that a model sees."""
+
+import numpy as np
+import numpy.typing as npt
+from scipy.ndimage import binary_fill_holes, gaussian_filter1d
+
+from resunet_jax.config import PreprocessConfig
+from resunet_jax.data.roi import Box, body_mask, bounding_box, crop_resize
+from resunet_jax.data.volume import Array, FloatArray, Scan, Volume, hu_to_window
+
+_AIR_HU = -1000.0
+_AIR_SLICES = 16  # of a scan are looked at for its air
+_LEAST_AIR = 0.01  # of their voxels
+_AIR_SMOOTHING = 2.0  # in intensity levels of 255: images that were JPEG once have gaps between levels
+
+
+def body_scale(volume: Volume, k: int, config: PreprocessConfig) -> tuple[FloatArray, float]:
+    """Slice k on the scale on which the body is separated from air, and the threshold on it."""
+    if config.body_thresholds_minmax:
+        hu, windowed = config.body_thresholds_minmax
+        return volume.normalize_minmax(k), hu if volume.intensity_scale == "hu" else windowed
+    return volume.normalize_hu(k), hu_to_window(config.body_threshold_hu)
+
+
+def slice_box(volume: Volume, k: int, config: PreprocessConfig) -> Box:
+    """The body's bounding box in slice k."""
+    return bounding_box(body_mask(*body_scale(volume, k, config), config.body_dilation))
+
+
+def air_level(scan: Scan | Volume, config: PreprocessConfig) -> float | None:
+    """Where the air around the patient lies on the scale of `Volume.normalize_hu`, for a scan in 0..255.
+
+    It is the most frequent intensity around the body in some slices.
+
+    Args:
+      scan: a whole scan.
+      config: separates body from air.
+
+    Returns:
+      the level; None where under 1 % of the voxels lie around the body.
+    """
+    some = scan.sample_slices(_AIR_SLICES)
+    counts = np.zeros(round(255 * hu_to_window(config.body_threshold_hu)))
+    for k in range(some.values.shape[-1]):
+        image = some.normalize_hu(k)
+        around = ~binary_fill_holes(body_mask(*body_scale(some, k, config), config.body_dilation))
+        levels = np.rint(255 * image[around & (image > 0)]).astype(int)  # 0 is beyond the field of view
+        counts += np.bincount(levels, minlength=256)[: len(counts)]
+    if counts.sum() < _LEAST_AIR * some.values.size:
+        return None
+    return int(gaussian_filter1d(counts, _AIR_SMOOTHING).argmax()) / 255
+
+
+def air_offset(scan: Scan | Volume, config: PreprocessConfig) -> float:
+    """The offset, on the scale of `Volume.normalize_hu`, that puts the air around the patient at -1000 HU.
+
+    A scan in 0..255 does not say which window it was exported with, and scanners' presets differ by 100 HU, which is
+    half of the contrast between ground glass and healthy lung. Air is at -1000 HU by definition.
+
+    Args:
+      scan: a whole scan.
+      config: its normalization says whether to correct the scale.
+
+    Returns:
+      the offset; 0 where the normalization is not "air", for a scan in Hounsfield units, and where no air can be seen.
+    """
+    if config.normalization != "air" or scan.intensity_scale == "hu":
+        return 0.0
+    level = air_level(scan, config)
+    return 0.0 if level is None else hu_to_window(_AIR_HU) - level
+
+
+def prepare_slice(volume: Volume, k: int, config: PreprocessConfig, offset: float) -> tuple[FloatArray, Box]:
+    """Slice k as a model sees it: float32 (S, S) in [0, 1], and where it was cropped; `offset` as in `air_offset`."""
+    box = slice_box(volume, k, config)
+    values = volume.normalize_minmax(k) if config.normalization == "minmax" else volume.normalize_hu(k, offset)
+    return crop_resize(values, box, config.image_size), box
+
+
+def prepare_volume(
+    volume: Volume, config: PreprocessConfig, offset: float | None = None
+) -> tuple[FloatArray, npt.NDArray[np.int32]]:
+    """All slices of a scan, or some consecutive ones, as a model sees them.
+
+    Args:
+      volume: the slices.
+      config: how to prepare them.
+      offset: the whole scan's `air_offset`; must be given for some slices of a scan; computed where it is not given.
+
+    Returns:
+      float32 (slices, S, S) in [0, 1], and int32 (slices, 4) boxes: row, column, height, width.
+    """
+    if offset is None:
+        offset = air_offset(volume, config)
+    prepared = [prepare_slice(volume, k, config, offset) for k in range(volume.values.shape[-1])]
+    return np.stack([image for image, _ in prepared]), np.array([box for _, box in prepared], np.int32)
+
+
+def prepare_mask(mask: Array, boxes: npt.NDArray[np.int32], size: int) -> npt.NDArray[np.uint8]:
+    """A mask cropped and resized like its scan, then binarised at one half.
+
+    Args:
+      mask: labels (rows, columns, slices); above 0 belongs to the mask.
+      boxes: int32 (slices, 4).
+      size: S.
+
+    Returns:
+      uint8 (slices, S, S), 0 or 1.
+    """
+    prepared = np.zeros((len(boxes), size, size), np.uint8)
+    for k, box in enumerate(boxes):
+        if mask[..., k].any():
+            prepared[k] = crop_resize(mask[..., k] > 0, Box(*map(int, box)), size) > 0.5
+    return prepared

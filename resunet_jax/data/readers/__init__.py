@@ -1,0 +1,175 @@
+"""File formats: one reader and one row of `READERS` for each; nothing outside this folder knows any of them."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from resunet_jax.data.readers import nifti
+from resunet_jax.data.readers.source import Source as Source
+from resunet_jax.data.readers.source import by_suffix, file_digest
+from resunet_jax.data.volume import Array, Grid, IntensityScale, Scan, Volume, max_corner_distance_mm
+from resunet_jax.errors import InputError
+
+_CHUNK_BYTES = 2**25  # of a scan, in memory at a time
+
+
+class Reader(NamedTuple):
+    """A file format.
+
+    Attributes:
+      find: the scans of a file or folder, in the order of their names; none where they are of another format.
+      open: one of them to a context manager that gives a `Scan`; raises `InputError`.
+      digest: the same to a digest of everything that the scan consists of; raises `OSError`.
+    """
+
+    find: Callable[[Path], list[Source]]
+    open: Callable[[Source], AbstractContextManager[Scan]]
+    digest: Callable[[Source], str]
+
+
+READERS: dict[str, Reader] = {"nifti": Reader(by_suffix(nifti.SUFFIXES), nifti.open_nifti, file_digest)}
+"""By the name of the format."""
+
+
+def list_sources(path: Path, readers: Mapping[str, Reader] = READERS) -> list[Source]:
+    """The scans of a file or folder, of any format, in the order of their names."""
+    return sorted((source for reader in readers.values() for source in reader.find(path)), key=lambda s: s.path)
+
+
+def find_sources(path: Path, readers: Mapping[str, Reader] = READERS) -> list[Source]:
+    """As `list_sources`, for scans that are to be segmented.
+
+    Raises:
+      InputError: nothing there, no scan in it, or two scans of one name, in any case.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; check the path")
+    sources = list_sources(path, readers)
+    if not sources:
+        where = "no scan in it" if path.is_dir() else "not a scan"
+        raise InputError(f"{path}: {where}; formats that are read: {', '.join(readers)}; convert it, or check the path")
+    names = [source.name.casefold() for source in sources]  # file names on macOS and Windows ignore case
+    for name in names:
+        if names.count(name) > 1:
+            same = " and ".join(source.path.name for source in sources if source.name.casefold() == name)
+            raise InputError(f"{path}: {same} would write the same masks; remove or rename one of them")
+    return sources
+
+
+def digest(path: Path, readers: Mapping[str, Reader] = READERS) -> str:
+    """A digest of everything that a scan or mask consists of.
+
+    Raises:
+      InputError: of an unknown format, or it cannot be read.
+    """
+    reader, source = _resolve(path, readers)
+    try:
+        return reader.digest(source)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+
+
+def _resolve(scan: Path | Source, readers: Mapping[str, Reader]) -> tuple[Reader, Source]:
+    """The one scan at a path, and its reader."""
+    path = scan if isinstance(scan, Path) else scan.path
+    found = [(reader, source) for reader in readers.values() for source in reader.find(path)]
+    if isinstance(scan, Source):
+        found = [(reader, source) for reader, source in found if source == scan]
+    if len(found) != 1:
+        problem = "not a scan" if not found else f"{len(found)} scans in it, where one is expected"
+        raise InputError(f"{path}: {problem}; formats that are read: {', '.join(readers)}; convert it first")
+    return found[0]
+
+
+@contextlib.contextmanager
+def open_scan(scan: Path | Source, readers: Mapping[str, Reader] = READERS) -> Iterator[Scan]:
+    """Opens a CT scan and looks at every voxel, a chunk in memory at a time.
+
+    Args:
+      scan: a path that holds one scan, or what `find_sources` found.
+      readers: the table of formats.
+
+    Raises:
+      InputError: not such a file, truncated, NaN or infinite voxels, constant, or of an unknown intensity scale.
+    """
+    reader, source = _resolve(scan, readers)
+    path = source.path
+    with reader.open(source) as opened:
+        planes = opened.grid.shape[2]
+        step = max(1, _CHUNK_BYTES // opened.plane_bytes)
+        ranges = [_range(path, opened.read(2, k, min(k + step, planes))) for k in range(0, planes, step)]
+        low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+        if low == high:
+            raise InputError(f"{path}: every voxel is {low:g}, so this is not a scan; export it again")
+        yield dataclasses.replace(opened, intensity_scale=_intensity_scale(path, low, high))
+
+
+def read_grid(path: Path, readers: Mapping[str, Reader] = READERS) -> Grid:
+    """Where a scan lies, without a look at its voxels."""
+    reader, source = _resolve(path, readers)
+    with reader.open(source) as scan:
+        return scan.grid
+
+
+def read_volume(path: Path, readers: Mapping[str, Reader] = READERS) -> Volume:
+    """Reads a CT scan whole; for the rest see `open_scan`."""
+    with open_scan(path, readers) as scan:
+        return scan.read_slices(0, scan.grid.oriented_shape[-1])
+
+
+def read_mask(
+    path: Path, scan: Path, scan_grid: Grid, readers: Mapping[str, Reader] = READERS
+) -> npt.NDArray[np.uint8]:
+    """Reads a mask's labels, oriented (posterior, left, superior); what is above 0 belongs to the mask.
+
+    Args:
+      path: of a known format.
+      scan: the scan that it belongs to, for messages.
+      scan_grid: its grid.
+      readers: the table of formats.
+
+    Returns:
+      uint8 labels (rows, columns, slices).
+
+    Raises:
+      InputError: unreadable, on another grid than the scan, or labels that are not whole numbers in [0, 255].
+    """
+    reader, source = _resolve(path, readers)
+    with reader.open(source) as mask:
+        grid = mask.grid
+        if grid.shape != scan_grid.shape:
+            raise InputError(f"{path}: shape {grid.shape}, but its scan {scan} has {scan_grid.shape}; use its own mask")
+        values = mask.read(2, 0, grid.shape[2])
+    low, high = _range(path, values)
+    are_integers = values.dtype.kind != "f" or np.array_equal(values, np.rint(values))
+    if low < 0 or high > 255 or not are_integers:
+        raise InputError(f"{path}: values in [{low:g}, {high:g}]; a mask has whole labels from 0 to 255")
+    if max_corner_distance_mm(grid, scan_grid) > 0.5 * min(scan_grid.spacing_mm):
+        raise InputError(f"{path}: its affine differs from that of {scan}; export the mask on the scan's grid")
+    return grid.to_pls(values).astype(np.uint8)
+
+
+def _range(path: Path, values: Array) -> tuple[float, float]:
+    """Smallest and largest value; refuses NaN and infinity (which either of them would be)."""
+    low, high = float(values.min()), float(values.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise InputError(f"{path}: NaN or infinite voxels; replace them (air is -1000 HU) and export again")
+    return low, high
+
+
+def _intensity_scale(path: Path, low: float, high: float) -> IntensityScale:
+    """Infers the intensity scale from the range: air, which every chest scan shows, is far below 0 HU."""
+    if low <= -200:
+        return "hu"
+    if low >= 0 and 1 < high <= 255:
+        return "windowed"
+    raise InputError(
+        f"{path}: values in [{low:g}, {high:g}] are neither Hounsfield units (air near -1000) nor 0..255 over "
+        "HU [-1250, 250]; set the header's slope and intercept so that they give Hounsfield units"
+    )

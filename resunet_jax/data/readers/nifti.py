@@ -1,0 +1,240 @@
+"""NIfTI, packed or not: scans and masks in, masks out on a scan's own grid, bit for bit."""
+
+import contextlib
+import dataclasses
+import gzip
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+from nibabel.filebasedimages import ImageFileError
+from nibabel.openers import Opener
+from nibabel.orientations import OrientationError, io_orientation
+from nibabel.spatialimages import HeaderDataError
+
+from resunet_jax.data.readers.source import Source
+from resunet_jax.data.volume import Array, Grid, Scan, max_corner_distance_mm
+from resunet_jax.errors import InputError, first_line
+from resunet_jax.files import atomic_file
+from resunet_jax.progress import logger
+
+SUFFIXES = (".nii", ".nii.gz")
+
+_MAX_DEFLATE_RATIO = 1032  # gzip cannot shrink more than this (zlib's documentation)
+_CHUNK_BYTES = 2**25  # of a file, in memory at a time
+
+
+@contextlib.contextmanager
+def open_nifti(source: Source) -> Iterator[Scan]:
+    """Opens a .nii or .nii.gz file; the slope and intercept of its header are applied.
+
+    Raises:
+      InputError: no such file, not three-dimensional, not one real number per voxel, truncated, no valid affine.
+    """
+    path = source.path
+    image = _open(path)
+    with _voxels(path, image) as voxels:
+        grid = _grid(path, image)
+        if image.header["sform_code"] == image.header["qform_code"] == 0:
+            logger.warning(
+                "%s: its header does not say how it lies in space; taking its axes as %s",
+                path,
+                "".join(nib.aff2axcodes(grid.affine)),
+            )
+
+        def read(axis: int, start: int, stop: int) -> Array:
+            return _scaled(voxels.read(axis, start, stop), image)
+
+        yield Scan(grid, read, voxels.plane_bytes)
+
+
+def form_codes(grid: Grid) -> tuple[int, int] | None:
+    """Sform and qform code of a scan's header; None for a scan of another format."""
+    return None if grid.header is None else (int(grid.header["sform_code"]), int(grid.header["qform_code"]))
+
+
+def header_problems(grid: Grid) -> Iterator[tuple[str, str]]:
+    """What is doubtful in a header, as (kind, problem and remedy)."""
+    codes = form_codes(grid)
+    if codes == (0, 0):
+        yield "codes", "sform and qform code are 0, so left and right are a guess; set them"
+    if codes is not None and all(codes):
+        forms = (np.asarray(form, np.float64) for form in (grid.header.get_sform(), grid.header.get_qform()))
+        sform, qform = (dataclasses.replace(grid, affine=form) for form in forms)
+        apart = max_corner_distance_mm(sform, qform)
+        if apart > 0.5 * min(grid.spacing_mm):
+            yield "affine", f"sform and qform lie {apart:.1f} mm apart; the sform is used, set the qform equal to it"
+
+
+def write_nifti(path: Path, array: Array, grid: Grid) -> None:
+    """Writes an array (rows, columns, slices) whole; for the rest see `nifti_writer`."""
+    with nifti_writer(path, array.dtype, grid) as write:
+        write(0, array)
+
+
+@contextlib.contextmanager
+def nifti_writer(path: Path, dtype: npt.DTypeLike, grid: Grid) -> Iterator[Callable[[int, Array], None]]:
+    """Writes an array on a scan's own grid, some slices at a time; the file appears atomically.
+
+    Args:
+      path: .nii or .nii.gz; there when the block has ended well.
+      dtype: uint8 or float32.
+      grid: the scan's; shape, affine and codes of the file become its, bit for bit.
+
+    Yields:
+      `write(start, array)`, for (rows, columns, slices) oriented (posterior, left, superior), from slice `start`; what
+      is not written is 0.
+
+    Raises:
+      InputError: the folder, or the temporary file that holds the array meanwhile, cannot be written.
+    """
+    header = _new_header(grid) if grid.header is None else grid.header.copy()
+    header.extensions.clear()
+    header.set_data_dtype(dtype)
+    header["cal_min"] = header["cal_max"] = header["vox_offset"] = 0
+    header.set_slope_inter(1, 0)
+    with atomic_file(path) as partial, tempfile.TemporaryFile() as file:
+        array = _DiskArray(file, 0, header.get_data_dtype(), grid.shape)
+        file.truncate(array.plane_bytes * grid.shape[2])
+
+        def write(start: int, values: Array) -> None:
+            axis, first, _ = grid.file_slices(start, start + values.shape[-1])
+            array.write(axis, first, grid.from_pls(values))
+
+        yield write
+        with Opener(partial, "wb") as target:
+            header.write_to(target)
+            target.write(bytes(int(header["vox_offset"]) - target.tell()))
+            file.seek(0)
+            shutil.copyfileobj(file, target, _CHUNK_BYTES)
+
+
+def _new_header(grid: Grid) -> Any:
+    header = nib.Nifti1Image(np.broadcast_to(np.uint8(0), grid.shape), grid.affine).header
+    header.set_xyzt_units("mm")
+    return header
+
+
+@dataclasses.dataclass(frozen=True)
+class _DiskArray:
+    """An array in a file, its first axis the fastest, read and written some planes at a time.
+
+    Attributes:
+      file: open for reading, and for writing where it is written.
+      offset: of the first value, in bytes.
+      dtype: of the file.
+      shape: three axes.
+    """
+
+    file: BinaryIO
+    offset: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, int, int]
+
+    @property
+    def plane_bytes(self) -> int:
+        """Of all values at one index of the last axis."""
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+    def read(self, axis: int, start: int, stop: int) -> Array:
+        """The array from start to stop along an axis."""
+        values: Array = np.empty((*self.shape[:axis], stop - start, *self.shape[axis + 1 :]), self.dtype, order="F")
+        for first, planes, place in self._pieces(axis, start, stop):
+            piece = self._planes(first, planes)
+            values[place] = piece if axis == 2 else piece[(slice(None),) * axis + (slice(start, stop),)]
+        return values
+
+    def write(self, axis: int, start: int, values: Array) -> None:
+        """Overwrites the array from start along an axis."""
+        stop = start + values.shape[axis]
+        for first, planes, place in self._pieces(axis, start, stop):
+            piece = values[place]
+            if axis < 2:
+                piece, inserted = self._planes(first, planes), piece
+                piece[(slice(None),) * axis + (slice(start, stop),)] = inserted
+            self.file.seek(self.offset + first * self.plane_bytes)
+            np.asarray(piece, self.dtype).T.tofile(self.file)
+
+    def _planes(self, first: int, planes: int) -> Array:
+        self.file.seek(self.offset + first * self.plane_bytes)
+        values = np.fromfile(self.file, self.dtype, planes * self.shape[0] * self.shape[1])
+        return values.reshape((*self.shape[:2], planes), order="F")
+
+    def _pieces(self, axis: int, start: int, stop: int) -> Iterator[tuple[int, int, tuple[slice, ...]]]:
+        """Runs of planes of the last axis, by first and number, and their place in the values from start to stop."""
+        begin, end = (start, stop) if axis == 2 else (0, self.shape[2])
+        step = max(1, _CHUNK_BYTES // self.plane_bytes)
+        for first in range(begin, end, step):
+            planes = min(step, end - first)
+            yield first, planes, (slice(None), slice(None), slice(first - begin, first - begin + planes))
+
+
+def _open(path: Path) -> Any:
+    try:
+        image = nib.load(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; check the path") from error
+    except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as NIfTI ({first_line(error)}); export it again") from error
+    if not isinstance(image, nib.Nifti1Image | nib.Nifti2Image):
+        raise InputError(f"{path}: not a single-file NIfTI image; convert it")
+    if len(image.shape) != 3 or min(image.shape) < 1:
+        raise InputError(f"{path}: shape {image.shape}; expected a volume of three dimensions; split the series first")
+    if image.get_data_dtype().kind not in "iuf":
+        raise InputError(
+            f"{path}: voxels of type {image.get_data_dtype()}; expected one real number per voxel, not colour"
+        )
+    return image
+
+
+@contextlib.contextmanager
+def _voxels(path: Path, image: Any) -> Iterator[_DiskArray]:
+    """The voxels as stored, all that the header promises; those of a .nii.gz are unpacked to a temporary file."""
+    dtype, offset = image.get_data_dtype(), image.dataobj.offset
+    needed = offset + int(np.prod(image.shape, dtype=np.float64)) * dtype.itemsize
+    zipped = path.name.lower().endswith(".gz")
+    if needed > path.stat().st_size * (_MAX_DEFLATE_RATIO if zipped else 1):
+        raise InputError(f"{path}: its header promises {needed:,} bytes, so the file is cut off; copy it again")
+    if not zipped:
+        with path.open("rb") as file:
+            yield _DiskArray(file, offset, dtype, image.shape)
+        return
+    with tempfile.TemporaryFile() as unpacked:
+        try:
+            with gzip.open(path) as packed:
+                while unpacked.tell() < needed and (chunk := packed.read(min(_CHUNK_BYTES, needed - unpacked.tell()))):
+                    unpacked.write(chunk)
+                packed.read(1)  # checks, where the voxels are the end, that they are what was packed
+            unpacked.flush()
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"{path}: its voxels cannot be read ({first_line(error)}); copy it again") from error
+        if unpacked.tell() < needed:
+            raise InputError(f"{path}: its header promises {needed:,} bytes, so the file is cut off; copy it again")
+        yield _DiskArray(unpacked, offset, dtype, image.shape)
+
+
+def _scaled(values: Array, image: Any) -> Array:
+    """Slope and intercept of the header applied; integers stay integers where there are none."""
+    slope, intercept = image.dataobj.slope, image.dataobj.inter
+    if (slope, intercept) == (1, 0):
+        return values
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled: Array = values.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+    return scaled
+
+
+def _grid(path: Path, image: Any) -> Grid:
+    affine = np.asarray(image.affine, dtype=np.float64)
+    try:
+        orientation = io_orientation(affine) if np.isfinite(affine).all() else np.full((3, 2), np.nan)
+    except (OrientationError, np.linalg.LinAlgError):
+        orientation = np.full((3, 2), np.nan)
+    if np.isnan(orientation).any() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise InputError(f"{path}: its affine does not say how the axes lie in space; export it with a valid one")
+    return Grid(image.shape, affine, image.header.copy())

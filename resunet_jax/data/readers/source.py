@@ -1,0 +1,41 @@
+"""What a reader finds, and what readers of single files share."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Source(NamedTuple):
+    """One scan that a reader has found.
+
+    Attributes:
+      path: file or folder.
+      name: without suffix; what is written for the scan is named after it.
+      series: which of several scans at this path, or "".
+    """
+
+    path: Path
+    name: str
+    series: str = ""
+
+
+def by_suffix(suffixes: tuple[str, ...]) -> Callable[[Path], list[Source]]:
+    """A reader's `find` for a format of single files, known by their suffix in any case; hidden ones are left out."""
+
+    def one(path: Path) -> list[Source]:
+        matching = [suffix for suffix in suffixes if path.name.lower().endswith(suffix)]
+        if not matching or path.name.startswith("."):
+            return []
+        return [Source(path, path.name[: -max(map(len, matching))])]
+
+    def find(path: Path) -> list[Source]:
+        return one(path) or (sorted(s for entry in path.iterdir() for s in one(entry)) if path.is_dir() else [])
+
+    return find
+
+
+def file_digest(source: Source) -> str:
+    """SHA-256 of the content, for a scan that is one file."""
+    with source.path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

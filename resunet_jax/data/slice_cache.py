@@ -1,0 +1,117 @@
+"""The preprocessed cache: each volume read once; cropped, resized slices memory-mapped from disk.
+
+A scan's slices lie in a folder of their own whose name is a digest of everything that made them: the content of its
+files, the settings, and the version of this module. The folder is written atomically.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from resunet_jax.config import PreprocessConfig
+from resunet_jax.data.cases import Case
+from resunet_jax.data.preprocess import prepare_mask, prepare_volume
+from resunet_jax.data.readers import READERS, Reader, digest, read_mask, read_volume
+from resunet_jax.data.volume import FloatArray
+from resunet_jax.errors import InputError
+from resunet_jax.files import atomic_dir, make_output_dir
+from resunet_jax.progress import progress
+
+_FORMAT = 1  # raise it when the same files and settings would give other slices
+_MAX_WORKERS = 4  # each holds a volume in memory
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedCase:
+    """The slices of one scan, as a model sees them.
+
+    Attributes:
+      case: where they come from.
+      images: float32 (slices, S, S) in [0, 1].
+      boxes: int32 (slices, 4): row, column, height, width of each crop in its slice, in pixels.
+      lung: uint8 (slices, S, S), 1 in either lung.
+      infection: uint8 (slices, S, S), or None where the case has no infection mask.
+    """
+
+    case: Case
+    images: FloatArray
+    boxes: npt.NDArray[np.int32]
+    lung: npt.NDArray[np.uint8]
+    infection: npt.NDArray[np.uint8] | None
+
+
+def prepare_cases(
+    cases: Sequence[Case], config: PreprocessConfig, cache_dir: Path, readers: Mapping[str, Reader] = READERS
+) -> list[PreparedCase]:
+    """Opens the slices of each case, preparing first what is not in the cache.
+
+    Args:
+      cases: the scans.
+      config: how to prepare them.
+      cache_dir: created where it is missing. It may be deleted at any time between runs.
+      readers: the table of formats.
+
+    Raises:
+      InputError: a scan or mask is bad, or the cache cannot be written.
+    """
+    make_output_dir(cache_dir)
+    with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1)) as executor:
+        try:
+            folders = [cache_dir / name for name in executor.map(lambda case: _digest(case, config, readers), cases)]
+            missing = [(case, folder) for case, folder in zip(cases, folders, strict=True) if not folder.is_dir()]
+            if missing:
+                with progress("preparing scans", len(missing)) as advance:
+                    for case_id in executor.map(lambda pair: _build(pair[0], pair[1], config, readers), missing):
+                        advance(case_id)
+        finally:
+            executor.shutdown(cancel_futures=True)
+    return [_open(case, folder) for case, folder in zip(cases, folders, strict=True)]
+
+
+def _digest(case: Case, config: PreprocessConfig, readers: Mapping[str, Reader]) -> str:
+    files = (case.ct, case.lung_mask, case.infection_mask)
+    key = [
+        json.dumps([_FORMAT, dataclasses.asdict(config)]),
+        *("none" if path is None else digest(path, readers) for path in files),
+    ]
+    return f"{case.id}-{hashlib.sha256(' '.join(key).encode()).hexdigest()[:24]}"
+
+
+def _build(case: Case, folder: Path, config: PreprocessConfig, readers: Mapping[str, Reader]) -> str:
+    volume = read_volume(case.ct, readers)
+    masks = {"lung": case.lung_mask, "infection": case.infection_mask}
+    # Masks are read before the slow part, so that a bad one is reported at once.
+    labels = {name: read_mask(path, case.ct, volume.grid, readers) for name, path in masks.items() if path is not None}
+    images, boxes = prepare_volume(volume, config)
+    with atomic_dir(folder) as partial:
+        np.save(partial / "images.npy", images)
+        np.save(partial / "boxes.npy", boxes)
+        for name, label in labels.items():
+            np.save(partial / f"{name}.npy", prepare_mask(label, boxes, config.image_size))
+    return case.id
+
+
+def _open(case: Case, folder: Path) -> PreparedCase:
+    try:
+        images, boxes, lung = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "boxes", "lung"))
+        infection = np.load(folder / "infection.npy", mmap_mode="r") if case.infection_mask else None
+        slices = images.shape
+        expected = {
+            np.float32: [images],
+            np.int32: [boxes],
+            np.uint8: [lung] if infection is None else [lung, infection],
+        }
+        if any(a.dtype != dtype for dtype, some in expected.items() for a in some) or images.ndim != 3:
+            raise ValueError("arrays of another type")
+        if boxes.shape != (slices[0], 4) or any(mask.shape != slices for mask in expected[np.uint8]):
+            raise ValueError("arrays of other shapes")
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{folder}: damaged ({error}); delete this folder, it will be made again") from error
+    return PreparedCase(case, images, boxes, lung, infection)

@@ -1,0 +1,167 @@
+"""Geometry and intensity of a scan, whatever file it comes from.
+
+Everywhere inside, a volume is oriented (posterior, left, superior): first index towards the back, second towards the
+patient's left, third towards the head, so that `values[..., k]` is an axial slice as radiologists look at it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+
+Array = npt.NDArray[Any]
+FloatArray = npt.NDArray[np.float32]
+IntensityScale = Literal["hu", "windowed"]
+
+HU_WINDOW = (-1250.0, 250.0)
+"""The part of the Hounsfield scale that is mapped to [0, 1]; scans in 0..255 are taken to come clipped to it."""
+
+_ORIENTATION = axcodes2ornt(("P", "L", "S"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Where the voxels of a scan lie in space.
+
+    Attributes:
+      shape: of the array in the file.
+      affine: (4, 4), voxel index to mm.
+      header: the file's own header, for a writer of the same format that copies it; None where there is none.
+    """
+
+    shape: tuple[int, int, int]
+    affine: npt.NDArray[np.float64]
+    header: Any = None
+
+    def to_pls(self, array: Array) -> Array:
+        """From the file's axes to (posterior, left, superior); a view."""
+        oriented: Array = apply_orientation(array, self._transform)
+        return oriented
+
+    def from_pls(self, array: Array) -> Array:
+        """From (posterior, left, superior) to the file's axes; the exact inverse of `to_pls`."""
+        restored: Array = apply_orientation(array, ornt_transform(_ORIENTATION, io_orientation(self.affine)))
+        return restored
+
+    @property
+    def _transform(self) -> Array:
+        transform: Array = ornt_transform(io_orientation(self.affine), _ORIENTATION)
+        return transform
+
+    @property
+    def oriented_shape(self) -> tuple[int, int, int]:
+        """Of the oriented volume: (rows, columns, slices)."""
+        rows, columns, slices = (self.shape[int(np.flatnonzero(self._transform[:, 0] == axis)[0])] for axis in range(3))
+        return rows, columns, slices
+
+    def file_slices(self, start: int, stop: int) -> tuple[int, int, int]:
+        """Where slices start to stop lie in the file: the axis, and the range along it."""
+        axis = int(np.flatnonzero(self._transform[:, 0] == 2)[0])
+        if self._transform[axis, 1] < 0:
+            start, stop = self.shape[axis] - stop, self.shape[axis] - start
+        return axis, start, stop
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel size along (posterior, left, superior), in mm."""
+        oriented = self.affine @ inv_ornt_aff(self._transform, self.shape)
+        row, column, slice_ = np.linalg.norm(oriented[:3, :3], axis=0)
+        return float(row), float(column), float(slice_)
+
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of one voxel, in ml."""
+        return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000
+
+
+def max_corner_distance_mm(grid: Grid, other: Grid) -> float:
+    """Largest distance between the same corner of the volume on two grids of one shape, in mm."""
+    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in grid.shape], [1], indexing="ij"), axis=-1).reshape(-1, 4)
+    apart = corners @ (grid.affine - other.affine).T
+    return float(np.linalg.norm(apart[:, :3], axis=-1).max())
+
+
+@dataclasses.dataclass(frozen=True)
+class Volume:
+    """A CT scan, or some slices of one, in memory.
+
+    Attributes:
+      values: (rows, columns, slices) as in the file, oriented (posterior, left, superior); a number type.
+      intensity_scale: "hu" for Hounsfield units, "windowed" for 0..255 over `HU_WINDOW`.
+      grid: of the whole scan.
+    """
+
+    values: Array
+    intensity_scale: IntensityScale
+    grid: Grid
+
+    def normalize_hu(self, k: int, offset: float = 0.0) -> FloatArray:
+        """Slice k on the physical scale: HU [-1250, 250] is [0, 1]; `offset` is added, what lies outside is clipped."""
+        low, high = HU_WINDOW if self.intensity_scale == "hu" else (0.0, 255.0)
+        scaled: FloatArray = (self.values[..., k].astype(np.float32) - np.float32(low)) / np.float32(high - low)
+        if offset:
+            scaled += np.float32(offset)
+        return np.clip(scaled, 0, 1, out=scaled)
+
+    def normalize_minmax(self, k: int) -> FloatArray:
+        """Slice k with its own minimum as 0 and maximum as 1, as the original did; a constant slice is 0."""
+        values = self.values[..., k].astype(np.float32)
+        low, high = values.min(), values.max()
+        if low == high:
+            return np.zeros_like(values)
+        scaled: FloatArray = (values - low) / (high - low)
+        return scaled
+
+    def sample_slices(self, count: int) -> "Volume":
+        """Up to `count` slices, evenly spread, the first and the last among them."""
+        return dataclasses.replace(self, values=self.values[..., _sample(self.values.shape[-1], count)])
+
+
+def hu_to_window(hu: float) -> float:
+    """Where a value in HU lies on the scale of `Volume.normalize_hu`."""
+    low, high = HU_WINDOW
+    return (hu - low) / (high - low)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """An open scan, of which any slices can be read.
+
+    Attributes:
+      grid: where it lies.
+      read: (axis of the file, start, stop) to the values from start to stop along that axis, in the file's axes.
+      plane_bytes: size of all values at one index of the last axis, to decide how many to read at a time.
+      intensity_scale: see `Volume`; `open_scan` infers it from the values.
+    """
+
+    grid: Grid
+    read: Callable[[int, int, int], Array]
+    plane_bytes: int
+    intensity_scale: IntensityScale = "hu"
+
+    def read_slices(self, start: int, stop: int) -> Volume:
+        """Slices start to stop, in memory."""
+        values = self.grid.to_pls(self.read(*self.grid.file_slices(start, stop)))
+        return Volume(values, self.intensity_scale, self.grid)
+
+    def sample_slices(self, count: int) -> Volume:
+        """As `Volume.sample_slices`, in memory."""
+        chunks = [self.read_slices(k, k + 1) for k in _sample(self.grid.oriented_shape[-1], count)]
+        return Volume(np.concatenate([chunk.values for chunk in chunks], axis=-1), self.intensity_scale, self.grid)
+
+
+def scan_from_array(values: Array, affine: npt.NDArray[np.float64]) -> Scan:
+    """A scan in memory: values (x, y, z) and their affine, voxel index to mm, as nibabel has them."""
+    first, second, third = values.shape
+
+    def read(axis: int, start: int, stop: int) -> Array:
+        return values[(slice(None),) * axis + (slice(start, stop),)]
+
+    return Scan(Grid((first, second, third), np.asarray(affine, np.float64)), read, values[..., 0].nbytes)
+
+
+def _sample(slices: int, count: int) -> list[int]:
+    return sorted({round(k) for k in np.linspace(0, slices - 1, count)})

@@ -1,0 +1,276 @@
+"""Models against references: per volume on its native grid, and by the original's batch-wise soft Dice."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from resunet_jax.data.readers import READERS, Reader, read_mask, read_volume
+from resunet_jax.data.slice_cache import PreparedCase
+from resunet_jax.data.volume import Array, FloatArray, Volume
+from resunet_jax.inference.predictor import Predictor
+from resunet_jax.metrics import METRICS, Comparison, Metric, with_legacy_keys
+from resunet_jax.metrics.bootstrap import summary_statistics
+from resunet_jax.metrics.calibration import Calibration, calibration_sums
+from resunet_jax.metrics.lesions import dice_by_burden
+from resunet_jax.metrics.lung_sides import LEFT, RIGHT, split_lungs
+from resunet_jax.metrics.overlap import (
+    COUNTS,
+    SOFT_METRICS,
+    TOLERANCE_MM,
+    confusion_counts,
+    empty_masks,
+    hard_metrics,
+    soft_metrics,
+)
+from resunet_jax.plots import Overlay
+from resunet_jax.progress import progress
+
+SOFT_BATCH_SIZE = 4
+"""Slices per batch in the original's testing."""
+
+STRUCTURES = ("lung", "left_lung", "right_lung", "infection")
+
+_SOFT_NOTE = (
+    f"Soft counts over batches of {SOFT_BATCH_SIZE} slices of the model grid, averaged over batches, as the original "
+    "project reported. They are low whatever the model: in a batch without the structure nothing can be hit, so every "
+    "probability above zero drives Dice and precision to 0, and such batches weigh as much as full ones (half of the "
+    "slices show no infection). Compare them with the original's numbers, never with the Dice of volumes."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found; undefined values are NaN.
+
+    Attributes:
+      volumes: one row per case and structure on the native grid: "case", "patient", "structure", the metrics, the
+        counts in voxels, "volume_ml" and "reference_ml", for the infection alone "lung_involvement" and
+        "reference_lung_involvement" (the infected fraction of the lung), and "empty", which tells whether a mask is
+        empty (see `empty_masks`). Errors are predicted minus reference.
+      slices: one row per case, structure and native slice: "case", "structure", "slice" (0 is the lowest), the counts.
+      model_grid: the volumes counted on the cropped and resized slices that the model sees; hard metrics only.
+      soft_batch: {structure: the original's soft metrics, mean over batches of 4 slices}.
+      calibration: {structure: over all pixels of the model grid}.
+      overlays: (Dice, slice) of each case: the slice with most of the reference.
+      settings: what the numbers depend on: "protocol", "threshold", "min_component_fraction", "tolerance_mm".
+      metrics: the table that the rows have columns of.
+    """
+
+    volumes: list[dict[str, Any]]
+    slices: list[dict[str, Any]]
+    model_grid: list[dict[str, Any]]
+    soft_batch: dict[str, dict[str, float]]
+    calibration: dict[str, Calibration]
+    overlays: list[tuple[float, Overlay]]
+    settings: dict[str, Any]
+    metrics: Mapping[str, Metric] = dataclasses.field(default_factory=lambda: METRICS)
+
+    def to_json(self) -> str:
+        """For metrics.json; undefined values are null, and renamed keys of 0.6.0 are repeated under their old name."""
+        by_burden = dice_by_burden(self.volumes)
+        values = {
+            "settings": {**self.settings, "smallest_region": self.settings["min_component_fraction"]},
+            "volumes": [with_legacy_keys(row) for row in self.volumes],
+            "summary": {s: with_legacy_keys(row) for s, row in summarize(self.volumes, self.metrics).items()},
+            "infection_dice_by_burden": by_burden,
+            "infection_dice_by_load": by_burden,
+            "model_grid": self.model_grid,
+            "calibration": {s: calibration.to_dict() for s, calibration in self.calibration.items()},
+            "soft_batch": {"note": _SOFT_NOTE, **self.soft_batch},
+        }
+        return json.dumps(nan_to_none(values), indent=2) + "\n"
+
+    @property
+    def soft_note(self) -> str:
+        """Why the soft numbers are low."""
+        return _SOFT_NOTE
+
+
+def summarize(
+    volumes: Sequence[Mapping[str, Any]], metrics: Mapping[str, Metric] = METRICS
+) -> dict[str, dict[str, dict[str, float]]]:
+    """{structure: {metric: see `summary_statistics`}} over rows as in `Evaluation.volumes`."""
+    groups = {s: [row for row in volumes if row["structure"] == s] for s in STRUCTURES}
+    return {
+        structure: {
+            metric: summary_statistics([row[metric] for row in group], [row["patient"] for row in group])
+            for metric in metrics
+        }
+        for structure, group in groups.items()
+        if group
+    }
+
+
+def evaluate_cases(
+    predictor: Predictor,
+    cases: Sequence[PreparedCase],
+    *,
+    tolerance_mm: Mapping[str, float] = TOLERANCE_MM,
+    protocol: str = "",
+    metrics: Mapping[str, Metric] = METRICS,
+    readers: Mapping[str, Reader] = READERS,
+) -> Evaluation:
+    """Segments each case and compares it with its reference masks.
+
+    Args:
+      predictor: the models and their thresholds.
+      cases: prepared as `predictor.preprocess` says; those without an infection mask are compared for the lung only.
+      tolerance_mm: of the surface Dice, for "lung" and "infection".
+      protocol: by which the cases were chosen; goes into the settings.
+      metrics: the table of metrics.
+      readers: the table of formats.
+
+    Raises:
+      InputError: a file that was readable before no longer is.
+    """
+    soft = {structure: _SoftBatches() for structure in predictor.structures}
+    calibration: dict[str, Calibration] = {}
+    volumes, slices, model_grid, overlays = [], [], [], []
+    with progress("evaluating", len(cases)) as advance:
+        for prepared in cases:
+            probabilities = predictor.scan_probabilities(prepared.images)
+            for structure in predictor.structures:
+                target = getattr(prepared, structure)
+                if target is not None:
+                    soft[structure].add(probabilities[structure], target)
+                    sums = calibration_sums(probabilities[structure], target)
+                    calibration[structure] = calibration[structure] + sums if structure in calibration else sums
+                    counts = _counts(probabilities[structure] > predictor.threshold(structure), target > 0)
+                    model_grid.append({**_names(prepared, structure), **hard_metrics(counts), **counts})
+            volume = read_volume(prepared.case.ct, readers)
+            comparisons = _comparisons(predictor, prepared, volume, probabilities, tolerance_mm, readers)
+            rows = [{**_names(prepared, c.structure), **_row(c, metrics)} for c in comparisons]
+            volumes += rows
+            slices += [row for comparison in comparisons for row in _slice_rows(prepared, comparison)]
+            overlays.append((rows[-1]["dice"], _overlay(predictor, prepared, volume, comparisons)))
+            advance(prepared.case.id)
+    settings = {
+        "protocol": protocol,
+        "threshold": {s: predictor.threshold(s) for s in predictor.structures},
+        "min_component_fraction": predictor.min_component_fraction,
+        "tolerance_mm": dict(tolerance_mm),
+    }
+    soft_batch = {s: batches.mean() for s, batches in soft.items()}
+    return Evaluation(volumes, slices, model_grid, soft_batch, calibration, overlays, settings, metrics)
+
+
+def _counts(predicted: Array, reference: Array) -> dict[str, int]:
+    return {name: int(count) for name, count in confusion_counts(predicted, reference).items()}
+
+
+def _comparisons(
+    predictor: Predictor,
+    prepared: PreparedCase,
+    volume: Volume,
+    probabilities: Mapping[str, FloatArray],
+    tolerance_mm: Mapping[str, float],
+    readers: Mapping[str, Reader],
+) -> list[Comparison]:
+    """Predicted and reference masks on the native grid, of each structure that both have."""
+    case, grid = prepared.case, volume.grid
+    native = predictor.to_native_grid(probabilities, prepared.boxes, volume.values.shape[:2])
+    predicted = {name: slices.mask for name, slices in native.items()}
+    labels = read_mask(case.lung_mask, case.ct, grid, readers)
+    reference: dict[str, Array] = {"lung": labels > 0}
+    if case.infection_mask is not None:
+        reference["infection"] = read_mask(case.infection_mask, case.ct, grid, readers) > 0
+    if "lung" in predicted and (labels == LEFT).any() and (labels == RIGHT).any():
+        predicted |= split_lungs(predicted["lung"])
+        reference |= {"left_lung": labels == LEFT, "right_lung": labels == RIGHT}
+    return [
+        Comparison(
+            structure,
+            predicted,
+            reference,
+            grid.spacing_mm,
+            grid.voxel_ml,
+            tolerance_mm["infection" if structure == "infection" else "lung"],
+        )
+        for structure in STRUCTURES
+        if structure in predicted and structure in reference
+    ]
+
+
+def _row(comparison: Comparison, metrics: Mapping[str, Metric]) -> dict[str, Any]:
+    volume_ml, reference_ml = comparison.volumes_ml
+    lung_involvement, reference_lung_involvement = comparison.lung_involvement
+    return {
+        **{name: float(metric.value(comparison)) for name, metric in metrics.items()},
+        "volume_ml": volume_ml,
+        "reference_ml": reference_ml,
+        **{name: comparison.counts[name] for name in COUNTS},
+        "empty": empty_masks(comparison.counts),
+        "lung_involvement": lung_involvement,
+        "reference_lung_involvement": reference_lung_involvement,
+    }
+
+
+def _slice_rows(prepared: PreparedCase, comparison: Comparison) -> list[dict[str, Any]]:
+    counts = confusion_counts(*comparison.masks, axis=(0, 1))
+    return [
+        {
+            "case": prepared.case.id,
+            "structure": comparison.structure,
+            "slice": k,
+            **{name: int(counts[name][k]) for name in COUNTS},
+        }
+        for k in range(len(prepared.boxes))
+    ]
+
+
+def _overlay(
+    predictor: Predictor, prepared: PreparedCase, volume: Volume, comparisons: Sequence[Comparison]
+) -> Overlay:
+    """The slice with most of the last structure, which is the infection where there is one."""
+    first, last = comparisons[0].masks[1], comparisons[-1].masks[1]
+    shown = next((mask for mask in (last, first) if mask.any()), last)
+    k = int(np.argmax(shown.sum(axis=(0, 1))))
+    pairs = {c.structure: c.masks for c in comparisons if c.structure in predictor.structures}
+    return Overlay(
+        f"{prepared.case.id} slice {k}",
+        volume.normalize_hu(k),
+        {structure: reference[..., k] for structure, (_, reference) in pairs.items()},
+        {structure: predicted[..., k] for structure, (predicted, _) in pairs.items()},
+    )
+
+
+def _names(prepared: PreparedCase, structure: str) -> dict[str, Any]:
+    return {"case": prepared.case.id, "patient": prepared.case.patient, "structure": structure}
+
+
+class _SoftBatches:
+    """The original's test loader: slices of all volumes in a row, cut into batches that do not respect volumes."""
+
+    def __init__(self) -> None:
+        self._rest: list[tuple[FloatArray, Array]] = []
+        self._metrics: list[dict[str, float]] = []
+
+    def add(self, probabilities: FloatArray, targets: Array) -> None:
+        self._rest += zip(probabilities, targets, strict=True)
+        while len(self._rest) >= SOFT_BATCH_SIZE:
+            self._flush()
+
+    def _flush(self) -> None:
+        batch, self._rest = self._rest[:SOFT_BATCH_SIZE], self._rest[SOFT_BATCH_SIZE:]
+        self._metrics.append(soft_metrics(np.stack([p for p, _ in batch]), np.stack([t for _, t in batch])))
+
+    def mean(self) -> dict[str, float]:
+        if self._rest:
+            self._flush()
+        return {
+            name: float(np.mean([m[name] for m in self._metrics])) if self._metrics else math.nan
+            for name in SOFT_METRICS
+        }
+
+
+def nan_to_none(value: Any) -> Any:
+    """NaN, which JSON does not have, as null, at any depth of dicts and lists."""
+    if isinstance(value, dict):
+        return {name: nan_to_none(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [nan_to_none(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,272 @@
+"""From prepared slices to masks on the scan's own grid, in the one way that this package has.
+
+Two stages: `Predictor.slice_probabilities` runs the models over any slices; `Predictor.postprocess` works on the
+probabilities of a whole scan. `Predictor.to_native_grid` then gives probabilities and masks on the grid of the scan.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from resunet_jax.config import PostprocessConfig, PreprocessConfig, Structure
+from resunet_jax.data.roi import Box, resize_paste
+from resunet_jax.data.slice_cache import PreparedCase
+from resunet_jax.data.volume import Array, FloatArray
+from resunet_jax.errors import InputError
+from resunet_jax.inference.postprocess import remove_small_components
+from resunet_jax.metrics.overlap import confusion_counts, hard_metrics
+from resunet_jax.model.build import ARCHITECTURES, Architecture
+from resunet_jax.model.cascade import infection_input, predict_probability
+from resunet_jax.model.resunet import Variables
+from resunet_jax.model.winograd import default_convolution
+from resunet_jax.progress import logger, progress
+from resunet_jax.weights.store import LoadedModel, fingerprint, load_model_for, load_threshold
+
+THRESHOLD = 0.5
+"""A voxel whose probability is above it belongs to the mask, unless another threshold is asked for."""
+
+THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
+"""Those that `choose_threshold` chooses from."""
+
+_CHUNK_SLICES = 64  # pasted at a time: a scan may have any number of slices
+
+
+class NativeSlices(NamedTuple):
+    """Some slices of a structure on the scan's own grid.
+
+    Attributes:
+      probability: float32 (rows, columns, slices) in [0, 1], 0 outside the body's boxes.
+      mask: bool, the same shape.
+    """
+
+    probability: FloatArray
+    mask: npt.NDArray[np.bool_]
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """The restored models, ready for slices; make it with `load_predictor`.
+
+    Attributes:
+      lung: on CT, or None.
+      infection: on CT or on [CT, lung probability], or None.
+      batch_size: slices at a time.
+      thresholds: by structure, in (0, 1); `THRESHOLD` where there is none.
+    """
+
+    lung: LoadedModel | None
+    infection: LoadedModel | None
+    batch_size: int = 8
+    thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def structures(self) -> tuple[str, ...]:
+        """What it segments: "lung", "infection" or both."""
+        models = {"lung": self.lung, "infection": self.infection}
+        return tuple(name for name, model in models.items() if model is not None)
+
+    @property
+    def preprocess(self) -> PreprocessConfig:
+        """How slices have to be prepared."""
+        return next(model.config.preprocess for model in (self.lung, self.infection) if model is not None)
+
+    def threshold(self, structure: str) -> float:
+        """A voxel belongs to the structure where its probability is above this."""
+        return self.thresholds.get(structure, THRESHOLD)
+
+    @property
+    def min_component_fraction(self) -> float:
+        """Components of the lung mask smaller than this fraction of the largest are removed."""
+        return self.lung.config.postprocess.min_component_fraction if self.lung is not None else 0.0
+
+    def slice_probabilities(self, images: FloatArray) -> dict[str, FloatArray]:
+        """Runs the models over prepared slices; after a lung model, the infection model only where it found lung.
+
+        Args:
+          images: float32 (slices, S, S) in [0, 1].
+
+        Returns:
+          for each structure, float32 (slices, S, S) in [0, 1]; it does not depend on the batch size. In slices without
+          a lung mask the infection's probability is 0.
+        """
+        outputs: dict[str, FloatArray] = {}
+        if self.lung is not None:
+            outputs["lung"] = self._run("lung", images)
+        if self.infection is not None and self.lung is None:
+            outputs["infection"] = self._run("infection", images)
+        elif self.infection is not None:
+            with_lung = np.flatnonzero((outputs["lung"] > self.threshold("lung")).any(axis=(1, 2)))
+            inputs = (images, outputs["lung"])[: self.infection.model.in_channels]
+            outputs["infection"] = np.zeros(images.shape, np.float32)
+            outputs["infection"][with_lung] = self._run("infection", *(channel[with_lung] for channel in inputs))
+        return outputs
+
+    def postprocess(self, probabilities: Mapping[str, FloatArray]) -> None:
+        """Removes, in place, what cannot be part of a mask; for the slices of a whole scan.
+
+        Args:
+          probabilities: as `slice_probabilities` returns them; what is removed becomes 0.
+        """
+        remove_small_components(probabilities, self.threshold("lung"), self.min_component_fraction)
+
+    def scan_probabilities(self, images: FloatArray) -> dict[str, FloatArray]:
+        """Both stages for a whole scan in memory; for arguments and result see `slice_probabilities`."""
+        probabilities = self.slice_probabilities(images)
+        self.postprocess(probabilities)
+        return probabilities
+
+    def to_native_grid(
+        self,
+        probabilities: Mapping[str, FloatArray],
+        boxes: npt.NDArray[np.int32],
+        shape: tuple[int, int],
+    ) -> dict[str, NativeSlices]:
+        """Pastes prepared slices back to where they were cropped, and applies the thresholds.
+
+        Args:
+          probabilities: by structure, (slices, S, S), after `postprocess`.
+          boxes: (slices, 4), see `prepare_volume`.
+          shape: (rows, columns) of the scan's slices, in pixels.
+        """
+        native = {}
+        for name, slices in probabilities.items():
+            pasted = np.stack(
+                [resize_paste(one, Box(*map(int, box)), shape) for one, box in zip(slices, boxes, strict=True)], axis=-1
+            )
+            native[name] = NativeSlices(pasted, pasted > self.threshold(name))
+        return native
+
+    def _run(self, name: str, *channels: FloatArray) -> FloatArray:
+        """One model over (slices, S, S) channels, by batches of one size, so that it is compiled once."""
+        outputs = np.empty(channels[0].shape, np.float32)
+        for start in range(0, len(outputs), self.batch_size):
+            batch = np.stack([channel[start : start + self.batch_size] for channel in channels], axis=-1)
+            padded = np.pad(batch, ((0, self.batch_size - len(batch)), (0, 0), (0, 0), (0, 0)))
+            probability = self._jitted[name](getattr(self, name).variables, padded.astype(np.float32))
+            outputs[start : start + len(batch)] = np.asarray(probability)[: len(batch), ..., 0]
+        return outputs
+
+    @functools.cached_property
+    def _jitted(self) -> dict[str, Callable[[Variables, FloatArray], jax.Array]]:
+        def jitted(loaded: LoadedModel) -> Callable[[Variables, FloatArray], jax.Array]:
+            model = loaded.model.clone(convolution=default_convolution())
+
+            def probability(variables: Variables, x: jax.Array) -> jax.Array:
+                x = infection_input(model, x[..., :1], x[..., 1:])  # CT alone is passed on
+                return predict_probability(model, variables, x, patch_grid=loaded.config.model.patch_grid)
+
+            return jax.jit(probability)
+
+        return {name: jitted(getattr(self, name)) for name in self.structures}
+
+
+def load_predictor(
+    lung_checkpoint: str | Path | None,
+    infection_checkpoint: str | Path | None,
+    batch_size: int = 8,
+    *,
+    validated_threshold: bool = False,
+    min_component_fraction: float | None = None,
+    architectures: Mapping[str, Architecture] = ARCHITECTURES,
+) -> Predictor:
+    """Restores one or both models of the cascade.
+
+    Args:
+      lung_checkpoint: for `load_model`, or None to segment no lungs.
+      infection_checkpoint: for `load_model`, or None to segment no infection.
+      batch_size: slices at a time.
+      validated_threshold: takes the thresholds that the trainings chose on their validation cases, instead of 0.5.
+      min_component_fraction: in [0, 1], instead of the lung model's own; see `PostprocessConfig`.
+      architectures: the table of models.
+
+    Raises:
+      InputError: neither is given, a folder holds no such model or threshold, the two do not belong together, or the
+        fraction makes no sense.
+    """
+    lung = load_model_for(lung_checkpoint, "lung", architectures) if lung_checkpoint else None
+    infection = load_model_for(infection_checkpoint, "infection", architectures) if infection_checkpoint else None
+    if lung is None and infection is None:
+        raise InputError("no model: give `lung_checkpoint`, `infection_checkpoint` or both")
+    if infection is not None and infection.config.task == "infection":
+        if lung is None:
+            raise InputError(
+                f"{infection_checkpoint}: this model works on [CT, lung probability]; give `lung_checkpoint` too"
+            )
+        if infection.config.lung_fingerprint not in ("", fingerprint(lung.variables)):
+            logger.warning(
+                "%s was trained on another lung model than %s: expect worse masks",
+                infection_checkpoint,
+                lung_checkpoint,
+            )
+    if lung and infection and lung.config.preprocess != infection.config.preprocess:
+        raise InputError(
+            f"{lung_checkpoint} and {infection_checkpoint} were trained on slices prepared differently "
+            f"({lung.config.preprocess}, {infection.config.preprocess}); use models trained alike"
+        )
+    if min_component_fraction is not None:
+        if lung is None:
+            raise InputError(
+                "`min_component_fraction`: components are of the lung mask; give `lung_checkpoint` too, or leave it out"
+            )
+        postprocess = PostprocessConfig(min_component_fraction)
+        lung = lung._replace(config=dataclasses.replace(lung.config, postprocess=postprocess))
+    paths = {"lung": lung_checkpoint, "infection": infection_checkpoint}
+    chosen = {name: load_threshold(path) for name, path in paths.items() if path} if validated_threshold else {}
+    return Predictor(lung, infection, batch_size, chosen)
+
+
+def choose_threshold(
+    predictor: Predictor, structure: Structure, cases: Sequence[tuple[PreparedCase, Array]]
+) -> tuple[float, float] | None:
+    """The threshold of `THRESHOLDS` whose masks have the highest mean Dice; of equal ones the nearest to 0.5.
+
+    The masks are those that prediction writes: gated, postprocessed, on the native grid.
+
+    Args:
+      predictor: the models.
+      structure: whose threshold.
+      cases: prepared slices with the reference mask, bool (rows, columns, slices), on the native grid.
+
+    Returns:
+      (threshold, its mean Dice), or None where no reference has the structure.
+    """
+    with_structure = [(prepared, reference) for prepared, reference in cases if reference.any()]
+    if not with_structure:
+        return None
+    dice = dict.fromkeys(THRESHOLDS, 0.0)
+    with progress("choosing the threshold", len(with_structure)) as advance:
+        for prepared, reference in with_structure:
+            unprocessed = predictor.slice_probabilities(prepared.images)
+            for threshold, counts in _counts(predictor, structure, unprocessed, prepared, reference):
+                dice[threshold] += hard_metrics(counts)["dice"] / len(with_structure)
+            advance(prepared.case.id)
+    best = max(THRESHOLDS, key=lambda threshold: (dice[threshold], -abs(threshold - THRESHOLD)))
+    return best, dice[best]
+
+
+def _counts(
+    predictor: Predictor,
+    structure: Structure,
+    unprocessed: Mapping[str, FloatArray],
+    prepared: PreparedCase,
+    reference: Array,
+) -> Iterator[tuple[float, dict[str, int]]]:
+    """Confusion counts of a scan at each threshold."""
+    for threshold in THRESHOLDS:
+        chosen = dataclasses.replace(predictor, thresholds={**predictor.thresholds, structure: threshold})
+        probabilities = {name: array.copy() for name, array in unprocessed.items()}
+        chosen.postprocess(probabilities)
+        counts = dict.fromkeys(("tp", "fp", "fn", "tn"), 0)
+        for start in range(0, len(prepared.boxes), _CHUNK_SLICES):
+            some = slice(start, start + _CHUNK_SLICES)
+            chunk: dict[str, FloatArray] = {structure: probabilities[structure][some]}
+            mask = chosen.to_native_grid(chunk, prepared.boxes[some], reference.shape[:2])[structure].mask
+            for name, count in confusion_counts(mask, reference[..., some]).items():
+                counts[name] += int(count)
+        yield threshold, counts

@@ -1,0 +1,74 @@
+"""From a config to its module: architectures by name, and what lung and infection models differ in."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from resunet_jax.config import Config, Structure, TaskName
+from resunet_jax.errors import InputError
+from resunet_jax.model.resunet import ResUnet
+from resunet_jax.model.winograd import Convolution
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What goes in, and which mask is the target.
+
+    Attributes:
+      target: the mask to learn.
+      uses_lung: whether the frozen lung model's probability is stacked onto the CT.
+    """
+
+    target: Structure
+    uses_lung: bool
+
+    @property
+    def in_channels(self) -> int:
+        """Channels that the model sees."""
+        return 2 if self.uses_lung else 1
+
+
+TASKS: dict[TaskName, Task] = {
+    "lung": Task(target="lung", uses_lung=False),
+    "infection": Task(target="infection", uses_lung=True),
+    "infection_ct": Task(target="infection", uses_lung=False),
+}
+
+Architecture = Callable[[Config, Convolution], Any]
+
+
+def _resunet(config: Config, convolution: Convolution) -> ResUnet:
+    first, second, third, fourth = config.model.filters
+    return ResUnet(
+        in_channels=TASKS[config.task].in_channels,
+        filters=(first, second, third, fourth),
+        dtype=jnp.dtype(config.model.dtype),
+        remat=config.train.remat,
+        closing_fraction=config.cascade.closing_fraction,
+        convolution=convolution,
+    )
+
+
+ARCHITECTURES: dict[str, Architecture] = {"resunet": _resunet}
+"""By the name in `ModelConfig.architecture`: (config, convolution) to a Linen module with the attributes `in_channels`,
+`closing_fraction` and `convolution`, called with (N, H, W, in_channels) in [0, 1] and the keyword `train`; it returns
+float32 logits (N, H, W, 1)."""
+
+
+def build_model(
+    config: Config,
+    convolution: Convolution = jax.lax.conv_general_dilated,
+    architectures: Mapping[str, Architecture] = ARCHITECTURES,
+) -> Any:
+    """The module that a config describes; for `convolution` see `ResUnet`.
+
+    Raises:
+      InputError: the config's architecture is not in the table.
+    """
+    name = config.model.architecture
+    if name not in architectures:
+        raise InputError(f"architecture {name!r}: there is none of that name; there are {', '.join(architectures)}")
+    return architectures[name](config, convolution)

@@ -1,0 +1,395 @@
+"""Ablations and cross-validations: runs (variant × split × seed) that several processes may share, and their tables."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from resunet_jax.config import Config, Structure, non_defaults, override, to_dict
+from resunet_jax.data.cases import find_cases, require_infection_masks
+from resunet_jax.data.splits import NUM_FOLDS, Protocol, Split, SplitRequest, make_split
+from resunet_jax.errors import InputError, LockedError, StoppedError
+from resunet_jax.evaluation.compare import nan_to_none
+from resunet_jax.evaluation.evaluate import evaluate
+from resunet_jax.evaluation.report import write_csv, write_report
+from resunet_jax.files import atomic_dir, check_output_dir, dir_lock, make_output_dir, write_text
+from resunet_jax.metrics import Metric, with_legacy_keys
+from resunet_jax.plots import save_boxes, save_cases, save_comparison, save_differences, save_volumes
+from resunet_jax.plugins import Tables
+from resunet_jax.progress import logger
+from resunet_jax.recipes import recipe
+from resunet_jax.studies import table
+from resunet_jax.studies.variants import Variant
+from resunet_jax.training.loop import never_stop
+from resunet_jax.training.step import compile_train_step
+from resunet_jax.training.train import train, versions
+
+_MOST_COMPARED = 4  # variants in a picture
+_SECONDS_BETWEEN_LOOKS = 5.0  # at what other processes have done
+
+
+class Run(NamedTuple):
+    """A variant, trained and tested once.
+
+    `configs` are those of its models by structure; `trainings`, by which they are trained, are the same but for what
+    decides only how lung masks are made, so that variants that differ in nothing else share a lung model.
+    """
+
+    variant: Variant
+    seed: int
+    request: SplitRequest
+    split: Split
+    configs: dict[Structure, Config]
+    trainings: dict[Structure, Config]
+
+    @property
+    def key(self) -> str:
+        """Identifies a run by all that decides its result."""
+        return self._digest(*self.configs.values())
+
+    def training_key(self, task: Structure) -> str:
+        """Identifies a model by all that decides its training; an infection model also by its lung model."""
+        return self._digest(*(self.trainings[t] for t in dict.fromkeys(("lung", task))))
+
+    def _digest(self, *configs: Config) -> str:
+        values = [*map(non_defaults, configs), dataclasses.asdict(dataclasses.replace(self.split, protocol=""))]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+class Layout(NamedTuple):
+    """The folders of a study, relative to its workdir: of a run's models and report, and a pattern of all reports."""
+
+    model: Callable[[Run, Structure], str]
+    report: Callable[[Run], str]
+    reports: str
+
+
+ABLATION = Layout(lambda r, task: f"{task}/{r.training_key(task)}", lambda r: f"reports/{r.key}", "reports/[!.]*")
+CROSS_VALIDATION = Layout(
+    lambda r, task: f"fold_{r.request.fold}/{task}", lambda r: f"fold_{r.request.fold}/report", "fold_*/report"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Where runs find their data and leave their results; several processes may share a workdir.
+
+    Attributes:
+      data_dir: see `find_cases`.
+      workdir: see `ablate` and `cross_validate`.
+      cache_dir: see `prepare_cases`.
+      should_stop: see `fit`; also asked, with 0, while other processes are waited for.
+      tables: of losses, augmentations, architectures, metrics and readers.
+      layout: of the workdir.
+      sizes: by configs, what `_size` has found.
+    """
+
+    data_dir: Path
+    workdir: Path
+    cache_dir: Path
+    should_stop: Callable[[int], bool] = never_stop
+    tables: Tables = dataclasses.field(default_factory=Tables)
+    layout: Layout = ABLATION
+    sizes: dict[tuple[Config, ...], tuple[int, float]] = dataclasses.field(default_factory=dict)
+
+    def model(self, run: Run, task: Structure) -> Path:
+        """The folder of a run's model."""
+        return self.workdir / self.layout.model(run, task)
+
+    def report(self, run: Run) -> Path:
+        """The folder of a run's report."""
+        return self.workdir / self.layout.report(run)
+
+
+def begin_study(
+    study: Study,
+    variants: Sequence[Variant],
+    changes: Mapping[str, Any],
+    seeds: Sequence[int],
+    splits: Sequence[SplitRequest],
+) -> list[Run]:
+    """Plans every variant with every split and seed, each once, and makes the workdir.
+
+    Args:
+      study: where.
+      variants: of different names.
+      changes: of every variant, see `Variant.configs`.
+      seeds: of the trainings.
+      splits: each is tested on its test cases; without validation cases the model of the last epoch is.
+
+    Raises:
+      InputError: data, configs or splits are not fit for it, or the workdir was begun by an older version.
+    """
+    if len({variant.name for variant in variants}) < len(variants):
+        raise InputError(f"two of these variants have one name: {', '.join(variant.name for variant in variants)}")
+    check_output_dir(study.workdir)
+    cases = find_cases(study.data_dir, study.tables.readers)
+    require_infection_masks(cases)
+    requests: dict[Split, SplitRequest] = {}
+    for request in splits:
+        split = make_split(cases, request)
+        split.cases("test", cases)
+        requests.setdefault(split, request)
+    plan = []
+    for seed in dict.fromkeys(seeds):
+        for split, request in requests.items():
+            for variant in variants:
+                configs = variant.configs(changes, seed)
+                postprocess = override(recipe(variant.recipe, "lung"), changes).postprocess
+                trainings = {**configs, "lung": dataclasses.replace(configs["lung"], postprocess=postprocess)}
+                plan.append(Run(variant, seed, request, split, configs, trainings))
+    _check_version(study.workdir / "versions.json")
+    return plan
+
+
+def _check_version(file: Path) -> None:
+    """Refuses a study of 0.6.0 or older; notes the versions that begin a new one."""
+    if not file.is_file():
+        make_output_dir(file.parent)
+        _write(file, versions())
+    begun_by = _read(file, "choose a new `workdir`", "resunet-jax")["resunet-jax"]
+    if [int(number) for number in re.findall(r"\d+", begun_by)] < [0, 7]:
+        raise InputError(
+            f"{file.parent}: was begun by resunet_jax 0.6.0 or older, which draws other random numbers; finish it with "
+            "that version, or choose a new `workdir`"
+        )
+
+
+def run_study(study: Study, plan: Sequence[Run]) -> dict[str, table.Record]:
+    """Trains and tests what is left of a plan; resumes what was killed.
+
+    Of runs with one key one is done, and a model is trained once for all runs that train it alike. A run is done when
+    its report is there, which is written atomically; one that lacks only that, or whose report lacks a metric of the
+    table, is tested, not trained. Each process takes runs that no other is at, and all return the same.
+
+    Returns:
+      by key of the run its record, as in runs.jsonl, which lists all runs of the workdir: "key", "variant", "seed",
+      "split", "volumes" and "settings" (see `Evaluation`), "cost" (of the trainings), "folders" (of the models) and
+      "slices" (see `save_slices`).
+
+    Raises:
+      InputError: see `train` and `evaluate`.
+      StoppedError: see `fit`.
+    """
+    left: dict[str, Run] = {}
+    for run in plan:
+        left.setdefault(run.key, run)
+    titles = {
+        key: f"run {number} of {len(left)}: {run.variant.name}, seed {run.seed}, {run.split.protocol or 'split file'}"
+        for number, (key, run) in enumerate(left.items(), start=1)
+    }
+    log_once = functools.cache(logger.info)
+    while left:
+        held = {}
+        for key, run in left.items():
+            try:
+                with dir_lock(study.workdir / ".running" / key):
+                    if _is_done(study.report(run), study.tables.metrics):
+                        log_once("%s: done", titles[key])
+                    else:
+                        log_once("%s", titles[key])
+                        _run(study, run)
+                        _write_runs(study)
+            except LockedError:
+                log_once("%s: left to another process, which is at it or at a model of it", titles[key])
+                held[key] = run
+        if len(held) == len(left):
+            if study.should_stop(0):
+                raise StoppedError(f"{study.workdir}: stopped; the same command resumes")
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        left = held
+    _write_runs(study)  # complete, whatever processes that ended together wrote
+    return {run.key: _read_record(study.report(run)) for run in plan}
+
+
+def _read(file: Path, remedy: str, *keys: str) -> dict[str, Any]:
+    """A JSON object with at least these keys."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return {**values, **{key: values[key] for key in keys}}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: damaged ({error}); {remedy}") from error
+
+
+def _write(file: Path, values: Any) -> None:
+    write_text(file, json.dumps(nan_to_none(values), indent=2, ensure_ascii=False) + "\n")
+
+
+def _read_record(report: Path) -> dict[str, Any]:
+    remedy = f"delete {report}, the run is tested again"
+    return _read(report / "run.json", remedy, "key", "seed", "split", "volumes", "settings", "cost", "slices")
+
+
+def _write_runs(study: Study) -> None:
+    files = sorted(study.workdir.glob(f"{study.layout.reports}/run.json"), key=lambda file: file.stat().st_mtime_ns)
+    lines = [json.dumps(_read_record(file.parent)) + "\n" for file in files]
+    write_text(study.workdir / "runs.jsonl", "".join(lines))
+
+
+def _is_done(report: Path, metrics: Mapping[str, Metric]) -> bool:
+    done = (report / "run.json").is_file()
+    return done and all(set(metrics) <= set(row) for row in _read_record(report)["volumes"])
+
+
+def _run(study: Study, run: Run) -> None:
+    """Trains what is not trained yet, tests it, and leaves the report with the run's record."""
+    cost = {task: _train(study, run, task) for task in run.trainings}
+    report, lung = study.report(run), run.configs["lung"]
+    evaluation = evaluate(
+        study.data_dir,
+        study.cache_dir,
+        output_dir=report,
+        lung_checkpoint=study.model(run, "lung"),
+        infection_checkpoint=study.model(run, "infection") if "infection" in run.configs else None,
+        batch_size=lung.train.batch_size,
+        min_component_fraction=lung.postprocess.min_component_fraction,
+        **study.tables.for_evaluation,
+    )
+    shutil.rmtree(report, ignore_errors=True)  # one that is not complete
+    with atomic_dir(report) as partial:
+        write_report(evaluation, partial)
+        record = {
+            "key": run.key,
+            "variant": run.variant.name,
+            "row": run.variant.name,  # its name in 0.6.0
+            "seed": run.seed,
+            "split": dataclasses.asdict(run.split),
+            "volumes": [with_legacy_keys(row) for row in evaluation.volumes],
+            "settings": evaluation.settings,
+            "cost": cost,
+            "folders": {task: study.layout.model(run, task) for task in run.configs},
+            "slices": table.save_slices(partial / "slices.npz", evaluation.overlays),
+        }
+        _write(partial / "run.json", record)
+
+
+def _train(study: Study, run: Run, task: Structure) -> dict[str, float]:
+    """Trains a model that is not trained yet; what that cost."""
+    file, names = study.model(run, task) / "cost.json", ("steps", "seconds_per_step", "parameters", "step_gb")
+    with dir_lock(study.workdir / ".running" / f"{task}-{run.training_key(task)}"):
+        if not file.is_file():
+            history = train(
+                run.trainings[task],
+                study.data_dir,
+                file.parent,
+                study.cache_dir,
+                split=run.request,
+                lung_checkpoint=study.model(run, "lung") if task == "infection" else None,
+                should_stop=study.should_stop,
+                **study.tables.for_training,
+            )
+            seconds = float(np.median([1 / record["steps_per_second"] for record in history]))
+            _write(file, dict(zip(names, (history[-1]["step"], seconds, *_size(study, run, task)), strict=True)))
+    return _read(file, "delete it", *names)
+
+
+def _size(study: Study, run: Run, task: Structure) -> tuple[int, float]:
+    """Parameters, and GB of a step by the compiler's plan; those of the process would count the models before it."""
+    fed: list[Structure] = ["lung"] if task == "infection" else []
+    configs = tuple(override(run.trainings[t], {"train.seed": 0}) for t in (task, *fed))
+    if configs not in study.sizes:  # compiling takes as long as many steps
+        tables = {name: table for name, table in study.tables.for_training.items() if name != "readers"}
+        step, state = compile_train_step(*configs, **tables)
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.variables["params"]))
+        study.sizes[configs] = parameters, step.memory_analysis().temp_size_in_bytes / 1e9
+    return study.sizes[configs]
+
+
+def ablate(
+    study: Study,
+    variants: Sequence[Variant],
+    *,
+    changes: Mapping[str, Any],
+    seeds: Sequence[int],
+    splits: Sequence[SplitRequest],
+) -> dict[str, Any]:
+    """Trains and tests variants, see `begin_study` and `run_study`, and compares them with the first one.
+
+    The workdir gets lung/, infection/, reports/, runs.jsonl, versions.json, summary.json, table.md, differences.png,
+    cases.png (Dice of each volume) and comparison.png (a slice of the first variant's best, median and worst volume, by
+    the first seed); the last two show the first four variants.
+
+    Returns:
+      what summary.json holds: "rows" (see `summarize_runs`), "seeds", "splits".
+
+    Raises:
+      InputError: variants, data or workdir are not fit for it; the first variant has both models unless none does.
+      StoppedError: see `fit`.
+    """
+    if variants[0].infection is None and any(variant.infection is not None for variant in variants):
+        raise InputError(f"variant {variants[0].name!r} has no infection model; put another variant first")
+    plan = begin_study(study, variants, changes, seeds, splits)
+    records = run_study(study, plan)
+    runs = {variant.name: [run for run in plan if run.variant is variant] for variant in variants}
+    rows = table.summarize_runs({name: [records[run.key] for run in own] for name, own in runs.items()})
+    summary = {
+        "rows": [with_legacy_keys(row) for row in rows],
+        "seeds": list(dict.fromkeys(seeds)),
+        "splits": [s.protocol or f"test {', '.join(s.test)}" for s in dict.fromkeys(run.split for run in plan)],
+    }
+    _write(study.workdir / "summary.json", summary)
+    write_text(study.workdir / "table.md", table.to_markdown(summary))
+    save_differences(study.workdir / "differences.png", rows)
+    save_cases(study.workdir / "cases.png", rows[:_MOST_COMPARED])
+    first_seed = {v.name: [run for run in runs[v.name] if run.seed == seeds[0]] for v in variants[:_MOST_COMPARED]}
+    slices = {
+        name: [s for r in own for s in table.load_slices(study.report(r) / "slices.npz", records[r.key]["slices"])]
+        for name, own in first_seed.items()
+    }
+    save_comparison(study.workdir / "comparison.png", slices)
+    return summary
+
+
+def cross_validate(
+    study: Study,
+    variant: Variant,
+    *,
+    protocol: Protocol,
+    changes: Mapping[str, Any],
+    seed: int = 0,
+    allow_missing: bool = False,
+) -> dict[str, Any]:
+    """Trains and tests both models of one variant on every fold, see `begin_study`, `run_study` and `make_split`.
+
+    The workdir gets fold_0/ to fold_4/, each with lung/, infection/ and report/, cross_validation.json (the settings),
+    runs.jsonl and versions.json; then summary.json, volumes.csv, boxes.png and volumes.png over all folds.
+
+    Returns:
+      what summary.json holds, see `summarize_folds`.
+
+    Raises:
+      InputError: data or workdir are not fit for it.
+      StoppedError: see `fit`.
+    """
+    study = dataclasses.replace(study, layout=CROSS_VALIDATION)
+    folds = [SplitRequest(protocol=protocol, fold=fold, allow_missing=allow_missing) for fold in range(NUM_FOLDS)]
+    plan = begin_study(study, [variant], changes, [seed], folds)
+    _check_settings(study.workdir / "cross_validation.json", plan)
+    records = run_study(study, plan)
+    results = table.summarize_folds([records[run.key] for run in plan], study.tables.metrics)
+    summary = {structure: with_legacy_keys(row) for structure, row in results["summary"].items()}
+    _write(study.workdir / "summary.json", {**results, "summary": summary})
+    volumes, note = results["volumes"], results["protocol"]
+    write_csv(study.workdir / "volumes.csv", [{**row, "protocol": note} for row in volumes])
+    save_boxes(study.workdir / "boxes.png", volumes, ("dice", "nsd"), note)
+    save_volumes(study.workdir / "volumes.png", volumes, note)
+    return results
+
+
+def _check_settings(file: Path, plan: Sequence[Run]) -> None:
+    """Writes what a cross-validation runs, or refuses the workdir of another one."""
+    keys = [run.key for run in plan]
+    if not file.is_file():
+        configs = {task: to_dict(config) for task, config in plan[0].configs.items()}
+        _write(file, {**configs, "splits": [dataclasses.asdict(run.split) for run in plan], "keys": keys})
+    if _read(file, "choose a new `workdir`", "keys")["keys"] != keys:
+        raise InputError(f"{file}: is of other settings or cases; choose a new `workdir`")

@@ -1,0 +1,253 @@
+"""The training and evaluation step: pure functions from state and batch to state and numbers."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from resunet_jax.config import Config
+from resunet_jax.data.batches import Batch
+from resunet_jax.metrics.overlap import confusion_counts
+from resunet_jax.model.build import ARCHITECTURES, TASKS, Architecture, build_model
+from resunet_jax.model.cascade import apply_logits, infection_input, predict_probability
+from resunet_jax.model.resunet import Variables, init_variables
+from resunet_jax.model.winograd import default_convolution
+from resunet_jax.training.augment import AUGMENTATIONS, Augmentation, augment
+from resunet_jax.training.losses import LOSSES, Loss, make_loss
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that a step changes.
+
+    Attributes:
+      step: int32 scalar, steps taken.
+      variables: {"params": ..., "batch_stats": ...}.
+      opt_state: of the optax optimizer.
+    """
+
+    step: jax.Array
+    variables: Variables
+    opt_state: Any
+
+
+class FrozenLung(NamedTuple):
+    """The lung model that feeds an infection training.
+
+    Attributes:
+      model: the module.
+      patch_grid: see `ModelConfig`.
+    """
+
+    model: Any
+    patch_grid: int
+
+
+TrainStep = Callable[[TrainState, Batch, jax.Array, Variables | None], tuple[TrainState, dict[str, jax.Array]]]
+EvalStep = Callable[[Variables, Batch, Variables | None], dict[str, Any]]
+
+
+def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
+    """Adam or AdamW; see `TrainConfig`.
+
+    Args:
+      config: of the run; with `accumulate_steps` k, every k-th step updates, by the mean of the last k gradients.
+      steps_per_epoch: steps, not updates.
+    """
+    schedule, decay = make_schedule(config, steps_per_epoch), config.train.weight_decay
+    optimizer = optax.adamw(schedule, weight_decay=decay) if decay else optax.adam(schedule)
+    if config.train.accumulate_steps > 1:
+        optimizer = optax.MultiSteps(optimizer, config.train.accumulate_steps).gradient_transformation()
+    if config.train.skip_nonfinite:
+        optimizer = optax.apply_if_finite(optimizer, np.iinfo(np.int32).max)
+    return optimizer
+
+
+def make_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
+    """The learning rate by the number of updates."""
+    train = config.train
+
+    def updates(epochs: int) -> int:
+        return max(1, round(epochs * steps_per_epoch / train.accumulate_steps))
+
+    if train.schedule == "one_cycle":
+        return optax.schedules.cosine_onecycle_schedule(
+            updates(train.epochs), train.learning_rate, pct_start=0.15, div_factor=10, final_div_factor=100
+        )
+    decay = updates(train.decay_epochs)
+    return optax.schedules.exponential_decay(train.learning_rate, decay, train.decay_factor, staircase=True)
+
+
+def create_state(
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    architectures: Mapping[str, Architecture] = ARCHITECTURES,
+) -> TrainState:
+    """The state before the first step, decided by the config's seed."""
+    key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
+    variables = init_variables(build_model(config, architectures=architectures), key)
+    return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables["params"]))
+
+
+def _pixel_counts(logits: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """Confusion counts at probability 0.5 of each example, (N,) float32, in pixels."""
+    counts = confusion_counts(logits > 0, mask > 0.5, axis=(1, 2, 3))
+    return {name: count.astype(jnp.float32) for name, count in counts.items()}
+
+
+def make_train_step(
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    frozen: FrozenLung | None = None,
+    *,
+    losses: Mapping[str, Loss] = LOSSES,
+    augmentations: Mapping[str, Augmentation] = AUGMENTATIONS,
+    architectures: Mapping[str, Architecture] = ARCHITECTURES,
+) -> TrainStep:
+    """The pure step of a config; jit it, donate the state, vmap or shard it.
+
+    Args:
+      config: which task, loss and augmentation.
+      optimizer: from `make_optimizer`, or any other.
+      frozen: the lung model, for task "infection".
+      losses: the table of loss terms.
+      augmentations: the table of transforms.
+      architectures: the table of models.
+
+    Returns:
+      `step(state, batch, key, lung_variables) -> (state, metrics)`. Randomness is `fold_in(key, state.step)`;
+      `lung_variables` is None except for task "infection"; metrics are the scalars "loss" and "finite" (whether loss
+      and gradient are) and the summed counts.
+    """
+    model = build_model(config, default_convolution(), architectures)
+    loss_fn, patches = make_loss(config.train.loss, losses), config.model.patch_grid
+
+    def step(
+        state: TrainState, batch: Batch, key: jax.Array, lung_variables: Variables | None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        image, target = augment(
+            jax.random.fold_in(key, state.step),
+            batch["image"],
+            batch["mask"].astype(jnp.float32),
+            config.augment,
+            augmentations,
+        )
+        x = _model_input(model, image, frozen, lung_variables)
+
+        def loss(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+            variables = {**state.variables, "params": params}
+            logits, batch_stats = apply_logits(model, variables, x, train=True, patch_grid=patches)
+            value = loss_fn.value(loss_fn.sums(logits, target, jnp.ones(len(logits))))
+            return value, (logits, batch_stats)
+
+        params = state.variables["params"]
+        (value, (logits, batch_stats)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((value, gradient))]))
+        updates, opt_state = optimizer.update(gradient, state.opt_state, params)
+        counts = jax.tree.map(jnp.sum, _pixel_counts(logits, target))
+        if config.train.skip_nonfinite:  # the optimizer has left the parameters as they were
+            batch_stats, counts = jax.tree.map(
+                partial(jnp.where, finite),
+                (batch_stats, counts),
+                (state.variables["batch_stats"], jax.tree.map(jnp.zeros_like, counts)),
+            )
+        variables = {"params": optax.apply_updates(params, updates), "batch_stats": batch_stats}
+        return TrainState(state.step + 1, variables, opt_state), {"loss": value, "finite": finite, **counts}
+
+    return step
+
+
+def compile_train_step(
+    config: Config,
+    lung: Config | None = None,
+    *,
+    losses: Mapping[str, Loss] = LOSSES,
+    augmentations: Mapping[str, Augmentation] = AUGMENTATIONS,
+    architectures: Mapping[str, Architecture] = ARCHITECTURES,
+) -> tuple[Any, TrainState]:
+    """The compiled step of a config, with the state donated, without running it.
+
+    Args:
+      config: of the training.
+      lung: of the frozen lung model, for task "infection".
+      losses: the table of loss terms.
+      augmentations: the table of transforms.
+      architectures: the table of models.
+
+    Returns:
+      the compiled step, whose `memory_analysis()` tells what it holds, and the shapes of the state.
+    """
+    optimizer, size = make_optimizer(config, 100), config.preprocess.image_size
+    state: Any = jax.eval_shape(lambda: create_state(config, optimizer, architectures))
+    shape = (config.train.batch_size, size, size, 1)
+    batch: Any = {"image": jax.ShapeDtypeStruct(shape, np.float32), "mask": jax.ShapeDtypeStruct(shape, np.uint8)}
+    frozen = frozen_lung(lung, architectures) if lung else None
+    lung_variables = (
+        jax.eval_shape(lambda: init_variables(build_model(lung, architectures=architectures), jax.random.key(0)))
+        if lung
+        else None
+    )
+    step_fn = make_train_step(
+        config, optimizer, frozen, losses=losses, augmentations=augmentations, architectures=architectures
+    )
+    step = jax.jit(step_fn, donate_argnums=0, compiler_options=compiler_options())
+    return step.lower(state, batch, jax.random.key(0), lung_variables).compile(), state
+
+
+def compiler_options() -> dict[str, Any]:
+    """For `jax.jit` of a training step: on CPUs, operations in the order that keeps least in memory."""
+    on_cpu = jax.default_backend() == "cpu"
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if on_cpu else {}
+
+
+def make_eval_step(
+    config: Config,
+    frozen: FrozenLung | None = None,
+    *,
+    losses: Mapping[str, Loss] = LOSSES,
+    architectures: Mapping[str, Architecture] = ARCHITECTURES,
+) -> EvalStep:
+    """The pure evaluation step: sums over the valid slices of a batch, which add up over batches.
+
+    Args:
+      config: which task and loss.
+      frozen: the lung model, for task "infection".
+      losses: the table of loss terms.
+      architectures: the table of models.
+
+    Returns:
+      `step(variables, batch, lung_variables) -> {"loss", "tp", "fp", "fn", "tn"}`: scalars, and under "loss" the sums
+      from which `make_loss(...).value` forms the loss.
+    """
+    model = build_model(config, default_convolution(), architectures)
+    loss_fn, patches = make_loss(config.train.loss, losses), config.model.patch_grid
+
+    def step(variables: Variables, batch: Batch, lung_variables: Variables | None) -> dict[str, Any]:
+        target = batch["mask"].astype(jnp.float32)
+        x = _model_input(model, batch["image"], frozen, lung_variables)
+        logits, _ = apply_logits(model, variables, x, train=False, patch_grid=patches)
+        valid = batch["valid"].astype(jnp.float32)
+        counts = {name: jnp.sum(count * valid) for name, count in _pixel_counts(logits, target).items()}
+        return {"loss": loss_fn.sums(logits, target, valid), **counts}
+
+    return step
+
+
+def _model_input(
+    model: Any, image: jax.Array, frozen: FrozenLung | None, lung_variables: Variables | None
+) -> jax.Array:
+    if frozen is None or lung_variables is None:
+        return infection_input(model, image, None)
+    lung = predict_probability(frozen.model, lung_variables, image, patch_grid=frozen.patch_grid)
+    return infection_input(model, image, lung)
+
+
+def frozen_lung(config: Config, architectures: Mapping[str, Architecture] = ARCHITECTURES) -> FrozenLung:
+    """What a step needs of a lung model's config."""
+    if TASKS[config.task].target != "lung":
+        raise ValueError(f"expected a lung model, this is one for {config.task}")
+    return FrozenLung(build_model(config, default_convolution(), architectures), config.model.patch_grid)

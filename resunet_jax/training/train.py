@@ -1,0 +1,286 @@
+"""One training run from data folder to workdir: a folder that explains itself."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from resunet_jax import __version__, plots
+from resunet_jax.config import Config, from_dict, to_dict
+from resunet_jax.data.batches import SliceSource
+from resunet_jax.data.cases import Case, find_cases, require_infection_masks
+from resunet_jax.data.readers import READERS, Reader, read_grid, read_mask, read_volume
+from resunet_jax.data.slice_cache import PreparedCase, prepare_cases
+from resunet_jax.data.splits import DEFAULT_SPLIT, Split, SplitRequest, make_split, read_split, write_split
+from resunet_jax.data.volume import Array
+from resunet_jax.errors import InputError
+from resunet_jax.files import check_output_dir, dir_lock, make_output_dir, write_text
+from resunet_jax.inference.predictor import THRESHOLD, Predictor, choose_threshold
+from resunet_jax.model.build import ARCHITECTURES, TASKS, Architecture, Task, build_model
+from resunet_jax.progress import logger
+from resunet_jax.training.augment import AUGMENTATIONS, Augmentation, augment, check_transforms
+from resunet_jax.training.devices import barrier, is_primary, make_mesh
+from resunet_jax.training.loop import fit, never_stop
+from resunet_jax.training.losses import LOSSES, Loss, make_loss
+from resunet_jax.weights.store import (
+    CHECKPOINTS,
+    History,
+    LoadedModel,
+    fingerprint,
+    load_model,
+    load_model_for,
+    save_threshold,
+)
+
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "nibabel",
+    "scipy",
+)
+_MAX_OVERLAYS = 6
+
+
+def train(
+    config: Config,
+    data_dir: Path,
+    workdir: Path,
+    cache_dir: Path,
+    *,
+    split: SplitRequest = DEFAULT_SPLIT,
+    lung_checkpoint: Path | None = None,
+    devices: int | None = 1,
+    should_stop: Callable[[int], bool] = never_stop,
+    losses: Mapping[str, Loss] = LOSSES,
+    augmentations: Mapping[str, Augmentation] = AUGMENTATIONS,
+    architectures: Mapping[str, Architecture] = ARCHITECTURES,
+    readers: Mapping[str, Reader] = READERS,
+) -> History:
+    """Trains a model, or resumes from the workdir's latest checkpoint.
+
+    Args:
+      config: what to train and how; `lung_fingerprint` is filled in here.
+      data_dir: see `find_cases`.
+      workdir: gets config.json, split.json, versions.json, metrics.jsonl, threshold.json, checkpoints/ and figures/.
+      cache_dir: see `prepare_cases`.
+      split: see `make_split`; without validation cases all epochs are trained and the last is kept.
+      lung_checkpoint: for task "infection", the lung model that feeds it.
+      devices: how many share a batch, None for all; see `make_mesh`.
+      should_stop: see `fit`.
+      losses: the table of loss terms.
+      augmentations: the table of transforms.
+      architectures: the table of models.
+      readers: the table of formats.
+
+    Returns:
+      one record per epoch, see `fit`.
+
+    Raises:
+      InputError: data, split, checkpoint or workdir are not fit for it, and nothing was written; or see `fit`.
+      StoppedError: see `fit`.
+    """
+    task = TASKS[config.task]
+    make_loss(config.train.loss, losses)
+    check_transforms(config.augment, augmentations)
+    build_model(config, architectures=architectures)
+    check_output_dir(workdir)
+    mesh = make_mesh(devices, config.train.batch_size)
+    lung, config = _load_lung(config, task, lung_checkpoint, architectures)
+    chosen, train_cases, val_cases = _split_cases(data_dir, split, task, lung_checkpoint, readers)
+    with dir_lock(workdir) if is_primary() else contextlib.nullcontext():
+        _check_resumable(workdir, config, chosen)
+        prepared = prepare_cases([*train_cases, *val_cases], config.preprocess, cache_dir, readers)
+        train_set, val_set = prepared[: len(train_cases)], prepared[len(train_cases) :]
+        train_source = SliceSource(train_set, task.target)
+        val_source = SliceSource(val_set, task.target) if val_set else None
+        logger.info("%s: %d training and %d validation slices", config.task, len(train_source), len(val_source or ()))
+        if not val_set:
+            logger.info("no validation cases: all epochs are trained, and the last is kept")
+        barrier("settings checked")
+        if is_primary():
+            _write_settings(workdir, config, chosen)
+            _plot_inputs(workdir, config, train_set, train_source, task, augmentations, readers)
+        history = fit(
+            config,
+            train_source,
+            val_source,
+            workdir,
+            lung,
+            mesh=mesh,
+            should_stop=should_stop,
+            losses=losses,
+            augmentations=augmentations,
+            architectures=architectures,
+        )
+        best = load_model(workdir, architectures)
+        if is_primary():
+            plots.save_loss_curves(workdir / "figures" / "loss_curves.png", history)
+            if val_set:
+                models = (best, None) if task.target == "lung" else (lung, best)
+                _use_validation(workdir, Predictor(*models), val_set, task, readers)
+        logger.info("done: %s", workdir)
+    return history
+
+
+def versions() -> dict[str, str]:
+    """Python, packages, machine and device, to write next to results."""
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        "resunet-jax": __version__,
+        **{name: _version(name) for name in _PACKAGES},
+        "machine": f"{platform.system()} {platform.machine()}",
+        "device": f"{device.platform} {device.device_kind} × {jax.device_count()}",
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _load_lung(
+    config: Config, task: Task, lung_checkpoint: Path | None, architectures: Mapping[str, Architecture]
+) -> tuple[LoadedModel | None, Config]:
+    if not task.uses_lung:
+        return None, config
+    if lung_checkpoint is None:
+        raise InputError(
+            "infection training needs the lung model: give its workdir with `lung_checkpoint`, or train on CT alone "
+            "(task infection_ct)"
+        )
+    lung = load_model_for(lung_checkpoint, "lung", architectures)
+    if lung.config.preprocess != config.preprocess:
+        raise InputError(
+            f"{lung_checkpoint}: its slices were prepared by {lung.config.preprocess}, this training asks for "
+            f"{config.preprocess}; use the same `recipe`, `image_size` and `normalization`"
+        )
+    return lung, dataclasses.replace(config, lung_fingerprint=fingerprint(lung.variables))
+
+
+def _split_cases(
+    data_dir: Path, request: SplitRequest, task: Task, lung_checkpoint: Path | None, readers: Mapping[str, Reader]
+) -> tuple[Split, list[Case], list[Case]]:
+    """The split, and its training and validation cases; a warning where the lung model was trained on another."""
+    cases = find_cases(data_dir, readers)
+    split = make_split(cases, request)
+    train_cases, val_cases = split.cases("train", cases), split.cases("val", cases) if split.val else []
+    if task.target == "infection":
+        require_infection_masks([*train_cases, *val_cases])
+    lung_split = lung_checkpoint / "split.json" if lung_checkpoint else None
+    if lung_split and lung_split.is_file() and read_split(lung_split) != split:
+        logger.warning(
+            "%s differs from this split: the lung model may have seen this run's validation or test cases", lung_split
+        )
+    return split, train_cases, val_cases
+
+
+def _comparable(config: Config) -> dict[str, Any]:
+    """What may not change when a run resumes: its length only where the learning rate does not depend on it."""
+    values = to_dict(config)
+    del values["version"]
+    for name in ("patience", *(["epochs"] if config.train.schedule == "step" else [])):
+        del values["train"][name]
+    return values
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name, value in new.items():
+        if isinstance(value, dict):
+            found += _differences(old[name], value, f"{prefix}{name}.")
+        elif old[name] != value:
+            found.append(f"{prefix}{name} was {old[name]}, is {value}")
+    return found
+
+
+def _check_resumable(workdir: Path, config: Config, split: Split) -> None:
+    """Refuses a workdir that holds another run."""
+    file = workdir / "config.json"
+    if (workdir / CHECKPOINTS).is_dir() and file.is_file():
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            old = from_dict(values, str(file))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file}: cannot be read ({error}); choose a new `workdir`") from error
+        if "version" not in values:
+            raise InputError(
+                f"{workdir}: was begun by resunet_jax 0.6.0 or older, which draws other random numbers; finish "
+                "it with that version, or choose a new `workdir` (its model can be used as it is)"
+            )
+        differences = _differences(_comparable(old), _comparable(config))
+        if differences:
+            raise InputError(f"{workdir} holds another run ({'; '.join(differences)}); choose a new `workdir`")
+        if read_split(workdir / "split.json") != split:
+            raise InputError(f"{workdir} holds a run on another split; choose a new `workdir`")
+
+
+def _write_settings(workdir: Path, config: Config, split: Split) -> None:
+    make_output_dir(workdir / "figures")
+    for name, values in (("config", to_dict(config)), ("versions", versions())):
+        write_text(workdir / f"{name}.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    write_split(workdir / "split.json", split)
+
+
+def _plot_inputs(
+    workdir: Path,
+    config: Config,
+    train_set: Sequence[PreparedCase],
+    source: SliceSource,
+    task: Task,
+    augmentations: Mapping[str, Augmentation],
+    readers: Mapping[str, Reader],
+) -> None:
+    """The steps of the region of interest for a scan of each source, and an augmented batch; once a run."""
+    roi_file, batch_file = workdir / "figures" / "roi_steps.png", workdir / "figures" / "augmented_batch.png"
+    if roi_file.is_file() and batch_file.is_file():
+        return
+    by_source = {prepared.case.source: prepared.case for prepared in reversed(train_set)}
+    volumes = {case.id: read_volume(case.ct, readers) for case in by_source.values()}
+    plots.save_roi_steps(roi_file, volumes, config.preprocess)
+    picks = np.random.default_rng(config.train.seed).permutation(len(source))[:8]
+    slices = [source[int(i)] for i in picks]
+    image, mask = jax.jit(functools.partial(augment, config=config.augment, augmentations=augmentations))(
+        jax.random.key(config.train.seed),
+        np.stack([s["image"] for s in slices]),
+        np.stack([s["mask"] for s in slices]).astype(np.float32),
+    )
+    plots.save_batch(batch_file, np.asarray(image), np.asarray(mask), task.target)
+
+
+def _use_validation(
+    workdir: Path, predictor: Predictor, val_set: Sequence[PreparedCase], task: Task, readers: Mapping[str, Reader]
+) -> None:
+    """Chooses the best model's threshold, and plots it on the validation slices with most of the target."""
+    references: list[tuple[PreparedCase, Array]] = []
+    overlays: list[plots.Overlay] = []
+    for prepared in val_set:
+        case = prepared.case
+        path = case.lung_mask if task.target == "lung" else case.infection_mask
+        if path is None:  # `require_infection_masks` has refused it
+            continue
+        references.append((prepared, read_mask(path, case.ct, read_grid(case.ct, readers), readers) > 0))
+        targets = getattr(prepared, task.target)
+        areas = targets.sum(axis=(1, 2))
+        probabilities = predictor.scan_probabilities(prepared.images)[task.target]
+        for k in sorted({int(np.argmax(areas)), len(areas) // 2}) if len(overlays) < _MAX_OVERLAYS else ():
+            masks = {str(task.target): targets[k]}, {str(task.target): probabilities[k] > THRESHOLD}
+            overlays.append(plots.Overlay(f"{case.id} slice {k}", prepared.images[k], *masks))
+    plots.save_overlays(workdir / "figures" / "validation_samples.png", overlays)
+    if chosen := choose_threshold(predictor, task.target, references):
+        save_threshold(workdir, *chosen, [prepared.case.id for prepared in val_set])

@@ -1,0 +1,311 @@
+"""Models on disk: folders that are restored from nothing but themselves.
+
+A model's folder holds config.json, variables/ (by orbax) and files.json, the SHA-256 of every file in it; that of a
+checkpoint holds optimizer/ and history.json too. It is written atomically, and compared with files.json before it is
+used.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from resunet_jax.config import Config, Structure, from_dict, to_dict
+from resunet_jax.errors import InputError, first_line
+from resunet_jax.files import atomic_dir, reserve, write_text
+from resunet_jax.model.build import ARCHITECTURES, TASKS, Architecture, build_model
+from resunet_jax.model.resunet import Variables
+from resunet_jax.progress import logger
+
+CHECKPOINTS = "checkpoints"
+"""Folder of a workdir that holds its checkpoints, each in a folder with the number of its step."""
+
+THRESHOLD_FILE = "threshold.json"
+"""File of a workdir with the threshold chosen on its validation cases."""
+
+CONFIG_FILE = "config.json"
+HISTORY_FILE = "history.json"
+DIGESTS_FILE = "files.json"
+VARIABLES = "variables"
+
+History = list[dict[str, Any]]
+"""One record per epoch, as in metrics.jsonl."""
+
+
+class LoadedModel(NamedTuple):
+    """A restored model.
+
+    Attributes:
+      model: the module.
+      variables: {"params": ..., "batch_stats": ...}.
+      config: how it was made and how it is to be used.
+    """
+
+    model: Any
+    variables: Variables
+    config: Config
+
+
+def selection_loss(record: dict[str, Any]) -> float:
+    """What the best checkpoint has least of: the validation loss; without one, a later epoch is better."""
+    return float(-record["epoch"] if record["val_loss"] is None else record["val_loss"])
+
+
+class CorruptCheckpointError(Exception):
+    """A folder is not as it was written; the message names it and says what of it."""
+
+    def __init__(self, folder: Path, what: str) -> None:
+        super().__init__(f"{folder}: damaged ({what})")
+
+
+def best_step(history: History) -> list[int]:
+    """The step of the best checkpoint: the first epoch of least `selection_loss`; empty where there is no epoch."""
+    return [int(min(history, key=selection_loss)["step"])] if history else []
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, ascending."""
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def write_folder(
+    folder: Path, trees: Mapping[str, Any], values: Mapping[str, Any], texts: Mapping[str, str] | None = None
+) -> None:
+    """Writes pytrees, JSON files and text files by name, and files.json; the folder appears atomically."""
+    with atomic_dir(folder) as partial:
+        # Reserves the space for a moment: orbax would report a full disk in hundreds of lines.
+        with tempfile.TemporaryFile(dir=partial) as file:
+            reserve(file, sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(trees)))
+        for name, value in values.items():
+            write_text(partial / name, json.dumps(value, indent=2) + "\n")
+        for name, text in (texts or {}).items():
+            write_text(partial / name, text)
+        for name, tree in trees.items():
+            with _checkpointer() as checkpointer:
+                checkpointer.save((partial / name).absolute(), tree)
+        write_text(partial / DIGESTS_FILE, json.dumps(_digests(partial), indent=2) + "\n")
+
+
+def verify_folder(folder: Path) -> None:
+    """Compares every file with files.json; what resunet_jax 0.1.0 wrote has none, and passes.
+
+    Raises:
+      CorruptCheckpointError: a file is missing, or not what was written.
+    """
+    if not (folder / DIGESTS_FILE).is_file():
+        if (folder / HISTORY_FILE).is_file():
+            raise CorruptCheckpointError(folder, f"{DIGESTS_FILE}: missing")
+        return
+    digests = read_values(folder, DIGESTS_FILE)
+    found = _digests(folder)
+    for name, digest in digests.items():
+        if name not in found:
+            raise CorruptCheckpointError(folder, f"{name}: missing")
+        if found[name] != digest:
+            raise CorruptCheckpointError(folder, f"{name}: not what was written")
+    if not {CONFIG_FILE, f"{VARIABLES}/manifest.ocdbt"} <= set(digests):
+        raise CorruptCheckpointError(folder, f"{DIGESTS_FILE}: not what was written")
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file in a folder, by its path there."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != DIGESTS_FILE:
+            with path.open("rb") as file:
+                digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def read_values(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object; resunet_jax 0.1.0 kept a checkpoint's in a folder of its name."""
+    path = folder / name
+    if not path.exists() and (folder / Path(name).stem / "metadata").is_file():
+        path = folder / Path(name).stem / "metadata"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CorruptCheckpointError(folder, f"{name}: {first_line(error)}") from error
+    return values
+
+
+def restore_tree(folder: Path, tree: Any) -> Any:
+    """A pytree of NumPy arrays of the shapes in `tree`, whatever devices it was on."""
+    with _checkpointer() as checkpointer:
+        return checkpointer.restore(folder.absolute(), jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree))
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """Orbax for this process alone."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=str(me))
+    return ocp.Checkpointer(ocp.StandardCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
+
+
+def load_model(path: str | Path, architectures: Mapping[str, Architecture] = ARCHITECTURES) -> LoadedModel:
+    """Restores a model from its folder alone.
+
+    Args:
+      path: a training workdir, of which the best checkpoint is taken, or a saved model.
+      architectures: the table of models.
+
+    Returns:
+      (model, variables, config).
+
+    Raises:
+      InputError: no checkpoint there, or it does not fit its config.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise InputError(f"{path}: no such checkpoint folder; train first, or check the path")
+    try:
+        if (path / CHECKPOINTS).is_dir():
+            return _load_folder(best_checkpoint(path), architectures)
+        if (path / VARIABLES).is_dir():
+            return _load_folder(path, architectures)
+    except InputError:
+        raise
+    except CorruptCheckpointError as error:
+        raise InputError(f"{error}; use a copy of it, or train again") from error
+    except Exception as error:  # orbax has no common base for what a damaged folder makes it raise
+        raise InputError(
+            f"{path}: the model cannot be restored ({first_line(error)}), "
+            "so it is damaged; use a copy of it, or train again"
+        ) from error
+    raise InputError(f"{path}: neither a training workdir nor a saved model; it has no {CHECKPOINTS}/")
+
+
+def load_model_for(
+    path: str | Path, structure: Structure, architectures: Mapping[str, Architecture] = ARCHITECTURES
+) -> LoadedModel:
+    """`load_model`, refusing a model of the other structure."""
+    loaded = load_model(path, architectures)
+    found = TASKS[loaded.config.task].target
+    if found != structure:
+        raise InputError(f"{path}: expected a {structure} model, this one segments {found}; give the other folder")
+    return loaded
+
+
+def save_model(path: str | Path, variables: Variables, config: Config, files: Mapping[str, str] | None = None) -> None:
+    """Exports a model to a new folder that `load_model` takes: config.json and variables/.
+
+    Args:
+      path: must not exist.
+      variables: {"params": ..., "batch_stats": ...}.
+      config: how the model is to be used.
+      files: further text files for the folder, by name.
+
+    Raises:
+      InputError: the folder exists or cannot be written.
+    """
+    path = Path(path).absolute()
+    if path.exists():
+        raise InputError(f"{path}: exists already; choose a new folder")
+    write_folder(path, {VARIABLES: variables}, {CONFIG_FILE: to_dict(config)}, files)
+
+
+def best_checkpoint(workdir: Path) -> Path:
+    """The folder of a workdir's best checkpoint; a warning says where that is not the best of its history.
+
+    Raises:
+      InputError: there is none yet.
+      CorruptCheckpointError: the latest one is damaged.
+    """
+    steps = checkpoint_steps(workdir / CHECKPOINTS)
+    if not steps:
+        raise InputError(f"{workdir}: no checkpoint in it yet; train first")
+    latest = workdir / CHECKPOINTS / str(steps[-1])
+    verify_folder(latest)
+    history = read_values(latest, HISTORY_FILE)["epochs"]
+    available = best_step([record for record in history if record["step"] in steps])
+    if not available:
+        raise InputError(f"{workdir}: its training was stopped within the first epoch; resume it")
+    if available != best_step(history):
+        logger.warning(
+            "%s: its best checkpoint, of step %d, is missing; taking the best of the others, of step %d",
+            workdir,
+            *best_step(history),
+            *available,
+        )
+    return workdir / CHECKPOINTS / str(available[0])
+
+
+def _load_folder(folder: Path, architectures: Mapping[str, Architecture]) -> LoadedModel:
+    verify_folder(folder)
+    if not (folder / DIGESTS_FILE).is_file():
+        logger.warning(
+            "%s: no %s in it, so nobody can tell whether the model is as it was written", folder, DIGESTS_FILE
+        )
+    config = from_dict(read_values(folder, CONFIG_FILE), str(folder / CONFIG_FILE))
+    model = build_model(config, architectures=architectures)
+    expected = variable_shapes(model)
+    with _checkpointer() as checkpointer:
+        saved = checkpointer.metadata((folder / VARIABLES).absolute()).item_metadata.tree
+    if jax.tree.map(lambda x: tuple(x.shape), saved) != jax.tree.map(lambda x: x.shape, expected):
+        raise InputError(
+            f"{folder}: its parameters are of another architecture than its config says "
+            f"(filters {','.join(map(str, config.model.filters))}, {model.in_channels} input channels); "
+            "use the config that it was saved with"
+        )
+    # To the device: arrays of the host would travel there at each call.
+    return LoadedModel(model, jax.device_put(restore_tree(folder / VARIABLES, expected)), config)
+
+
+def save_threshold(workdir: Path, threshold: float, dice: float, cases: Sequence[str]) -> None:
+    """Writes threshold.json for the best checkpoint: the threshold, its mean Dice, on which cases, and the step."""
+    values = {"threshold": threshold, "mean_dice": dice, "chosen_on": list(cases)}
+    write_text(
+        workdir / THRESHOLD_FILE,
+        json.dumps({**values, "step": int(best_checkpoint(workdir).name)}, indent=2) + "\n",
+    )
+
+
+def load_threshold(path: str | Path) -> float:
+    """The threshold that a training chose on its validation cases, in (0, 1).
+
+    Raises:
+      InputError: there is none, it makes no sense, or it was chosen for another checkpoint than the best one.
+    """
+    folder = Path(path).expanduser()
+    file = folder / THRESHOLD_FILE
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        threshold, step = float(values["threshold"]), values.get("step")
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold {threshold}")
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{file}: no such file: the training had no validation case to choose a threshold on, or is not done; "
+            "use the threshold 0.5"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: holds no threshold in (0, 1) ({first_line(error)}); use 0.5") from error
+    if step is not None and (folder / CHECKPOINTS).is_dir() and best_checkpoint(folder).name != str(step):
+        raise InputError(
+            f"{file}: was chosen for the checkpoint of step {step}, which is not the best any more; resume the "
+            "training, which chooses it anew, or use the threshold 0.5"
+        )
+    return threshold
+
+
+def fingerprint(variables: Variables) -> str:
+    """A digest that identifies a model: SHA-256 over names and values, 16 hex digits."""
+    digest = hashlib.sha256()
+    for name, value in jax.tree_util.tree_leaves_with_path(variables):
+        digest.update(jax.tree_util.keystr(name).encode())
+        digest.update(np.asarray(value).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def variable_shapes(model: Any) -> Any:
+    """Shapes and types of a model's variables, without making them."""
+    dummy = jax.ShapeDtypeStruct((1, 8, 8, model.in_channels), np.float32)
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), dummy)

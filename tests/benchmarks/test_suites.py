@@ -1,0 +1,116 @@
+"""The suites on small work: that both sides do the same, and that every figure comes out."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from benchmarks import data, memory, prediction, training
+from benchmarks.measure import load_torch_baseline
+from benchmarks.training import config_of
+
+from resunet_jax import Predictor, load_model
+from resunet_jax.config import AugmentConfig, Config, PreprocessConfig
+from resunet_jax.data.cases import find_cases
+from resunet_jax.data.preprocess import prepare_volume
+from resunet_jax.data.readers import read_volume
+from resunet_jax.data.slice_cache import prepare_cases
+from tests.conftest import ROOT, Trained
+
+TINY = (4, 8, 16, 32)
+
+
+def test_opening_each_slice_gives_the_slices_of_the_cache(phantom: Path, tmp_path: Path) -> None:
+    case = find_cases(phantom)[-1]
+    (prepared,) = prepare_cases([case], PreprocessConfig(normalization="window"), tmp_path)
+    for k in (0, 4, 8):
+        opened = data.open_slice(case, k)
+        np.testing.assert_array_equal(opened["image"][0], prepared.images[k])
+        np.testing.assert_array_equal(opened["lung"][0], prepared.lung[k])
+        np.testing.assert_array_equal(opened["infection"][0], prepared.infection[k])
+
+
+def test_torch_baseline_segments_the_same_and_everywhere(trained: Trained) -> None:
+    baseline = load_torch_baseline()
+    if baseline is None:
+        pytest.skip("PyTorch is not installed: pip install '.[torch]'")
+    lung, infection = load_model(trained.lung), load_model(trained.infection)
+    images, _ = prepare_volume(read_volume(find_cases(trained.data)[0].ct), lung.config.preprocess)
+    by_jax = Predictor(lung, infection, thresholds={"lung": 0.0}).slice_probabilities(images)
+    by_torch = baseline.TorchPredictor(lung, infection).slice_probabilities(images)
+    for name, probability in by_jax.items():
+        np.testing.assert_allclose(by_torch[name], probability, atol=1e-5)
+
+
+def without_augmentation(setting: training.Setting) -> Config:
+    """What compiles fastest."""
+    return dataclasses.replace(config_of(setting), augment=AugmentConfig(transforms=()))
+
+
+@pytest.mark.exhaustive
+def test_training_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "settings", lambda: [training.Setting(TINY, 16, "float32")])
+    monkeypatch.setattr(training, "config_of", without_augmentation)
+    monkeypatch.setattr(training, "_MATRIX_SIZE", 64)
+    step, product = training.train_suite(1)
+    assert (step.suite, step.name) == ("train", "4-8-16-32, 16², batch 8, float32")
+    for figure in (step, product):
+        assert figure.jax > 0
+        assert (figure.ratio is not None) == (load_torch_baseline() is not None)
+    assert product.unit == "GFLOP/s"
+
+
+def test_flops_of_a_step_match_the_count_by_hand() -> None:
+    """Three times the convolutions' forward pass, which at full width is 278 GFLOP."""
+    assert training.step_flops(training.Setting(training.FULL, 128, "float32")) == pytest.approx(834e9, rel=0.02)
+
+
+def test_predicted_scan_has_lung_in_the_expected_fraction_of_slices() -> None:
+    with prediction._scan(8) as scan:
+        shortened = prediction._with_slices(scan, 4)
+        assert read_volume(shortened).values.shape == (512, 512, 4)
+        np.testing.assert_array_equal(read_volume(shortened).values, read_volume(scan).values[..., ::2])
+        predictor = prediction._make_predictor(scan, TINY)
+        images, _ = prepare_volume(read_volume(scan), predictor.preprocess)
+    lung = predictor.slice_probabilities(images)["lung"] > predictor.threshold("lung")
+    assert abs(lung.any(axis=(1, 2)).mean() - prediction.LUNG_FRACTION) < 0.15
+
+
+@pytest.mark.exhaustive
+def test_memory_is_what_the_compiler_plans() -> None:
+    config = without_augmentation(training.Setting(TINY, 16, "float32"))
+    small, large = (memory._temporary_gb(memory._with(config, batch_size=n)) for n in (8, 64))
+    assert 4 < large / small < 9
+
+
+def test_real_steps_are_at_least_three() -> None:
+    config = without_augmentation(training.Setting(TINY, 16, "float32"))
+    assert len(memory._real_steps(config, 1)) == 3
+
+
+_TINY_SCRIPT = f"""
+import runpy, sys
+from benchmarks import training
+training.settings = lambda: [training.Setting({TINY}, 16, "float32")]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_script_writes_one_record_per_figure(tmp_path: Path) -> None:
+    script, figures = ROOT / "experiments" / "benchmark.py", tmp_path / "figures.json"
+    argv = [str(script), "--suite=forward", "--rounds=1", f"--json={figures}"]
+    code = f"import sys; sys.path.insert(0, {str(script.parent)!r}); sys.argv = {argv}\n"
+    result = subprocess.run(
+        [sys.executable, "-c", code + _TINY_SCRIPT], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    (record,) = json.loads(figures.read_text(encoding="utf-8"))
+    of_0_6_0 = {"suite", "name", "unit", "ours", "rival", "ratio", "target", "met", "spread"}
+    assert set(record) == of_0_6_0 | {"jax", "baseline", "passed"}
+    assert (record["suite"], record["name"]) == ("forward", "4-8-16-32, 16², batch 8, float32")
+    assert record["jax"] > 0
+    assert (record["ratio"] is not None) == (load_torch_baseline() is not None)
+    assert "ratio ≤ 1.0" in result.stdout

@@ -1,0 +1,196 @@
+import dataclasses
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from resunet_jax.config import PreprocessConfig
+from resunet_jax.data import slice_cache
+from resunet_jax.data.cases import find_cases
+from resunet_jax.data.preprocess import air_level, air_offset, prepare_slice, prepare_volume
+from resunet_jax.data.readers import open_scan, read_mask, read_volume
+from resunet_jax.data.slice_cache import prepare_cases
+from resunet_jax.data.volume import Volume, hu_to_window
+from resunet_jax.errors import InputError
+
+CONFIG = PreprocessConfig(image_size=32, normalization="window")
+AIR = dataclasses.replace(CONFIG, normalization="air")
+
+
+@pytest.fixture
+def cases(phantom: Path):
+    return find_cases(phantom)[:2]
+
+
+def test_slices_are_those_of_the_scan(cases, tmp_path: Path) -> None:
+    prepared = prepare_cases(cases, CONFIG, tmp_path)[1]
+    volume = read_volume(cases[1].ct)
+    for k in range(volume.values.shape[-1]):
+        image, box = prepare_slice(volume, k, CONFIG, 0.0)
+        np.testing.assert_array_equal(prepared.images[k], image)
+        np.testing.assert_array_equal(prepared.boxes[k], box)
+    assert prepared.images.dtype == np.float32
+    assert 0 <= prepared.images.min() < prepared.images.max() <= 1
+    assert set(np.unique(prepared.lung)) == set(np.unique(prepared.infection)) == {0, 1}
+    assert isinstance(prepared.images, np.memmap)
+
+
+def test_masks_cover_what_they_did(cases, tmp_path: Path) -> None:
+    prepared = prepare_cases(cases, CONFIG, tmp_path)[0]
+    volume = read_volume(cases[0].ct)
+    lung = read_mask(cases[0].lung_mask, cases[0].ct, volume.grid) > 0
+    pixels = prepared.boxes[:, 2] * prepared.boxes[:, 3] / CONFIG.image_size**2
+    np.testing.assert_allclose((prepared.lung.sum(axis=(1, 2)) * pixels).sum(), lung.sum(), rtol=0.02)
+
+
+def test_second_time_nothing_is_read(cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepare_cases(cases, CONFIG, tmp_path)
+    monkeypatch.setattr(slice_cache, "read_volume", lambda *_: pytest.fail("read again"))
+    second = prepare_cases(cases, CONFIG, tmp_path)
+    np.testing.assert_array_equal(first[0].images, second[0].images)
+
+
+def test_settings_and_content_make_the_key(cases, tmp_path: Path) -> None:
+    prepare_cases(cases, CONFIG, tmp_path)
+    prepare_cases(cases, dataclasses.replace(CONFIG, normalization="minmax"), tmp_path)
+    other = dataclasses.replace(cases[0], lung_mask=cases[0].infection_mask)
+    prepare_cases([other], CONFIG, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_an_interrupted_build_is_not_taken_for_a_complete_one(
+    cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(slice_cache, "prepare_mask", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare_cases(cases, CONFIG, tmp_path)
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
+    assert len(prepare_cases(cases, CONFIG, tmp_path)) == 2
+
+
+def test_damage_is_named(cases, tmp_path: Path) -> None:
+    prepare_cases(cases, CONFIG, tmp_path)
+    victim = next(tmp_path.glob("*/images.npy"))
+    victim.write_bytes(victim.read_bytes()[:100])
+    with pytest.raises(InputError, match=f"{victim.parent}: damaged"):
+        prepare_cases(cases, CONFIG, tmp_path)
+
+
+class Harm:
+    """An object that creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_nothing_is_unpickled(cases, tmp_path: Path) -> None:
+    prepare_cases(cases, CONFIG, tmp_path / "cache")
+    victim = next((tmp_path / "cache").glob("*/images.npy"))
+    np.save(victim, np.array([Harm(tmp_path / "harm")], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match=f"{victim.parent}: damaged"):
+        prepare_cases(cases, CONFIG, tmp_path / "cache")
+    assert not (tmp_path / "harm").exists()
+    np.load(victim, allow_pickle=True)
+    assert (tmp_path / "harm").exists()  # it would have done harm
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("images", lambda a: a[:-1]),
+        ("images", lambda a: a.astype(np.float64)),
+        ("boxes", lambda a: a[:, :3]),
+        ("lung", lambda a: a[..., :-1]),
+        ("infection", lambda a: a[0]),
+    ],
+)
+def test_arrays_that_do_not_fit_are_named(cases, tmp_path: Path, name: str, change) -> None:
+    prepare_cases(cases, CONFIG, tmp_path)
+    victim = next(tmp_path.glob(f"*/{name}.npy"))
+    np.save(victim, change(np.load(victim)))
+    with pytest.raises(InputError, match=f"{victim.parent}: damaged \\(arrays of"):
+        prepare_cases(cases, CONFIG, tmp_path)
+
+
+def test_without_infection_mask(cases, tmp_path: Path) -> None:
+    (prepared,) = prepare_cases([dataclasses.replace(cases[0], infection_mask=None)], CONFIG, tmp_path)
+    assert prepared.infection is None
+    assert prepared.lung.any()
+
+
+def test_a_cache_that_cannot_be_written(cases, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"):
+        prepare_cases(cases, CONFIG, tmp_path / "file" / "cache")
+
+
+def a_body(slices: int = 4, padding: int = 6) -> np.ndarray:
+    """HU (64, 64, slices): fat around two lungs, noisy air around it, and nothing where the scanner does not see."""
+    hu = np.full((64, 64, slices), -1000.0)
+    hu[16:56, 12:52] = -100
+    hu[20:40, 16:28] = hu[20:40, 34:46] = -850
+    hu += np.random.default_rng(0).normal(0, 10, hu.shape)
+    hu[:padding] = hu[:, :padding] = -2000
+    return hu
+
+
+def exported(hu: np.ndarray, low: float) -> Volume:
+    """As a file in 0..255 over HU [low, low + 1500]."""
+    values = np.rint(np.clip((hu - low) / 1500, 0, 1) * 255).astype(np.uint8)
+    return Volume(values, "windowed", None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("low", [-1350.0, -1250.0, -1150.0])
+def test_air_reveals_the_window_that_a_scan_was_exported_with(low: float) -> None:
+    scan = exported(a_body(), low)
+    assert air_offset(scan, AIR) == pytest.approx((low + 1250) / 1500, abs=1.5 / 255)
+    images, _ = prepare_volume(scan, AIR)
+    expected, _ = prepare_volume(Volume(a_body(), "hu", scan.grid), AIR)
+    inside = expected > 0.1  # the field of view; outside of it a shifted scan need not be 0
+    np.testing.assert_allclose(images[inside], expected[inside], atol=2 / 255)
+    assert inside.mean() > 0.9
+
+
+def test_no_offset_where_none_is_asked_for_or_no_air_is_seen() -> None:
+    hu = a_body()
+    scan = exported(hu, -1350)
+    assert air_offset(scan, CONFIG) == 0
+    assert air_offset(Volume(hu - 100, "hu", scan.grid), AIR) == 0
+    all_body = exported(np.full((64, 64, 4), 0.0), -1350)
+    assert air_offset(all_body, AIR) == 0
+    nothing_around = np.where(a_body() < -950, -2000, hu)
+    assert air_offset(exported(nothing_around, -1350), AIR) == 0
+    assert air_level(all_body, AIR) is None
+    assert air_level(scan, AIR) == pytest.approx(350 / 1500, abs=1.5 / 255)
+
+
+def test_some_slices_are_prepared_as_in_the_whole_scan(tmp_path: Path) -> None:
+    hu = a_body(slices=40)
+    hu[..., ::2] += 30  # slices differ
+    scan = exported(hu, -1350)
+    nib.Nifti1Image(scan.values, np.diag([-1, -1, 1, 1])).to_filename(tmp_path / "scan.nii")
+    whole, _ = prepare_volume(read_volume(tmp_path / "scan.nii"), AIR)
+    with open_scan(tmp_path / "scan.nii") as opened:
+        np.testing.assert_array_equal(
+            opened.sample_slices(5).values, read_volume(tmp_path / "scan.nii").sample_slices(5).values
+        )
+        assert opened.sample_slices(5).values.shape[-1] == 5
+        some, _ = prepare_volume(opened.read_slices(5, 7), AIR, air_offset(opened, AIR))
+    np.testing.assert_array_equal(some, whole[5:7])
+
+
+def test_the_same_scan_from_two_windows_is_the_same_to_a_model() -> None:
+    """What the offset is for: at -850 HU, two exports are a tenth of the scale apart without it."""
+    images = {
+        config.normalization: [prepare_volume(exported(a_body(), low), config)[0] for low in (-1350, -1250)]
+        for config in (CONFIG, AIR)
+    }
+    lung = [np.median(image[:, 8:16, 6:10]) for image in images["air"]]
+    assert lung == pytest.approx([hu_to_window(-850)] * 2, abs=2 / 255)
+    apart = [np.abs(first - second).mean() for first, second in images.values()]
+    assert apart[1] < 0.1 * apart[0]

@@ -1,0 +1,169 @@
+import contextlib
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+
+from resunet_jax import Predictor, load_predictor
+from resunet_jax.data.cases import find_cases
+from resunet_jax.data.readers import READERS, Reader, Source, find_sources
+from resunet_jax.data.readers.source import by_suffix, file_digest
+from resunet_jax.errors import InputError
+from resunet_jax.inference import batch as module
+from resunet_jax.inference.batch import MANIFEST, segment_scans
+from resunet_jax.inference.scan import prefetch
+from tests.conftest import Trained
+
+
+@pytest.fixture(scope="module")
+def predictor(trained: Trained) -> Predictor:
+    return load_predictor(trained.lung, trained.infection)
+
+
+@pytest.fixture
+def scans(trained: Trained, tmp_path: Path) -> list[Source]:
+    """Two good ones, a bad one between them."""
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for name, case in zip(("a.nii", "c.nii"), find_cases(trained.data), strict=False):
+        shutil.copy(case.ct, folder / name)
+    (folder / "b.nii").write_bytes(b"no scan")
+    return find_sources(folder)
+
+
+def run(scans: list[Source], output: Path, predictor: Predictor, **options) -> dict[str, str]:
+    """What has become of each scan."""
+    words = {}
+    for result in segment_scans(scans, output, predictor, **options):
+        word = "error" if result.error else "before" if result.skipped else "now"
+        words[result.scan.path.name] = word
+        assert all(mask.is_file() for mask in result.masks)
+        assert bool(result.masks) == (word != "error")
+    return words
+
+
+def test_a_bad_scan_does_not_end_the_batch_and_finished_ones_are_skipped(
+    predictor: Predictor, scans, tmp_path: Path
+) -> None:
+    output = tmp_path / "masks"
+    assert run(scans, output, predictor) == {"a.nii": "now", "b.nii": "error", "c.nii": "now"}
+    first = {path.name: path.read_bytes() for path in output.iterdir()}
+    assert run(scans, output, predictor) == {"a.nii": "before", "b.nii": "error", "c.nii": "before"}
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == first
+
+
+def test_segments_again_what_has_changed(predictor: Predictor, scans, tmp_path: Path) -> None:
+    output, good = tmp_path / "masks", [scans[0], scans[2]]
+    run(good, output, predictor)
+    (output / "a_lung.nii.gz").unlink()
+    assert run(good, output, predictor) == {"a.nii": "now", "c.nii": "before"}
+    shutil.copy(scans[0].path, scans[2].path)
+    assert run(good, output, predictor) == {"a.nii": "before", "c.nii": "now"}
+    assert set(run(good, output, predictor, save_probabilities=True).values()) == {"now"}
+    other = dataclasses.replace(predictor, thresholds={"lung": 0.4})
+    assert set(run(good, output, other).values()) == {"now"}
+    assert set(run(good, output, other).values()) == {"before"}
+    (output / MANIFEST).write_text("{")
+    assert set(run(good, output, other).values()) == {"now"}
+
+
+def test_stopped_between_two_scans_resumes_with_the_next(predictor: Predictor, scans, tmp_path: Path) -> None:
+    results = segment_scans(scans, tmp_path / "masks", predictor)
+    assert next(results).scan == scans[0]
+    results.close()
+    assert run(scans, tmp_path / "masks", predictor) == {"a.nii": "before", "b.nii": "error", "c.nii": "now"}
+
+
+def test_masks_being_replaced_are_not_vouched_for(
+    predictor: Predictor, scans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped between masks of another threshold and the manifest: the first threshold is due again."""
+    output, good = tmp_path / "masks", [scans[0], scans[2]]
+    other = dataclasses.replace(predictor, thresholds={"lung": 0.4})
+    run(good, output, predictor)
+    real = module.write_masks
+
+    def write_and_stop(*args, **options):
+        real(*args, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "write_masks", write_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(good, output, other)
+    monkeypatch.undo()
+    assert set(run(good, output, predictor).values()) == {"now"}
+
+
+def test_next_scan_is_read_while_this_one_is_segmented(
+    predictor: Predictor, scans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks of the first are not begun before the second is asked for, in another thread."""
+    events: list[str] = []
+    real_chunks, real_write = module.iter_chunks, module.write_masks
+
+    def chunks(scans, preprocess, readers):
+        for chunk in real_chunks(scans, preprocess, readers):
+            events.append(f"read {chunk.scan.name}")
+            yield chunk
+
+    def write(scan, chunks, *args, **options):
+        masks = real_write(scan, chunks, *args, **options)
+        events.append(f"wrote {scan.name}")
+        return masks
+
+    monkeypatch.setattr(module, "iter_chunks", chunks)
+    monkeypatch.setattr(module, "write_masks", write)
+    run([scans[0], scans[2]], tmp_path / "masks", predictor)
+    assert sorted(events) == ["read a", "read c", "wrote a", "wrote c"]
+    assert events.index("read c") < events.index("wrote a")
+
+
+def test_prefetch_gives_the_items_in_order_and_errors_in_their_place() -> None:
+    def items():
+        yield from range(5)
+        raise InputError("five")
+
+    taken = []
+    with pytest.raises(InputError, match="five"):
+        for item in prefetch(items()):
+            taken.append(item)  # noqa: PERF402
+    assert taken == list(range(5))
+
+
+def test_a_reader_of_the_table_is_used(predictor: Predictor, scans, tmp_path: Path) -> None:
+    """The phantom's scans under another suffix, which the table's own reader does not find."""
+    renamed = tmp_path / "other" / "a.toy"
+    renamed.parent.mkdir()
+    shutil.copy(scans[0].path, tmp_path / "other" / "b.nii")
+    shutil.copy(scans[0].path, renamed)
+
+    @contextlib.contextmanager
+    def open_toy(source: Source):
+        plain = source.path.with_name("b.nii")
+        with READERS["nifti"].open(source._replace(path=plain)) as scan:
+            yield scan
+
+    readers = {"toy": Reader(by_suffix((".toy",)), open_toy, file_digest)}
+    toy = find_sources(renamed, readers)
+    (result,) = segment_scans(toy, tmp_path / "masks", predictor, readers=readers)
+    assert result.error is None
+    assert [path.name for path in result.masks] == ["a_lung.nii.gz", "a_infection.nii.gz"]
+    (plain,) = segment_scans(find_sources(tmp_path / "other" / "b.nii"), tmp_path / "masks", predictor)
+    assert [path.read_bytes() for path in result.masks] == [path.read_bytes() for path in plain.masks]
+
+
+def test_find_sources(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file or folder"):
+        find_sources(tmp_path / "none")
+    with pytest.raises(InputError, match="no scan in it; formats that are read: nifti"):
+        find_sources(tmp_path)
+    for name in ("b.nii.gz", "a.nii", ".hidden.nii", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [source.path.name for source in find_sources(tmp_path)] == ["a.nii", "b.nii.gz"]
+    assert find_sources(tmp_path / "a.nii") == [Source(tmp_path / "a.nii", "a")]
+    with pytest.raises(InputError, match=r"notes\.txt: not a scan"):
+        find_sources(tmp_path / "notes.txt")
+    (tmp_path / "a.nii.gz").touch()
+    with pytest.raises(InputError, match="the same masks"):
+        find_sources(tmp_path)

@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+
+from resunet_jax.inference.postprocess import large_components, remove_small_components
+
+
+def scan(size: int = 16) -> np.ndarray:
+    """Lungs of 4 × 4 × 3 and 2 × 4 × 3 voxels, and a speck of 2 in another slice; scaled with the size."""
+    unit = size // 16
+    mask = np.zeros((6, size, size), bool)
+    mask[1:4, 2 * unit : 6 * unit, 2 * unit : 6 * unit] = True
+    mask[1:4, 2 * unit : 4 * unit, 9 * unit : 13 * unit] = True
+    mask[5, 10 * unit : 11 * unit, 10 * unit : 12 * unit] = True
+    return mask
+
+
+@pytest.mark.parametrize("size", [16, 256])
+@pytest.mark.parametrize(("min_fraction", "components"), [(0.0, 3), (0.04, 3), (0.1, 2), (0.5, 2), (0.51, 1), (1.0, 1)])
+def test_components_stay_by_their_fraction_of_the_largest(size: int, min_fraction: float, components: int) -> None:
+    mask = scan(size)
+    expected = mask.copy()
+    if components < 3:
+        expected[5] = False
+    if components < 2:
+        expected[:, :, size // 2 :] = False
+    np.testing.assert_array_equal(large_components(mask, min_fraction), expected)
+
+
+def test_components_connect_across_slices_and_not_at_corners() -> None:
+    mask = np.zeros((4, 8, 8), bool)
+    mask[:3, 2, 2] = True  # through three slices
+    mask[0, 3, 3] = True  # touches at a corner
+    kept = large_components(mask, 0.5)
+    assert kept[:3, 2, 2].all()
+    assert not kept[0, 3, 3]
+
+
+def test_pixels_of_a_kept_block_stay_unprocessed() -> None:
+    """Of a size that blocks of three, which would be the largest, do not divide."""
+    mask = np.zeros((1, 392, 392), bool)
+    mask[0, 10:200:2, 10:200] = True  # stripes a pixel apart
+    np.testing.assert_array_equal(large_components(mask, 0.5), mask)
+
+
+def test_empty_masks_stay_empty() -> None:
+    assert not large_components(np.zeros((2, 8, 8), bool), 0.1).any()
+    probabilities = {"lung": np.zeros((2, 8, 8), np.float32), "infection": np.ones((2, 8, 8), np.float32)}
+    remove_small_components(probabilities, 0.5, 0.1)
+    assert not probabilities["infection"].any()
+
+
+def probabilities_of(mask: np.ndarray) -> dict[str, np.ndarray]:
+    """Lung 0.7 in the mask and 0.3 elsewhere, infection 0.9 everywhere."""
+    return {"lung": np.where(mask, 0.7, 0.3).astype(np.float32), "infection": np.full(mask.shape, 0.9, np.float32)}
+
+
+def test_a_removed_component_is_zero_and_a_slice_without_lung_has_no_infection() -> None:
+    mask = scan()
+    found, before = probabilities_of(mask), probabilities_of(mask)
+    remove_small_components(found, 0.5, 0.1)
+    assert not found["lung"][5][mask[5]].any()
+    elsewhere = np.ones_like(mask)
+    elsewhere[5] = ~mask[5]
+    np.testing.assert_array_equal(found["lung"][elsewhere], before["lung"][elsewhere])
+    np.testing.assert_array_equal(found["infection"][1:4], before["infection"][1:4])
+    assert not found["infection"][[0, 4, 5]].any()
+
+
+def test_components_are_of_the_mask_at_the_lungs_threshold() -> None:
+    """Below 0.3 everything is one component, above 0.7 nothing is lung."""
+    mask = scan()
+    low, high = probabilities_of(mask), probabilities_of(mask)
+    remove_small_components(low, 0.2, 0.1)
+    np.testing.assert_array_equal(low["lung"], probabilities_of(mask)["lung"])
+    assert low["infection"].all()
+    remove_small_components(high, 0.8, 0.1)
+    np.testing.assert_array_equal(high["lung"], probabilities_of(mask)["lung"])
+    assert not high["infection"].any()
+
+
+def test_a_fraction_of_zero_removes_nothing() -> None:
+    mask = scan()
+    found = probabilities_of(mask)
+    remove_small_components(found, 0.5, 0.0)
+    for name, before in probabilities_of(mask).items():
+        np.testing.assert_array_equal(found[name], before)

@@ -1,0 +1,351 @@
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from resunet_jax import (
+    Config,
+    LoadedModel,
+    Predictor,
+    cascade,
+    init_variables,
+    load_model,
+    load_predictor,
+    save_model,
+    segment_scan,
+)
+from resunet_jax.data.cases import find_cases
+from resunet_jax.data.preprocess import prepare_volume
+from resunet_jax.data.readers import find_sources, read_mask, read_volume
+from resunet_jax.data.readers.nifti import write_nifti
+from resunet_jax.data.slice_cache import PreparedCase, prepare_cases
+from resunet_jax.errors import InputError
+from resunet_jax.inference import scan as module
+from resunet_jax.inference.predictor import THRESHOLDS, choose_threshold
+from resunet_jax.metrics.overlap import confusion_counts, hard_metrics
+from resunet_jax.model.build import build_model
+from tests.conftest import TINY, Trained
+
+
+@pytest.fixture(scope="module")
+def predictor(trained: Trained) -> Predictor:
+    return load_predictor(trained.lung, trained.infection)
+
+
+@pytest.fixture(scope="module")
+def scan(trained: Trained) -> Path:
+    return find_cases(trained.data)[-1].ct  # the one that is not square
+
+
+def data(path: Path) -> np.ndarray:
+    return np.asarray(nib.load(path).dataobj)
+
+
+def test_masks_have_the_scans_grid(predictor: Predictor, scan: Path, tmp_path: Path) -> None:
+    written = segment_scan(scan, tmp_path, predictor)
+    stem = scan.name.removesuffix(".nii")
+    assert [path.name for path in written] == [f"{stem}_lung.nii.gz", f"{stem}_infection.nii.gz"]
+    original = nib.load(scan)
+    for path in written:
+        mask = nib.load(path)
+        assert mask.get_data_dtype() == np.uint8
+        assert mask.shape == original.shape
+        assert mask.affine.tobytes() == original.affine.tobytes()
+        assert set(np.unique(data(path))) <= {0, 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in written)
+
+
+@pytest.mark.parametrize(
+    ("axes", "flips"), [((2, 0, 1), (1, -1, 1)), ((1, 0, 2), (-1, 1, -1)), ((0, 2, 1), (-1, -1, -1))]
+)
+def test_permuted_and_flipped_scans_give_the_same_anatomy(
+    predictor: Predictor, scan: Path, tmp_path: Path, axes, flips
+) -> None:
+    orientation = np.stack([axes, flips], axis=1)
+    moved = tmp_path / "moved.nii.gz"
+    nib.save(nib.load(scan).as_reoriented(orientation), moved)
+    plain = segment_scan(scan, tmp_path / "plain", predictor, save_probabilities=True)
+    turned = segment_scan(moved, tmp_path / "turned", predictor, save_probabilities=True)
+    for a, b in zip(plain, turned, strict=True):
+        reoriented = nib.load(a).as_reoriented(orientation)
+        np.testing.assert_array_equal(np.asarray(reoriented.dataobj), data(b))
+        np.testing.assert_allclose(reoriented.affine, nib.load(b).affine, atol=1e-4)
+    assert any(data(path).any() for path in plain)
+
+
+def test_the_size_of_chunks_changes_nothing(
+    predictor: Predictor, scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = segment_scan(scan, tmp_path / "whole", predictor)
+    monkeypatch.setattr(module, "_CHUNK_SLICES", 4)
+    for a, b in zip(whole, segment_scan(scan, tmp_path / "chunks", predictor), strict=True):
+        assert a.read_bytes() == b.read_bytes()
+
+
+def test_air_is_looked_for_in_the_whole_scan_not_in_a_chunk(
+    scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_CHUNK_SLICES", 2)
+    volume = read_volume(scan)
+    values = volume.values.copy()
+    values[..., :2] = np.minimum(values[..., :2], 238) + 17  # by themselves, these would be shifted by 100 HU
+    write_nifti(tmp_path / "scan.nii", values, volume.grid)
+    preprocess = TINY["preprocess"]
+    chunks = list(module.iter_chunks(find_sources(tmp_path / "scan.nii"), preprocess))
+    images, _ = prepare_volume(read_volume(tmp_path / "scan.nii"), preprocess)
+    np.testing.assert_array_equal(np.concatenate([chunk.images for chunk in chunks]), images)
+    assert len(chunks) > 2
+    alone, _ = prepare_volume(dataclasses.replace(volume, values=values[..., :2]), preprocess)
+    assert np.abs(alone - images[:2]).max() > 0.05
+
+
+def test_is_the_cascade_where_there_is_lung_and_nothing_elsewhere(trained: Trained, scan: Path) -> None:
+    lung, infection = load_model(trained.lung), load_model(trained.infection)
+    images, _ = prepare_volume(read_volume(scan), lung.config.preprocess)
+    assert infection.model.closing_fraction > 0
+    expected = jax.jit(partial(cascade, lung.model, infection.model))(
+        lung.variables, infection.variables, images[..., None]
+    )
+    expected_lung, expected_infection = (np.asarray(p)[..., 0] for p in expected)
+    areas = np.sort(expected_lung.max(axis=(1, 2)))
+    between = float((areas[len(areas) // 2 - 1] + areas[len(areas) // 2]) / 2)  # half of the slices have lung
+    found = Predictor(lung, infection, 8, {"lung": between}).slice_probabilities(images)
+    with_lung = (expected_lung > between).any(axis=(1, 2))
+    assert with_lung.sum() == len(images) - len(areas) // 2
+    np.testing.assert_allclose(found["lung"], expected_lung, atol=1e-5)
+    np.testing.assert_allclose(found["infection"][with_lung], expected_infection[with_lung], atol=1e-5)
+    assert not found["infection"][~with_lung].any()
+    assert expected_infection[~with_lung].any()
+
+
+def test_small_components_are_removed_from_masks_and_probabilities(
+    trained: Trained, scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that finds lung wherever it is bright: by components of the whole scan, not of the chunk in memory."""
+    monkeypatch.setattr(module, "_CHUNK_SLICES", 4)
+    lung, infection = load_model(trained.lung), load_model(trained.infection)
+    large = load_predictor(trained.lung, trained.infection, min_component_fraction=1.0)
+    plain, cleaned = (
+        segment_scan(scan, tmp_path / name, predictor, save_probabilities=True)
+        for name, predictor in (("plain", Predictor(lung, infection)), ("large", large))
+    )
+    images, boxes = prepare_volume(read_volume(scan), lung.config.preprocess)
+    probabilities = large.slice_probabilities(images)
+    before = {name: values.copy() for name, values in probabilities.items()}
+    large.postprocess(probabilities)
+    components, count = ndimage.label(before["lung"] > 0.5)
+    assert count > 1
+    largest = components == np.argmax(np.bincount(components.ravel())[1:]) + 1
+    np.testing.assert_array_equal(probabilities["lung"] > 0.5, largest)
+    without_lung = ~largest.any(axis=(1, 2))
+    assert without_lung.any()
+    assert not probabilities["infection"][without_lung].any()
+    np.testing.assert_array_equal(probabilities["infection"][~without_lung], before["infection"][~without_lung])
+    for path, other in zip(plain, cleaned, strict=True):
+        assert (data(path) != data(other)).any() or "infection" in path.name
+    native = large.to_native_grid(probabilities, boxes, read_volume(scan).values.shape[:2])
+    assert data(cleaned[0]).sum() == native["lung"].mask.sum() > 0
+    scanned = large.scan_probabilities(images)
+    for name, expected in probabilities.items():
+        np.testing.assert_array_equal(scanned[name], expected)
+
+
+def test_batch_size_changes_nothing(trained: Trained, scan: Path) -> None:
+    one, seven = (load_predictor(trained.lung, trained.infection, batch_size=n) for n in (1, 7))
+    images, _ = prepare_volume(read_volume(scan), one.preprocess)
+    for name, probability in one.slice_probabilities(images).items():
+        np.testing.assert_allclose(probability, seven.slice_probabilities(images)[name], atol=1e-6)
+
+
+def test_probabilities_are_what_the_masks_threshold(predictor: Predictor, scan: Path, tmp_path: Path) -> None:
+    lung, lung_probability, *_ = segment_scan(scan, tmp_path, predictor, save_probabilities=True)
+    assert lung_probability.name.endswith("_lung_probability.nii.gz")
+    probability = data(lung_probability)
+    assert probability.dtype == np.float32
+    assert 0 <= probability.min() <= probability.max() <= 1
+    np.testing.assert_array_equal(data(lung), probability > 0.5)
+
+
+def test_paste_puts_each_slice_in_its_place() -> None:
+    ones = np.ones((2, 8, 8), np.float32)
+    boxes = np.array([[1, 2, 5, 6], [0, 0, 3, 3]], np.int32)
+    pasted = Predictor(None, None).to_native_grid({"lung": ones}, boxes, (10, 12))["lung"]
+    assert pasted.probability.shape == pasted.mask.shape == (10, 12, 2)
+    np.testing.assert_array_equal(pasted.mask, pasted.probability > 0.5)
+    first, second = np.moveaxis(pasted.probability, -1, 0)
+    assert first.sum() == 30
+    assert first[1:6, 2:8].all()
+    assert second.sum() == 9
+    assert second[:3, :3].all()
+
+
+def test_each_model_alone(trained: Trained, scan: Path, tmp_path: Path) -> None:
+    written = segment_scan(scan, tmp_path, load_predictor(trained.lung, None))
+    assert [path.name.rsplit("_", 1)[1] for path in written] == ["lung.nii.gz"]
+    with pytest.raises(InputError, match="give `lung_checkpoint` too"):
+        load_predictor(None, trained.infection)
+    with pytest.raises(InputError, match="no model"):
+        load_predictor(None, None)
+
+
+def test_the_component_fraction_may_be_overridden(trained: Trained, tmp_path: Path) -> None:
+    """By default it is what the lung model was trained with."""
+    own = load_model(trained.lung).config.postprocess.min_component_fraction
+    assert load_predictor(trained.lung, None).min_component_fraction == own
+    assert load_predictor(trained.lung, None, min_component_fraction=0.25).min_component_fraction == 0.25
+    with pytest.raises(InputError, match=r"min_component_fraction is 2.*at most 1"):
+        load_predictor(trained.lung, None, min_component_fraction=2)
+    config = Config(task="infection_ct", **TINY)
+    save_model(tmp_path / "ct", init_variables(build_model(config), jax.random.key(0)), config)
+    assert load_predictor(None, tmp_path / "ct").min_component_fraction == 0
+    with pytest.raises(InputError, match=r"`min_component_fraction`: .*give `lung_checkpoint`"):
+        load_predictor(None, tmp_path / "ct", min_component_fraction=0.1)
+
+
+def test_infection_on_ct_alone_and_by_patches(trained: Trained, scan: Path) -> None:
+    """A model on CT alone needs no lung model and is not fed by one; its patches are processed independently."""
+    patches = dataclasses.replace(TINY["model"], patch_grid=2)
+    config = Config(task="infection_ct", **{**TINY, "model": patches})
+    model = build_model(config)
+    loaded = LoadedModel(model, init_variables(model, jax.random.key(0)), config)
+    lung = load_model(trained.lung)
+    images, _ = prepare_volume(read_volume(scan), config.preprocess)
+    alone = Predictor(None, loaded).slice_probabilities(images)
+    cascaded = Predictor(lung, loaded).slice_probabilities(images)
+    assert (set(alone), set(cascaded)) == ({"infection"}, {"lung", "infection"})
+    with_lung = (cascaded["lung"] > 0.5).any(axis=(1, 2))
+    np.testing.assert_allclose(alone["infection"][with_lung], cascaded["infection"][with_lung], atol=1e-6)
+    whole = LoadedModel(model, loaded.variables, dataclasses.replace(config, model=TINY["model"]))
+    quadrant = Predictor(None, whole).slice_probabilities(np.ascontiguousarray(images[:, :16, 16:]))
+    np.testing.assert_allclose(alone["infection"][:, :16, 16:], quadrant["infection"], atol=1e-6)
+    assert not np.allclose(
+        alone["infection"], Predictor(None, whole).slice_probabilities(images)["infection"], atol=1e-3
+    )
+
+
+@pytest.fixture(scope="module")
+def validation(trained: Trained) -> tuple[PreparedCase, dict[str, np.ndarray]]:
+    """A case and its reference masks on the native grid."""
+    (case,) = [case for case in find_cases(trained.data) if case.id == "coronacases_002"]
+    (prepared,) = prepare_cases([case], TINY["preprocess"], trained.cache)
+    grid = read_volume(case.ct).grid
+    paths = {"lung": case.lung_mask, "infection": case.infection_mask}
+    return prepared, {name: read_mask(path, case.ct, grid) > 0 for name, path in paths.items()}
+
+
+def dice_of_written_masks(
+    predictor: Predictor, structure: str, prepared: PreparedCase, reference: np.ndarray, folder: Path
+) -> dict[float, float]:
+    """By threshold, the Dice of the files that `segment_scan` writes."""
+    dice = {}
+    for threshold in THRESHOLDS:
+        other = dataclasses.replace(predictor, thresholds={structure: threshold})
+        other.__dict__["_jitted"] = predictor._jitted  # compiled once
+        written = segment_scan(prepared.case.ct, folder, other)
+        grid = read_volume(prepared.case.ct).grid
+        mask = read_mask(written[predictor.structures.index(structure)], prepared.case.ct, grid) > 0
+        dice[threshold] = hard_metrics(confusion_counts(mask, reference))["dice"]
+    return dice
+
+
+class IntensityPredictor(Predictor):
+    """What is as dark as lung is lung, but for one slice, and what is bright is infection: each threshold matters."""
+
+    def _run(self, name: str, *channels: np.ndarray) -> np.ndarray:
+        image = channels[0]
+        if name == "infection":
+            return np.clip(1.4 * image - 0.3, 0, 1)
+        lung = np.exp(-(((image - 0.3) / 0.2) ** 2))
+        lung[len(lung) // 2] = 0
+        return lung
+
+
+@pytest.mark.parametrize(
+    ("kind", "structure", "fraction"),
+    [
+        (Predictor, "lung", 0.0),
+        (Predictor, "lung", 1.0),
+        (IntensityPredictor, "infection", 0.0),
+        (IntensityPredictor, "infection", 1.0),
+    ],
+)
+def test_threshold_is_the_best_of_the_written_masks(
+    trained: Trained, validation, tmp_path: Path, kind: type[Predictor], structure: str, fraction: float
+) -> None:
+    """Gated by the lung mask, without its small components, on the native grid."""
+    prepared, references = validation
+    reference = references[structure]
+    loaded = load_predictor(trained.lung, trained.infection, min_component_fraction=fraction)
+    predictor = kind(loaded.lung, loaded.infection)
+    dice = dice_of_written_masks(predictor, structure, prepared, reference, tmp_path)
+    threshold, best = choose_threshold(predictor, structure, [(prepared, reference)])
+    assert best == pytest.approx(dice[threshold], abs=1e-12)
+    assert best == pytest.approx(max(dice.values()), abs=1e-12)
+    assert len(set(dice.values())) > 3  # the choice matters
+    if fraction:  # and so does what is removed
+        whole = kind(load_model(trained.lung), loaded.infection)
+        assert choose_threshold(whole, structure, [(prepared, reference)])[1] != best
+
+
+def test_training_keeps_the_threshold_of_its_best_checkpoint(trained: Trained, validation) -> None:
+    prepared, references = validation
+    values = json.loads((trained.lung / "threshold.json").read_text())
+    chosen = choose_threshold(load_predictor(trained.lung, None), "lung", [(prepared, references["lung"])])
+    assert (values["threshold"], values["mean_dice"]) == chosen
+    assert values["chosen_on"] == ["coronacases_002"]
+    history = [json.loads(line) for line in (trained.lung / "metrics.jsonl").read_text().splitlines()]
+    assert values["step"] == min(history, key=lambda record: record["val_loss"])["step"]
+
+
+class FixedPredictor(Predictor):
+    """Its probabilities are the images."""
+
+    def slice_probabilities(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        return {"lung": images.astype(np.float32)}
+
+
+def fixed_case(probability: np.ndarray, reference: np.ndarray) -> tuple[PreparedCase, np.ndarray]:
+    """Of (slices, S, S) arrays, each slice uncropped."""
+    slices, size, _ = probability.shape
+    boxes = np.tile(np.array([0, 0, size, size], np.int32), (slices, 1))
+    case: PreparedCase = PreparedCase(SimpleNamespace(id="a"), probability, boxes, reference, None)
+    return case, np.moveaxis(reference > 0, 0, -1)
+
+
+def test_threshold_is_the_best_of_a_naive_search(rng: np.random.Generator) -> None:
+    targets = rng.random((3, 3, 8, 8)) > 0.7
+    volumes = [((0.3 * rng.random(t.shape) + 0.5 * t).astype(np.float32), t) for t in targets]
+    threshold, dice = choose_threshold(FixedPredictor(None, None), "lung", [fixed_case(*v) for v in volumes])
+    naive = {
+        value: np.mean([2 * ((p > value) & t).sum() / ((p > value).sum() + t.sum()) for p, t in volumes])
+        for value in THRESHOLDS
+    }
+    assert dice == pytest.approx(max(naive.values()))
+    assert naive[threshold] == pytest.approx(dice)
+    assert all(abs(threshold - 0.5) <= abs(value - 0.5) for value in THRESHOLDS if naive[value] == naive[threshold])
+
+
+def test_threshold_weighs_volumes_alike_and_leaves_out_empty_ones() -> None:
+    """The best of one big volume is 0.2, of two small ones 0.8: each volume has one vote, an empty one none."""
+
+    def choose(*cases) -> tuple[float, float] | None:
+        return choose_threshold(FixedPredictor(None, None), "lung", cases)
+
+    half = np.indices((4, 16, 16))[0] < 2
+    big = fixed_case(np.where(half, 0.25, 0.1).astype(np.float32), half)
+    first = np.zeros((1, 2, 2), bool)
+    first[0, 0] = True
+    small = fixed_case(np.where(first, 0.9, 0.7).astype(np.float32), first)
+    empty = fixed_case(np.full((1, 2, 2), 0.9, np.float32), np.zeros((1, 2, 2), bool))
+    assert choose(big)[0] < 0.25
+    assert choose(big, small, small)[0] < 0.25  # else the big one is missed altogether
+    assert choose(small, empty) == (0.7, 1.0)
+    assert choose(empty) is None
+    assert choose() is None

@@ -1,0 +1,152 @@
+"""What other systems lack or do otherwise, simulated.
+
+macOS has no `posix_fallocate`; Windows has no `fcntl`, prints in a code page of its own, and refuses to rename over a
+file that somebody has open; on both, names ignore case.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from resunet_jax import InputError, Predictor, load_predictor, segment_scan, segment_scans
+from resunet_jax.data.readers import find_sources
+from resunet_jax.files import atomic_dir, write_text
+from tests.conftest import Trained, run_script
+
+OTHER_SYSTEM = """
+import os, sys
+del os.posix_fallocate
+sys.modules["fcntl"] = None
+"""
+
+HOLD_A_FOLDER_TWICE = """
+import os, sys
+from pathlib import Path
+from resunet_jax.errors import LockedError
+from resunet_jax.files import dir_lock
+assert not hasattr(os, "posix_fallocate") and sys.modules["fcntl"] is None
+for _ in range(2):
+    with dir_lock(Path(sys.argv[1])):
+        try:
+            with dir_lock(Path(sys.argv[1])):
+                print("held twice")
+        except LockedError as error:
+            print(error)
+"""
+
+
+@pytest.fixture
+def other_system(tmp_path: Path) -> dict[str, str]:
+    """An environment whose Python lacks what other systems lack, and prints as a Western Windows console does."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(OTHER_SYSTEM, encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
+    return {"PYTHONPATH": path, "PYTHONIOENCODING": "cp1252"}
+
+
+@pytest.fixture
+def predictor(trained: Trained) -> Predictor:
+    return load_predictor(trained.lung, None)
+
+
+@pytest.fixture
+def scan(trained: Trained) -> Path:
+    return trained.data / "ct_scans" / "coronacases_org_001.nii"
+
+
+def test_predicts_without_what_linux_alone_has(
+    trained: Trained, predictor: Predictor, scan: Path, other_system: dict[str, str], tmp_path: Path
+) -> None:
+    named = tmp_path / "肺 größer.nii"
+    shutil.copy(scan, named)
+    flags = (f"--input={named}", f"--output_dir={tmp_path / 'masks'}", f"--lung_checkpoint={trained.lung}")
+    result = run_script("predict", *flags, env=other_system)
+    assert result.returncode == 0, result.stderr
+    assert r"\u80ba größer_lung.nii.gz" in result.stdout
+    (expected,) = segment_scan(scan, tmp_path / "expected", predictor)
+    (written,) = (tmp_path / "masks").glob("*.nii.gz")
+    np.testing.assert_array_equal(nib.load(written).dataobj, nib.load(expected).dataobj)
+
+
+def test_a_folder_is_held_without_fcntl(other_system: dict[str, str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HOLD_A_FOLDER_TWICE, tmp_path / "held"],
+        capture_output=True,
+        encoding="cp1252",
+        check=False,
+        env={**os.environ, **other_system},
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    assert all("works in it; wait for it, or choose another folder" in line for line in lines)
+
+
+def refuse_to_rename_once(monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    """Lets the next rename to a name that ends so fail, as Windows does where the old file is open elsewhere."""
+    real, refused = Path.replace, []
+
+    def replace(self: Path, target: Path) -> Path:
+        if target.name.endswith(suffix) and not refused:
+            refused.append(target)
+            raise PermissionError(13, "Access is denied", str(self), 5, str(target))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+
+
+def test_a_file_that_is_open_elsewhere_stays_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "metrics.json"
+    write_text(file, "old")
+    refuse_to_rename_once(monkeypatch, ".json")
+    with pytest.raises(InputError, match=r"metrics\.json: cannot be written \(Access is denied\); choose"):
+        write_text(file, "new")
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+    write_text(file, "new")
+    assert file.read_text() == "new"
+
+
+def test_a_folder_that_cannot_be_renamed_vanishes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    refuse_to_rename_once(monkeypatch, "model")
+    with (
+        pytest.raises(InputError, match=r"model: cannot be written \(Access is denied\)"),
+        atomic_dir(tmp_path / "model") as partial,
+    ):
+        (partial / "config.json").touch()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mask_that_is_open_elsewhere_fails_alone(
+    monkeypatch: pytest.MonkeyPatch, predictor: Predictor, scan: Path, tmp_path: Path
+) -> None:
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for name in ("first", "second"):
+        shutil.copy(scan, scans / f"{name}.nii")
+    sources, output = find_sources(scans), tmp_path / "masks"
+    list(segment_scans(sources, output, predictor))
+    os.utime(scans / "first.nii", ns=(0, 0))
+    before = {path.name: path.read_bytes() for path in output.glob("*.nii.gz")}
+    refuse_to_rename_once(monkeypatch, "first_lung.nii.gz")
+    failed, skipped = sorted(segment_scans(sources, output, predictor), key=lambda result: result.scan.name)
+    assert "first_lung.nii.gz: cannot be written (Access is denied)" in str(failed.error)
+    assert skipped.skipped
+    assert {path.name: path.read_bytes() for path in output.glob("*.nii.gz")} == before
+    assert {path.name for path in output.iterdir()} == {*before, "masks.json"}
+    assert [result.skipped for result in segment_scans(sources, output, predictor)] == [True, False]  # done now
+
+
+def test_scans_whose_names_differ_only_in_case_are_refused(tmp_path: Path) -> None:
+    for name in ("lung.nii", "LUNG.nii.gz", "other.nii"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"LUNG\.nii\.gz and lung\.nii would write the same masks"):
+        find_sources(tmp_path)
+    (tmp_path / "lung.nii").unlink()
+    assert [source.name for source in find_sources(tmp_path)] == ["LUNG", "other"]

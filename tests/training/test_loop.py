@@ -1,0 +1,425 @@
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import shutil
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from resunet_jax import __version__
+from resunet_jax.config import ALIASES, AugmentConfig, Config, ModelConfig, TrainConfig, override, to_dict
+from resunet_jax.data import batches
+from resunet_jax.data.batches import ProcessShard, SliceSource, eval_batches
+from resunet_jax.data.cases import find_cases
+from resunet_jax.data.slice_cache import prepare_cases
+from resunet_jax.data.splits import SplitRequest
+from resunet_jax.errors import InputError, StoppedError
+from resunet_jax.training import loop as module
+from resunet_jax.training import train as train_module
+from resunet_jax.training.checkpoints import Checkpoints
+from resunet_jax.training.loop import evaluate_sums, finished, fit
+from resunet_jax.training.losses import LOSSES, make_loss, mean_over_examples
+from resunet_jax.training.step import create_state, make_eval_step, make_optimizer
+from resunet_jax.training.train import train, versions
+from resunet_jax.weights.store import fingerprint, load_model, load_model_for, save_model
+from tests.conftest import TINY, Trained
+
+
+def tiny(epochs: int, **train_changes) -> Config:
+    return Config(**{**TINY, "train": dataclasses.replace(TINY["train"], epochs=epochs, **train_changes)})
+
+
+@pytest.fixture(scope="module")
+def sources(trained: Trained):
+    cases = {case.id: case for case in find_cases(trained.data)}
+    names = ("radiopaedia_10_85902_1", "coronacases_002")
+    prepared = prepare_cases([cases[name] for name in names], TINY["preprocess"], trained.cache)
+    return [SliceSource([one], "lung") for one in prepared]
+
+
+_COMPILED: dict = {}
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of one config share its steps, whatever their number of epochs."""
+    real = module._jitted_steps
+
+    def jitted_steps(config: Config, optimizer, lung, mesh, losses, *tables):
+        if lung is not None or losses is not LOSSES:
+            return real(config, optimizer, lung, mesh, losses, *tables)
+        assert config.train.schedule == "step"
+        key = override(config, {"train.epochs": 1, "train.patience": 1}), mesh
+        if key not in _COMPILED:
+            _COMPILED[key] = real(config, optimizer, lung, mesh, losses, *tables)
+        return _COMPILED[key]
+
+    monkeypatch.setattr(module, "_jitted_steps", jitted_steps)
+
+
+def parameters(workdir: Path) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(load_model(workdir).variables)]
+
+
+def without_times(path: Path) -> list[dict]:
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if "second" not in k} for record in records]
+
+
+STEPS = 3  # an epoch: 9 slices, 4 a step
+
+
+@pytest.fixture(scope="module")
+def whole(sources, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three epochs without an interruption."""
+    workdir = tmp_path_factory.mktemp("whole")
+    assert [record["step"] for record in fit(tiny(3), *sources, workdir)] == [STEPS, 2 * STEPS, 3 * STEPS]
+    return workdir
+
+
+def latest(workdir: Path, config: Config | None = None):
+    """Everything in the latest checkpoint."""
+    config = config or tiny(3)
+    with Checkpoints(workdir) as checkpoints:
+        return checkpoints.restore_latest(create_state(config, make_optimizer(config, STEPS)))
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Every byte of the latest state and of the best model, and every record but for the times."""
+    for one, other in zip(jax.tree.leaves(latest(a).state), jax.tree.leaves(latest(b).state), strict=True):
+        np.testing.assert_array_equal(one, other)
+    for one, other in zip(parameters(a), parameters(b), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert without_times(a) == without_times(b)
+
+
+def test_same_seed_gives_the_same_bytes(whole, sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "_READ", grain.ReadOptions(num_threads=4, prefetch_buffer_size=16))
+    fit(tiny(3), *sources, tmp_path)
+    assert_same_run(whole, tmp_path)
+
+
+def test_resumed_ends_where_uninterrupted_does(whole, sources, tmp_path: Path) -> None:
+    fit(tiny(1), *sources, tmp_path)
+    fit(tiny(3), *sources, tmp_path)
+    assert_same_run(whole, tmp_path)
+    assert [record["epoch"] for record in without_times(tmp_path)] == [1, 2, 3]
+
+
+def loss_sums(value: float) -> dict[str, float]:
+    """Of which the binary cross-entropy is this."""
+    return {"bce.total": value, "bce.examples": 1.0}
+
+
+def test_best_and_latest_are_kept_and_the_best_is_loaded(
+    sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    val_losses = iter([3.0, 1.0, 2.0, 2.5, 1.5])
+    real = module.evaluate_sums
+    monkeypatch.setattr(module, "evaluate_sums", lambda *args: {**real(*args), "loss": loss_sums(next(val_losses))})
+    fit(tiny(2), *sources, tmp_path)
+    second = parameters(tmp_path)
+    fit(tiny(5), *sources, tmp_path)
+    steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    per_epoch = steps[-1] // 5
+    assert steps == [2 * per_epoch, 4 * per_epoch, 5 * per_epoch]
+    for a, b in zip(second, parameters(tmp_path), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_without_validation_the_last_epoch_is_kept(sources, tmp_path: Path) -> None:
+    with_validation, without = tmp_path / "with", tmp_path / "without"
+    history = fit(tiny(2, patience=1), sources[0], None, without)
+    assert [record["val_loss"] for record in history] == [None, None]
+    assert [record["val_dice"] for record in history] == [None, None]
+    latest_variables = jax.tree.leaves(latest(without, tiny(2, patience=1)).state.variables)
+    for a, b in zip(latest_variables, parameters(without), strict=True):
+        np.testing.assert_array_equal(a, b)
+    losses = [record["train_loss"] for record in fit(tiny(2), *sources, with_validation)]
+    assert [record["train_loss"] for record in history] == losses
+
+
+def test_stops_after_patience() -> None:
+    def history(*losses: float | None):
+        return [{"val_loss": loss} for loss in losses]
+
+    config = tiny(100, patience=2)
+    assert not finished(config, [])
+    assert not finished(config, history(3, 2, 2.5))
+    assert finished(config, history(3, 2, 2.5, 2.1))
+    assert not finished(config, history(3, 2, 2.5, 1.9))
+    assert finished(tiny(2, patience=5), history(3, 2))
+    assert not finished(config, history(None, None, None, None))
+
+
+def test_non_finite_loss_stops_and_leaves_the_last_checkpoint(sources, tmp_path: Path) -> None:
+    fit(tiny(1), *sources, tmp_path)
+    before, lines = parameters(tmp_path), (tmp_path / "metrics.jsonl").read_text()
+
+    named = (
+        r"the loss is nan at step \d+, in one of (.*, )?radiopaedia_10_85902_1 slice 5(, .*)? \(learning rate 0.003\)"
+    )
+    with pytest.raises(InputError, match=rf"{named}.*`skip_nonfinite`"):
+        fit(tiny(2), corrupted(sources[0], [5]), sources[1], tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == lines
+    for a, b in zip(before, parameters(tmp_path), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def corrupted(source: SliceSource, numbers: list[int], factor: float = np.nan) -> SliceSource:
+    """The source with some slices multiplied by a factor."""
+
+    class Corrupted(SliceSource):
+        def batch(self, indices: np.ndarray, size: int):
+            batch = super().batch(indices, size)
+            hit = np.isin(batch["index"], numbers) & batch["valid"]
+            image = np.where(hit[:, None, None, None], batch["image"] * np.float32(factor), batch["image"])
+            return {**batch, "image": image}
+
+    copy = Corrupted.__new__(Corrupted)
+    copy.__dict__ = source.__dict__
+    return copy
+
+
+def test_steps_that_are_not_finite_can_be_left_out(sources, tmp_path: Path) -> None:
+    config = tiny(2, skip_nonfinite=True)
+    history = fit(config, corrupted(sources[0], [5]), sources[1], tmp_path / "one")
+    assert all(record["skipped_steps"] == 1 for record in history)
+    assert all(np.isfinite(leaf).all() for leaf in parameters(tmp_path / "one"))
+    assert 0 < history[-1]["train_loss"] < history[0]["train_loss"]
+    slices = sum(history[0][f"train_{name}"] is not None for name in ("dice", "recall"))
+    assert slices == 2
+    untouched = fit(config, *sources, tmp_path / "none")
+    plain = fit(tiny(2), *sources, tmp_path / "plain")
+    assert [record["train_loss"] for record in untouched] == [record["train_loss"] for record in plain]
+    with pytest.raises(InputError, match=f"{STEPS} steps in a row were not finite, up to step {STEPS} "):
+        fit(tiny(9, skip_nonfinite=True), corrupted(sources[0], list(range(99))), sources[1], tmp_path / "all")
+
+
+def test_gradient_that_is_not_finite_is_reported(sources, tmp_path: Path) -> None:
+    @jax.custom_vjp
+    def loss(logits: jax.Array, target: jax.Array) -> jax.Array:
+        return jnp.zeros(logits.shape[0]) + 0 * target.sum((1, 2, 3))
+
+    loss.defvjp(lambda x, y: (loss(x, y), (x, y)), lambda saved, _: (jnp.full_like(saved[0], jnp.inf), saved[1]))
+    losses = LOSSES | {"steep": mean_over_examples(loss)}
+    with pytest.raises(InputError, match="a gradient is not finite at step 1, in one of radiopaedia_10_85902_1 slice"):
+        fit(tiny(1, loss="steep"), *sources, tmp_path, losses=losses)
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 7])
+def test_stopped_and_resumed_ends_where_uninterrupted_does(whole, sources, tmp_path: Path, stop_after: int) -> None:
+    asked = []
+
+    def should_stop(step: int) -> bool:
+        asked.append(step)
+        return step == stop_after
+
+    if stop_after % STEPS:
+        with pytest.raises(StoppedError, match=rf"stopped after step {stop_after}; the same command resumes"):
+            fit(tiny(3), *sources, tmp_path, should_stop=should_stop)
+        assert asked == list(range(1, stop_after + 1))
+    else:  # the epoch was over: nothing is cut
+        fit(tiny(3), *sources, tmp_path, should_stop=should_stop)
+    fit(tiny(3), *sources, tmp_path)
+    assert_same_run(whole, tmp_path)
+
+
+def test_run_folder_explains_itself(trained: Trained) -> None:
+    for workdir, task in ((trained.lung, "lung"), (trained.infection, "infection")):
+        names = {str(path.relative_to(workdir)) for path in workdir.rglob("*") if "checkpoints" not in str(path)}
+        assert names >= {
+            "config.json",
+            "split.json",
+            "versions.json",
+            "metrics.jsonl",
+            "threshold.json",
+            "figures/loss_curves.png",
+            "figures/validation_samples.png",
+            "figures/augmented_batch.png",
+            "figures/roi_steps.png",
+        }
+        assert json.loads((workdir / "config.json").read_text())["task"] == task
+        assert json.loads((workdir / "split.json").read_text()) == json.loads(trained.split_file.read_text())
+        assert json.loads((workdir / "versions.json").read_text())["jax"] == jax.__version__
+        for line in (workdir / "metrics.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            assert 0 <= record["data_wait_seconds"] <= record["seconds"]
+
+
+def test_another_run_in_the_same_folder_is_refused(trained: Trained) -> None:
+    def again(config: Config, **changes) -> None:
+        train(
+            config, trained.data, trained.lung, trained.cache, **{"split": SplitRequest(trained.split_file), **changes}
+        )
+
+    with pytest.raises(InputError, match=r"train\.loss was bce, is dice"):
+        again(tiny(2, loss="dice"))
+    with pytest.raises(InputError, match="another split"):
+        again(tiny(2), split=SplitRequest(split_seed=1))
+    again(tiny(2))  # the same command: nothing left to do
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Of all files but the lock."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def begun_by_0_6_0(workdir: Path, config: Config) -> dict:
+    """Lets a run seem so: its config.json has the old names alone, and no version."""
+    values = to_dict(config)
+    del values["version"]
+    for old, new in ALIASES.items():
+        section, name = new.split(".")
+        values[section].pop(name, None)
+        assert old.split(".")[1] in values[old.split(".")[0]]
+    for section in ("cascade", "postprocess"):
+        del values[section]
+    del values["model"]["architecture"], values["augment"]["transforms"]
+    (workdir / "config.json").write_text(json.dumps(values))
+    return values
+
+
+def test_a_run_begun_by_0_6_0_is_refused_in_one_line(trained: Trained, tmp_path: Path) -> None:
+    workdir = tmp_path / "lung"
+    shutil.copytree(trained.lung, workdir)
+    values = begun_by_0_6_0(workdir, tiny(2))
+    assert values["model"] == {"filters": [4, 8, 16, 32], "dtype": "float32", "lung_closing": 0.125}
+    assert values["predict"] == {"smallest_region": 0.0}
+    before = contents(workdir)
+    with pytest.raises(InputError, match=r"lung: was begun by resunet_jax 0\.6\.0 or older.*new `workdir`") as refused:
+        train(tiny(2), trained.data, workdir, trained.cache, split=SplitRequest(trained.split_file))
+    assert "\n" not in str(refused.value)
+    assert contents(workdir) == before
+    assert fingerprint(load_model(workdir).variables) == fingerprint(load_model(trained.lung).variables)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": TrainConfig(loss="toy:1")}, "loss 'toy:1': 'toy' is not one of bce"),
+        ({"augment": AugmentConfig(transforms=("toy",))}, "augmentation 'toy': "),
+        ({"model": ModelConfig(architecture="toy")}, "architecture 'toy': "),
+    ],
+)
+def test_names_that_the_tables_lack_are_reported_before_data_is_touched(
+    tmp_path: Path, changes: dict, message: str
+) -> None:
+    paths = (tmp_path / "no data", tmp_path / "run", tmp_path / "cache")
+    with pytest.raises(InputError, match=message):
+        train(Config(**changes), *paths)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="no data"):  # with names that are there, the data is next
+        train(Config(), *paths)
+
+
+def test_validation_loss_does_not_depend_on_the_batch_size(trained: Trained, sources) -> None:
+    """Nor on padding: 12 slices in batches of 5 leave three places empty."""
+    loaded = load_model(trained.lung)
+    share = ProcessShard(lambda batch: batch)
+    for terms in ("bce:1,pooled_dice:1", "dice"):
+        config = tiny(1, loss=terms)
+        step = jax.jit(lambda variables, batch, config=config: make_eval_step(config)(variables, batch, None))
+        sums = {
+            size: evaluate_sums(step, loaded.variables, eval_batches(sources[1], size, share)) for size in (1, 5, 12)
+        }
+        losses = {size: make_loss(terms).value(total["loss"]) for size, total in sums.items()}
+        np.testing.assert_allclose(list(losses.values()), losses[12], rtol=1e-6)
+        assert len({tuple(total[name] for name in ("tp", "fp", "fn", "tn")) for total in sums.values()}) == 1
+    assert len(sources[1]) == 12
+
+
+class StopError(Exception):
+    """Ends a training before it begins."""
+
+
+def test_a_run_of_one_cycle_cannot_grow(trained: Trained, tmp_path: Path) -> None:
+    """The rate of a cycle depends on its length, so that a longer one is another run."""
+    shutil.copytree(trained.lung, tmp_path / "lung")
+    config = override(Config(**TINY), {"train.schedule": "one_cycle"})
+    (tmp_path / "lung" / "config.json").write_text(json.dumps(to_dict(config)))
+    longer = override(config, {"train.epochs": config.train.epochs + 1})
+    with pytest.raises(InputError, match=r"train\.epochs was 2, is 3"):
+        train(longer, trained.data, tmp_path / "lung", trained.cache, split=SplitRequest(trained.split_file))
+
+
+def test_another_split_than_the_lungs_is_reported(
+    trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "split.json"
+    other.write_text('{"train": ["coronacases_002"], "val": ["coronacases_001"], "test": []}')
+    monkeypatch.setattr(train_module, "fit", lambda *_, **__: (_ for _ in ()).throw(StopError))
+    monkeypatch.setattr(train_module, "_plot_inputs", lambda *_: None)
+    config = dataclasses.replace(tiny(1), task="infection")
+    for split_file, reported in ((trained.split_file, False), (other, True)):
+        caplog.clear()
+        with contextlib.suppress(StopError), caplog.at_level("WARNING", logger="resunet_jax"):
+            paths = (trained.data, tmp_path / "run", trained.cache)
+            train(config, *paths, split=SplitRequest(split_file), lung_checkpoint=trained.lung)
+        assert ("differs from this split" in caplog.text) == reported
+
+
+def test_models_restore_from_their_folder_alone(trained: Trained, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(trained.infection, moved)
+    model, variables, config = load_model(moved)
+    assert config.task == "infection"
+    assert config.preprocess.image_size == 32
+    assert config.lung_fingerprint == fingerprint(load_model(trained.lung).variables)
+    logits = model.apply(variables, np.zeros((1, 32, 32, 2), np.float32), train=False)
+    assert logits.shape == (1, 32, 32, 1)
+
+
+def test_saved_model_round_trip(trained: Trained, tmp_path: Path) -> None:
+    loaded = load_model(trained.lung)
+    save_model(tmp_path / "model", loaded.variables, loaded.config)
+    again = load_model(tmp_path / "model")
+    assert again.config == loaded.config
+    assert fingerprint(again.variables) == fingerprint(loaded.variables)
+    with pytest.raises(InputError, match="exists already"):
+        save_model(tmp_path / "model", loaded.variables, loaded.config)
+
+
+def test_unfit_checkpoints_are_refused(trained: Trained, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such checkpoint folder"):
+        load_model(tmp_path / "none")
+    with pytest.raises(InputError, match="neither a training workdir nor a saved model"):
+        load_model(tmp_path)
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match="no checkpoint in it yet"):
+        load_model(tmp_path / "empty")
+    with pytest.raises(InputError, match="expected a lung model, this one segments infection; give the other folder"):
+        load_model_for(trained.infection, "lung")
+
+
+def test_another_architecture_is_refused(trained: Trained, tmp_path: Path) -> None:
+    loaded = load_model(trained.lung)
+    save_model(tmp_path / "model", loaded.variables, loaded.config)
+    config_file = tmp_path / "model" / "config.json"
+    values = json.loads(config_file.read_text())
+    values["model"]["filters"] = [8, 8, 16, 32]
+    config_file.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"damaged \(config.json: not what was written\)"):
+        load_model(tmp_path / "model")
+    (tmp_path / "model" / "files.json").unlink()
+    with pytest.raises(InputError, match="another architecture"):
+        load_model(tmp_path / "model")
+    config_file.write_text("{")
+    with pytest.raises(InputError, match=r"damaged \(config.json: "):
+        load_model(tmp_path / "model")
+
+
+def test_versions_of_what_is_not_installed_are_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        if package == "grain":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = versions()
+    assert (found["grain"], found["jax"], found["resunet-jax"]) == ("not installed", "1.0", __version__)
