@@ -96,7 +96,7 @@ class Pair:
 
 
 @pytest.mark.exhaustive
-def test_two_processes_are_one_and_go_on_when_one_was_killed(trained: Trained, tmp_path: Path) -> None:
+def test_two_processes_are_one_and_resume_when_one_was_killed(trained: Trained, tmp_path: Path) -> None:
     flags = [f"--data_dir={trained.data}", f"--cache_dir={trained.cache}", f"--split_file={trained.split_file}"]
     flags += [flag for flag in TINY_FLAGS if "rate" not in flag]
     flags += ["--recipe=original"]  # of which the number of epochs may grow

@@ -122,7 +122,7 @@ def make_read_only(training: Training, workdir: Path) -> None:
 
 
 @pytest.mark.parametrize("hinder", [pytest.param(fill_the_disk, marks=pytest.mark.exhaustive), make_read_only])
-def test_what_hinders_writing_is_told_and_the_last_good_checkpoint_stays(
+def test_a_failed_write_is_reported_and_the_last_good_checkpoint_stays(
     start, tmp_path: Path, hinder: Callable[[Training, Path], None]
 ) -> None:
     training = start()

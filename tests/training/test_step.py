@@ -111,8 +111,9 @@ def test_vmap_over_stacked_states_is_the_members_one_by_one(batch) -> None:
     train_step = make_train_step(CONFIG, optimizer)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     together, metrics = jax.jit(jax.vmap(train_step, in_axes=(0, None, 0, None)))(stacked, batch, keys, None)
+    one_by_one = jax.jit(train_step)
     for member, (state, key) in enumerate(zip(states, keys, strict=True)):
-        alone, alone_metrics = jax.jit(train_step)(state, batch, key, None)
+        alone, alone_metrics = one_by_one(state, batch, key, None)
         np.testing.assert_allclose(metrics["loss"][member], alone_metrics["loss"], rtol=1e-5)
         for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
             np.testing.assert_allclose(a[member], b, atol=1e-5)
@@ -157,13 +158,14 @@ def test_accumulated_steps_are_one_update_by_the_mean_gradient(batch) -> None:
     other = {**batch, "image": 1 - batch["image"]}
     before = state.variables["params"]
 
+    @jax.jit
     def gradient(batch_stats, batch):
         def loss(params):
             variables = {"params": params, "batch_stats": batch_stats}
             logits, _ = build_model(config).apply(variables, batch["image"], train=True, mutable=["batch_stats"])
             return optax.sigmoid_binary_cross_entropy(logits, batch["mask"].astype(jnp.float32)).mean()
 
-        return jax.jit(jax.grad(loss))(before)
+        return jax.grad(loss)(before)
 
     once, _ = train_step(state, batch, KEY, None)
     jax.tree.map(np.testing.assert_array_equal, once.variables["params"], before)
