@@ -18,12 +18,14 @@ settings.define_path("input", "A scan (.nii, .nii.gz), or a folder of scans.", r
 settings.define_path("output_dir", "Gets <scan>_lung.nii.gz and <scan>_infection.nii.gz.", required=True)
 settings.define_model_flags()
 flags.DEFINE_bool("probabilities", False, "Also writes the probabilities, as <scan>_lung_probability.nii.gz and so on.")
+flags.DEFINE_string("assume", None, "What the values are: hu, or window:LOW,HIGH in HU for 0..255; by default judged.")
 settings.define_compilation_cache_flag()
 flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 
 def main() -> None:
     """Segments by the flags; continues after a bad scan."""
+    from resunet_jax.data.intensity import parse_assumption
     from resunet_jax.data.readers import find_sources
     from resunet_jax.inference.batch import segment_scans
     from resunet_jax.inference.predictor import load_predictor
@@ -37,8 +39,14 @@ def main() -> None:
     check_output_dir(output_dir)
     predictor = load_predictor(**settings.model_arguments(), architectures=tables.architectures)
     results = []
+    assumed = parse_assumption(FLAGS.assume) if FLAGS.assume else None
     for result in segment_scans(
-        scans, output_dir, predictor, save_probabilities=FLAGS.probabilities, readers=tables.readers
+        scans,
+        output_dir,
+        predictor,
+        save_probabilities=FLAGS.probabilities,
+        readers=tables.readers,
+        assumed=assumed,
     ):
         results.append(result)
         for mask in result.masks:

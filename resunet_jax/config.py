@@ -54,6 +54,11 @@ class PreprocessConfig:
     )
     body_dilation: int = setting(5, "iterations of the body's dilation before its bounding box", unit="pixels", low=0)
 
+    @property
+    def is_physical(self) -> bool:
+        """Whether intensities mean the same in every scan, which a slice's own range does not."""
+        return self.normalization != "minmax"
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -101,6 +106,9 @@ class AugmentConfig:
     max_rotation_deg: float = setting(15.0, "every slice is rotated by up to this", unit="degrees", low=0, high=180)
     max_scale: float = setting(
         0.2, "every slice is scaled by a factor of up to 1 + this, or its inverse", low=0, high=1
+    )
+    fill: float = setting(
+        1 / 6, "intensity of what comes from outside the slice: air at -1000 HU is a sixth", low=0, high=1
     )
     max_contrast: float = setting(0.15, "intensities times up to 1 ± this", low=0, high=0.9)
     max_brightness: float = setting(0.045, "up to this is added or subtracted, on [0, 1]", low=0, high=0.5)
@@ -153,6 +161,8 @@ class Config:
       augment: of training slices.
       train: the training run.
       lung_fingerprint: for task "infection", `fingerprint` of the lung model that fed the training; otherwise empty.
+      train_patients: whose scans trained it; empty where it is not known.
+      val_patients: whose scans chose its epoch and threshold.
     """
 
     task: TaskName = "lung"
@@ -163,6 +173,8 @@ class Config:
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()
     lung_fingerprint: str = ""
+    train_patients: tuple[str, ...] = ()
+    val_patients: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check(self)
@@ -205,6 +217,7 @@ DEFAULTS_BY_VERSION: dict[str, dict[str, Any]] = {
         "train.patience": 10,
         "postprocess.min_component_fraction": 0.0,
     },
+    "0.7.0": {"augment.fill": 0.0},
 }
 """By version, oldest first: what a field that a file of that version or an older one lacks meant, where it is not
 today's default. Before 0.7.0 files did not say their version."""
@@ -324,7 +337,7 @@ def _set(values: dict[str, Any], path: str, value: Any) -> None:
 def non_defaults(config: Config) -> dict[str, Any]:
     """The fields that are not at their default, by path: what `override` needs to make the config from `Config()`."""
     default, values = _plain(Config()), _plain(config)
-    paths = [*SETTINGS, "task", "lung_fingerprint"]
+    paths = [*SETTINGS, "task", "lung_fingerprint", "train_patients", "val_patients"]
     return {path: _get(values, path) for path in paths if _get(values, path) != _get(default, path)}
 
 
@@ -381,11 +394,11 @@ def _upgrade(values: Mapping[str, Any], source: str) -> dict[str, Any]:
             _set(upgraded, new, value)
     if upgraded.get("predict") == {}:
         del upgraded["predict"]
-    defaults = next((row for known, row in DEFAULTS_BY_VERSION.items() if _order(version) <= _order(known)), {})
-    for path, value in defaults.items():
-        section, _, field = path.partition(".")
-        if isinstance(upgraded.setdefault(section, {}), dict):
-            upgraded[section].setdefault(field, value)
+    for known, row in DEFAULTS_BY_VERSION.items():
+        for path, value in row.items() if _order(version) <= _order(known) else ():
+            section, _, field = path.partition(".")
+            if isinstance(upgraded.setdefault(section, {}), dict):
+                upgraded[section].setdefault(field, value)
     train = upgraded.get("train")
     if isinstance(train, dict) and isinstance(train.get("loss"), str):
         train["loss"] = LOSS_ALIASES.get(train["loss"], train["loss"])

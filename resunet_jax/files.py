@@ -160,7 +160,7 @@ def write_text(path: Path, text: str) -> None:
       InputError: it cannot be written.
     """
     with atomic_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def check_output_dir(path: Path) -> None:

@@ -29,6 +29,7 @@ _ORIGINAL = override(
         "augment.rotation_prob": 0.3,
         "augment.max_rotation_deg": 0.0,
         "augment.max_scale": 0.0,
+        "augment.fill": 0.0,
         "augment.max_contrast": 0.0,
         "augment.max_brightness": 0.0,
         "augment.max_gamma": 0.0,

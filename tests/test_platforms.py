@@ -132,14 +132,17 @@ def test_a_mask_that_is_open_elsewhere_fails_alone(
         shutil.copy(scan, scans / f"{name}.nii")
     sources, output = find_sources(scans), tmp_path / "masks"
     list(segment_scans(sources, output, predictor))
-    os.utime(scans / "first.nii", ns=(0, 0))
+    image = nib.load(scan)
+    values = np.asarray(image.dataobj).copy()
+    values[0, 0, 0] += 1
+    nib.save(nib.Nifti1Image(values, image.affine, image.header), scans / "first.nii")
     before = {path.name: path.read_bytes() for path in output.glob("*.nii.gz")}
     refuse_to_rename_once(monkeypatch, "first_lung.nii.gz")
     failed, skipped = sorted(segment_scans(sources, output, predictor), key=lambda result: result.scan.name)
     assert "first_lung.nii.gz: cannot be written (Access is denied)" in str(failed.error)
     assert skipped.skipped
     assert {path.name: path.read_bytes() for path in output.glob("*.nii.gz")} == before
-    assert {path.name for path in output.iterdir()} == {*before, "masks.json"}
+    assert {path.name for path in output.iterdir()} == {*before, "masks.json", ".masks.json.lock"}
     assert [result.skipped for result in segment_scans(sources, output, predictor)] == [True, False]  # done now
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -135,7 +136,8 @@ def identify(name: str) -> tuple[str, Source, str]:
 
 
 def _stem(name: str) -> str:
-    return name.removesuffix(".gz").removesuffix(".nii")
+    stem = name[:-3] if name.lower().endswith(".gz") else name
+    return (stem[:-4] if stem.lower().endswith(".nii") else stem).strip()
 
 
 def _name(path: Path, readers: Mapping[str, Reader]) -> str:
@@ -169,6 +171,8 @@ def _from_csv(metadata: Path, problems: list[InputError], readers: Mapping[str, 
         raise InputError(f"{metadata}: no column {missing[0]}; it must have {', '.join(COLUMNS)}")
     cases = []
     for line, row in enumerate(rows, start=2):
+        if not any((row.get(column) or "").strip() for column in COLUMNS):
+            continue  # an empty line
         try:
             cases.append(_from_row(metadata, line, row, readers))
         except InputError as problem:
@@ -181,12 +185,19 @@ def _from_row(metadata: Path, line: int, row: dict[str, str | None], readers: Ma
     ct, lung_mask, infection_mask = (paths[column] for column in COLUMNS)
     if ct is None or lung_mask is None:
         raise InputError(f"{metadata}, line {line}: ct_scan and lung_mask must both name a file")
-    case_id, source, patient = identify(_name(lung_mask, readers))
+    case_id, source, _ = identify(_name(lung_mask, readers))
     for path in (ct, infection_mask):
         other, other_source, _ = (case_id, source, "") if path is None else identify(_name(path, readers))
         if "other" not in (source, other_source) and other != case_id:
             raise InputError(f"{metadata}, line {line}: {path} does not belong to {lung_mask}; fix the row")
-    return Case(case_id, source, row.get("patient") or patient, ct, lung_mask, infection_mask)
+    patient = (row.get("patient") or "").strip() or _patient((ct, lung_mask, infection_mask), readers)
+    return Case(case_id, source, patient, ct, lung_mask, infection_mask)
+
+
+def _patient(paths: Sequence[Path | None], readers: Mapping[str, Reader]) -> str:
+    """Told by the first of the scan's and masks' names that is a known one; otherwise by the scan's."""
+    identified = [identify(_name(path, readers)) for path in paths if path is not None]
+    return next((patient for _, source, patient in identified if source != "other"), identified[0][2])
 
 
 def _resolve(metadata: Path, line: int, text: str | None, readers: Mapping[str, Reader]) -> Path | None:
@@ -198,7 +209,7 @@ def _resolve(metadata: Path, line: int, text: str | None, readers: Mapping[str, 
         parts = parts[3:]
     data_dir = metadata.parent
     path = data_dir.joinpath(*parts)
-    if not path.resolve().is_relative_to(data_dir.resolve()):
+    if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(data_dir)):  # folders may be links
         raise InputError(f"{metadata}, line {line}: {text} lies outside {data_dir}; only files inside are read")
     candidates = [
         path,
@@ -218,8 +229,9 @@ def _from_folders(
     cases = []
     for case_id, ct in sorted(_by_id(ct_dir, problems, readers).items()):
         if case_id in lung_masks:
-            _, source, patient = identify(case_id)
-            cases.append(Case(case_id, source, patient, ct, lung_masks[case_id], infection_masks.get(case_id)))
+            lung_mask, infection_mask = lung_masks[case_id], infection_masks.get(case_id)
+            patient = _patient((ct, lung_mask, infection_mask), readers)
+            cases.append(Case(case_id, identify(case_id)[1], patient, ct, lung_mask, infection_mask))
         else:
             problems.append(InputError(f"{ct}: no lung mask for it in {lung_dir}; its name should begin {case_id}.nii"))
     return cases

@@ -5,6 +5,7 @@ import numpy.typing as npt
 from scipy.ndimage import binary_fill_holes, gaussian_filter1d
 
 from resunet_jax.config import PreprocessConfig
+from resunet_jax.data.intensity import INSIDE_FIELD
 from resunet_jax.data.roi import Box, body_mask, bounding_box, crop_resize
 from resunet_jax.data.volume import Array, FloatArray, Scan, Volume, hu_to_window
 
@@ -30,7 +31,7 @@ def slice_box(volume: Volume, k: int, config: PreprocessConfig) -> Box:
 def air_level(scan: Scan | Volume, config: PreprocessConfig) -> float | None:
     """Where the air around the patient lies on the scale of `Volume.normalize_hu`, for a scan in 0..255.
 
-    It is the most frequent intensity around the body in some slices.
+    It is the most frequent level around the body in some slices; None where next to nothing there is above 0.
 
     Args:
       scan: a whole scan.
@@ -41,12 +42,15 @@ def air_level(scan: Scan | Volume, config: PreprocessConfig) -> float | None:
     """
     some = scan.sample_slices(_AIR_SLICES)
     counts = np.zeros(round(255 * hu_to_window(config.body_threshold_hu)))
+    total = 0
     for k in range(some.values.shape[-1]):
         image = some.normalize_hu(k)
         around = ~binary_fill_holes(body_mask(*body_scale(some, k, config), config.body_dilation))
+        total += int(np.count_nonzero(around))
         levels = np.rint(255 * image[around & (image > 0)]).astype(int)  # 0 is beyond the field of view
         counts += np.bincount(levels, minlength=256)[: len(counts)]
-    if counts.sum() < _LEAST_AIR * some.values.size:
+    # Where next to nothing is above 0, it is the table and clothes, and of the air itself nothing can be seen.
+    if counts.sum() < max(_LEAST_AIR * some.values.size, INSIDE_FIELD * total):
         return None
     return int(gaussian_filter1d(counts, _AIR_SMOOTHING).argmax()) / 255
 

@@ -34,6 +34,7 @@ class PreparedCase:
 
     Attributes:
       case: where they come from.
+      digest: of the content of its files and the settings.
       images: float32 (slices, S, S) in [0, 1].
       boxes: int32 (slices, 4): row, column, height, width of each crop in its slice, in pixels.
       lung: uint8 (slices, S, S), 1 in either lung.
@@ -41,6 +42,7 @@ class PreparedCase:
     """
 
     case: Case
+    digest: str
     images: FloatArray
     boxes: npt.NDArray[np.int32]
     lung: npt.NDArray[np.uint8]
@@ -85,7 +87,7 @@ def _digest(case: Case, config: PreprocessConfig, readers: Mapping[str, Reader])
 
 
 def _build(case: Case, folder: Path, config: PreprocessConfig, readers: Mapping[str, Reader]) -> str:
-    volume = read_volume(case.ct, readers)
+    volume = read_volume(case.ct, readers, physical=config.is_physical)
     masks = {"lung": case.lung_mask, "infection": case.infection_mask}
     # Masks are read before the slow part, so that a bad one is reported at once.
     labels = {name: read_mask(path, case.ct, volume.grid, readers) for name, path in masks.items() if path is not None}
@@ -114,4 +116,4 @@ def _open(case: Case, folder: Path) -> PreparedCase:
             raise ValueError("arrays of other shapes")
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{folder}: damaged ({error}); delete this folder, it will be made again") from error
-    return PreparedCase(case, images, boxes, lung, infection)
+    return PreparedCase(case, folder.name, images, boxes, lung, infection)

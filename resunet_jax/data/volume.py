@@ -20,6 +20,7 @@ HU_WINDOW = (-1250.0, 250.0)
 """The part of the Hounsfield scale that is mapped to [0, 1]; scans in 0..255 are taken to come clipped to it."""
 
 _ORIENTATION = axcodes2ornt(("P", "L", "S"))
+_SHEAR = 1e-3  # cosine between two axes; float32 headers round at 1e-7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,12 @@ class Grid:
         return float(row), float(column), float(slice_)
 
     @property
+    def is_sheared(self) -> bool:
+        """Whether the axes are not at right angles (gantry tilt), so that distances are not spacing times voxels."""
+        axes = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
+        return bool(np.abs(axes.T @ axes - np.eye(3)).max() > _SHEAR)
+
+    @property
     def voxel_ml(self) -> float:
         """Volume of one voxel, in ml."""
         return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000
@@ -92,15 +99,17 @@ class Volume:
       values: (rows, columns, slices) as in the file, oriented (posterior, left, superior); a number type.
       intensity_scale: "hu" for Hounsfield units, "windowed" for 0..255 over `HU_WINDOW`.
       grid: of the whole scan.
+      stored_window: the values that HU -1250 and 250 are, where they are not those of the intensity scale.
     """
 
     values: Array
     intensity_scale: IntensityScale
     grid: Grid
+    stored_window: tuple[float, float] | None = None
 
     def normalize_hu(self, k: int, offset: float = 0.0) -> FloatArray:
         """Slice k on the physical scale: HU [-1250, 250] is [0, 1]; `offset` is added, what lies outside is clipped."""
-        low, high = HU_WINDOW if self.intensity_scale == "hu" else (0.0, 255.0)
+        low, high = self.stored_window or (HU_WINDOW if self.intensity_scale == "hu" else (0.0, 255.0))
         scaled: FloatArray = (self.values[..., k].astype(np.float32) - np.float32(low)) / np.float32(high - low)
         if offset:
             scaled += np.float32(offset)
@@ -135,22 +144,24 @@ class Scan:
       read: (axis of the file, start, stop) to the values from start to stop along that axis, in the file's axes.
       plane_bytes: size of all values at one index of the last axis, to decide how many to read at a time.
       intensity_scale: see `Volume`; `open_scan` infers it from the values.
+      stored_window: see `Volume`.
     """
 
     grid: Grid
     read: Callable[[int, int, int], Array]
     plane_bytes: int
     intensity_scale: IntensityScale = "hu"
+    stored_window: tuple[float, float] | None = None
 
     def read_slices(self, start: int, stop: int) -> Volume:
         """Slices start to stop, in memory."""
         values = self.grid.to_pls(self.read(*self.grid.file_slices(start, stop)))
-        return Volume(values, self.intensity_scale, self.grid)
+        return Volume(values, self.intensity_scale, self.grid, self.stored_window)
 
     def sample_slices(self, count: int) -> Volume:
         """As `Volume.sample_slices`, in memory."""
         chunks = [self.read_slices(k, k + 1) for k in _sample(self.grid.oriented_shape[-1], count)]
-        return Volume(np.concatenate([chunk.values for chunk in chunks], axis=-1), self.intensity_scale, self.grid)
+        return dataclasses.replace(chunks[0], values=np.concatenate([chunk.values for chunk in chunks], axis=-1))
 
 
 def scan_from_array(values: Array, affine: npt.NDArray[np.float64]) -> Scan:

@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from resunet_jax.data.readers import READERS, Reader, read_mask, read_volume
 from resunet_jax.data.slice_cache import PreparedCase
 from resunet_jax.data.volume import Array, FloatArray, Volume
 from resunet_jax.inference.predictor import Predictor
 from resunet_jax.metrics import METRICS, Comparison, Metric, with_legacy_keys
-from resunet_jax.metrics.bootstrap import summary_statistics
 from resunet_jax.metrics.calibration import Calibration, calibration_sums
+from resunet_jax.metrics.intervals import summary_statistics
 from resunet_jax.metrics.lesions import dice_by_burden
 from resunet_jax.metrics.lung_sides import LEFT, RIGHT, split_lungs
 from resunet_jax.metrics.overlap import (
@@ -27,7 +28,7 @@ from resunet_jax.metrics.overlap import (
     soft_metrics,
 )
 from resunet_jax.plots import Overlay
-from resunet_jax.progress import progress
+from resunet_jax.progress import logger, progress
 
 SOFT_BATCH_SIZE = 4
 """Slices per batch in the original's testing."""
@@ -50,13 +51,15 @@ class Evaluation:
       volumes: one row per case and structure on the native grid: "case", "patient", "structure", the metrics, the
         counts in voxels, "volume_ml" and "reference_ml", for the infection alone "lung_involvement" and
         "reference_lung_involvement" (the infected fraction of the lung), and "empty", which tells whether a mask is
-        empty (see `empty_masks`). Errors are predicted minus reference.
+        empty (see `empty_masks`), and "seen_in", "train" or "val" for patients that one of the models has seen there.
+        Errors are predicted minus reference.
       slices: one row per case, structure and native slice: "case", "structure", "slice" (0 is the lowest), the counts.
       model_grid: the volumes counted on the cropped and resized slices that the model sees; hard metrics only.
       soft_batch: {structure: the original's soft metrics, mean over batches of 4 slices}.
       calibration: {structure: over all pixels of the model grid}.
       overlays: (Dice, slice) of each case: the slice with most of the reference.
-      settings: what the numbers depend on: "protocol", "threshold", "min_component_fraction", "tolerance_mm".
+      settings: what the numbers depend on: "protocol", "seen_patients", "threshold",
+        "min_component_fraction", "tolerance_mm".
       metrics: the table that the rows have columns of.
     """
 
@@ -141,21 +144,37 @@ def evaluate_cases(
                     calibration[structure] = calibration[structure] + sums if structure in calibration else sums
                     counts = _counts(probabilities[structure] > predictor.threshold(structure), target > 0)
                     model_grid.append({**_names(prepared, structure), **hard_metrics(counts), **counts})
-            volume = read_volume(prepared.case.ct, readers)
+            volume = read_volume(prepared.case.ct, readers, physical=predictor.preprocess.is_physical)
             comparisons = _comparisons(predictor, prepared, volume, probabilities, tolerance_mm, readers)
-            rows = [{**_names(prepared, c.structure), **_row(c, metrics)} for c in comparisons]
+            seen = _seen_in(predictor, prepared.case.patient)
+            rows = [{**_names(prepared, c.structure), **_row(c, metrics), "seen_in": seen} for c in comparisons]
             volumes += rows
             slices += [row for comparison in comparisons for row in _slice_rows(prepared, comparison)]
             overlays.append((rows[-1]["dice"], _overlay(predictor, prepared, volume, comparisons)))
             advance(prepared.case.id)
+    leaked = sorted({row["patient"] for row in volumes if row["seen_in"]})
+    if leaked:
+        logger.warning(
+            "%s: in the training or validation of the models that are evaluated; their numbers are not those of unseen "
+            "patients (column seen_in)",
+            ", ".join(leaked),
+        )
     settings = {
         "protocol": protocol,
+        "seen_patients": leaked,
         "threshold": {s: predictor.threshold(s) for s in predictor.structures},
         "min_component_fraction": predictor.min_component_fraction,
         "tolerance_mm": dict(tolerance_mm),
     }
     soft_batch = {s: batches.mean() for s, batches in soft.items()}
     return Evaluation(volumes, slices, model_grid, soft_batch, calibration, overlays, settings, metrics)
+
+
+def _seen_in(predictor: Predictor, patient: str) -> str:
+    """Where one of the models has seen a patient: "train", "val", or ""."""
+    configs = [model.config for model in (predictor.lung, predictor.infection) if model is not None]
+    subsets = {"train": [c.train_patients for c in configs], "val": [c.val_patients for c in configs]}
+    return next((name for name, groups in subsets.items() if any(patient in group for group in groups)), "")
 
 
 def _counts(predicted: Array, reference: Array) -> dict[str, int]:
@@ -172,6 +191,8 @@ def _comparisons(
 ) -> list[Comparison]:
     """Predicted and reference masks on the native grid, of each structure that both have."""
     case, grid = prepared.case, volume.grid
+    if grid.is_sheared:
+        logger.warning("%s: its axes are not at right angles (gantry tilt); surface distances are undefined", case.ct)
     native = predictor.to_native_grid(probabilities, prepared.boxes, volume.values.shape[:2])
     predicted = {name: slices.mask for name, slices in native.items()}
     labels = read_mask(case.lung_mask, case.ct, grid, readers)
@@ -179,20 +200,26 @@ def _comparisons(
     if case.infection_mask is not None:
         reference["infection"] = read_mask(case.infection_mask, case.ct, grid, readers) > 0
     if "lung" in predicted and (labels == LEFT).any() and (labels == RIGHT).any():
-        predicted |= split_lungs(predicted["lung"])
+        predicted |= split_lungs(predicted["lung"], body_columns(prepared.boxes))
         reference |= {"left_lung": labels == LEFT, "right_lung": labels == RIGHT}
     return [
         Comparison(
             structure,
             predicted,
             reference,
-            grid.spacing_mm,
+            None if grid.is_sheared else grid.spacing_mm,
             grid.voxel_ml,
             tolerance_mm["infection" if structure == "infection" else "lung"],
         )
         for structure in STRUCTURES
         if structure in predicted and structure in reference
     ]
+
+
+def body_columns(boxes: npt.NDArray[np.int32]) -> tuple[int, int]:
+    """First and last column of the body: medians over boxes int32 (slices, 4) as `prepare_volume` gives them."""
+    first, width = np.median(boxes[:, 1]), np.median(boxes[:, 3])
+    return int(first), int(first + width - 1)
 
 
 def _row(comparison: Comparison, metrics: Mapping[str, Metric]) -> dict[str, Any]:

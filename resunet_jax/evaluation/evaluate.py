@@ -83,5 +83,10 @@ def evaluate(
         require_infection_masks(cases)
     prepared = prepare_cases(cases, predictor.preprocess, cache_dir, readers)
     return evaluate_cases(
-        predictor, prepared, tolerance_mm=tolerance_mm, protocol=protocol, metrics=metrics, readers=readers
+        predictor,
+        prepared,
+        tolerance_mm=tolerance_mm,
+        protocol=protocol,
+        metrics=metrics,
+        readers=readers,
     )

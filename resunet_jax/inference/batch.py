@@ -1,22 +1,28 @@
 """Many scans, one after another: continues after a bad one, and a second run does only what is missing."""
 
 import contextlib
+import glob
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock
+
 from resunet_jax.config import to_dict
-from resunet_jax.data.readers import READERS, Reader, Source
+from resunet_jax.data.readers import READERS, Reader, Source, digest
 from resunet_jax.errors import InputError
-from resunet_jax.files import write_text
+from resunet_jax.files import make_output_dir, write_text
 from resunet_jax.inference.predictor import Predictor
 from resunet_jax.inference.scan import iter_chunks, mask_paths, prefetch, write_masks
+from resunet_jax.progress import logger
 from resunet_jax.weights.store import fingerprint
 
 MANIFEST = "masks.json"
 """File of the output folder that says which scans were segmented, and how."""
+
+_KINDS = ("lung", "infection", "lung_probability", "infection_probability")
 
 
 class ScanResult(NamedTuple):
@@ -42,51 +48,62 @@ def segment_scans(
     *,
     save_probabilities: bool = False,
     readers: Mapping[str, Reader] = READERS,
+    assumed: tuple[float, float] | None = None,
 ) -> Iterator[ScanResult]:
     """Segments scans as `segment_scan` does; the next one is read while the models work on this one.
 
-    Scans that `output_dir` already has masks of, from the same file by the same models and settings, are not segmented
-    again.
+    Scans that `output_dir` already has masks of, from the same content by the same models, settings and version, are
+    skipped. Several processes may write to one folder.
 
     Args:
       scans: from `find_sources`, of different names.
-      output_dir: gets the masks, and masks.json: {"settings": ..., "scans": {name: {"bytes", "modified_ns"}}}.
+      output_dir: gets the masks, and masks.json: {"settings": ..., "scans": {name: {"digest", "bytes"}}}.
       predictor: the models.
       save_probabilities: see `segment_scan`.
       readers: the table of formats.
+      assumed: see `open_scan`.
 
     Raises:
       InputError: the manifest of an earlier run cannot be replaced. What concerns one scan is in its `ScanResult`.
     """
-    settings = _settings(predictor, save_probabilities)
-    done = _read_manifest(output_dir / MANIFEST, settings)
+    settings = _settings(predictor, save_probabilities, assumed)
+    manifest = _Manifest(output_dir / MANIFEST, settings)
     masks = {scan: mask_paths(scan, output_dir, predictor, save_probabilities) for scan in scans}
     finished = {
         scan
         for scan in scans
-        if done.get(_key(scan), {}) == _state(scan) != {} and all(path.is_file() for path in masks[scan])
+        if all(path.is_file() for path in masks[scan]) and manifest.vouches_for(scan, _state(scan, readers))
     }
     for scan in scans:
         if scan in finished:
             yield ScanResult(scan, masks[scan], skipped=True)
     missing = [scan for scan in scans if scan not in finished]
     for scan in missing:
-        done.pop(_key(scan), None)
-    if missing and (output_dir / MANIFEST).is_file():  # or it would vouch for masks that are being replaced
-        _write_manifest(output_dir / MANIFEST, settings, done)
-    with contextlib.closing(prefetch(iter_chunks(missing, predictor.preprocess, readers))) as chunks:
-        for scan, own_chunks in itertools.groupby(chunks, key=lambda chunk: chunk.scan):
+        _warn_of_others(scan, masks[scan])
+    manifest.forget(missing)  # or it would vouch for masks that are being replaced
+    chunks = iter_chunks(missing, predictor.preprocess, readers, assumed)
+    with contextlib.closing(prefetch(chunks)) as fetched:
+        for scan, own_chunks in itertools.groupby(fetched, key=lambda chunk: chunk.scan):
             try:
-                state = _state(scan)
+                state = _state(scan, readers)
                 write_masks(scan, own_chunks, output_dir, predictor, save_probabilities=save_probabilities)
-                done[_key(scan)] = state
-                _write_manifest(output_dir / MANIFEST, settings, done)
+                manifest.record(scan, state)
                 yield ScanResult(scan, masks[scan])
             except InputError as error:
                 yield ScanResult(scan, [], error)
 
 
-def _settings(predictor: Predictor, save_probabilities: bool) -> dict[str, Any]:
+def _warn_of_others(scan: Source, masks: Sequence[Path]) -> None:
+    """Names masks of the same scan name that stay beside the new ones, and are by other models or settings."""
+    for path in sorted(masks[0].parent.glob(f"{glob.escape(scan.name)}_*.nii.gz")) if masks else ():
+        kind = path.name[len(scan.name) + 1 :].removesuffix(".nii.gz")
+        if kind in _KINDS and path not in masks:
+            logger.warning(
+                "%s: stays beside the new masks, and is of an earlier prediction; remove it if not needed", path
+            )
+
+
+def _settings(predictor: Predictor, save_probabilities: bool, assumed: tuple[float, float] | None) -> dict[str, Any]:
     """All that decides what the masks of a scan are."""
     models = {name: getattr(predictor, name) for name in predictor.structures}
     return {
@@ -96,6 +113,7 @@ def _settings(predictor: Predictor, save_probabilities: bool) -> dict[str, Any]:
         },
         "thresholds": {name: predictor.threshold(name) for name in models},
         "probabilities": save_probabilities,
+        "assumed": None if assumed is None else list(assumed),
     }
 
 
@@ -103,24 +121,48 @@ def _key(scan: Source) -> str:
     return f"{scan.path.name}/{scan.series}" if scan.series else scan.path.name
 
 
-def _state(scan: Source) -> dict[str, int]:
-    """Tells, without reading it, whether a file is the one of before; of a missing file, nothing."""
+def _state(scan: Source, readers: Mapping[str, Reader]) -> dict[str, Any]:
+    """Tells whether a scan is the one of before, by its content; of one that cannot be read, nothing."""
     try:
-        status = scan.path.stat()
-    except OSError:
-        return {}
-    return {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
-
-
-def _read_manifest(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The scans that are done by these settings; none where the manifest is absent or cannot be read."""
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        return dict(manifest["scans"]) if manifest["settings"] == settings else {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {"digest": digest(scan, readers), "bytes": scan.path.stat().st_size}
+    except (InputError, OSError):
         return {}
 
 
-def _write_manifest(file: Path, settings: dict[str, Any], done: dict[str, Any]) -> None:
-    manifest = {"settings": settings, "scans": done}
-    write_text(file, json.dumps(manifest, indent=2) + "\n")  # ASCII: names of files need not be Unicode
+class _Manifest:
+    """What masks.json says; other processes may write to it too."""
+
+    def __init__(self, file: Path, settings: dict[str, Any]) -> None:
+        self._file, self._settings = file, settings
+        self._done = self._read()
+        if file.is_file() and not self._done:
+            logger.info("%s: of other models, settings or another version; masks are made again", file)
+
+    def vouches_for(self, scan: Source, state: dict[str, Any]) -> bool:
+        """Whether this state of a scan has been segmented by these settings."""
+        return bool(state) and self._done.get(_key(scan)) == state
+
+    def forget(self, scans: Sequence[Source]) -> None:
+        """Takes scans out of an existing manifest."""
+        if scans and self._file.is_file():
+            self._update({_key(scan): None for scan in scans})
+
+    def record(self, scan: Source, state: dict[str, Any]) -> None:
+        """Says that a scan is done."""
+        self._update({_key(scan): state})
+
+    def _update(self, changes: Mapping[str, dict[str, Any] | None]) -> None:
+        make_output_dir(self._file.parent)
+        with FileLock(self._file.with_name(f".{self._file.name}.lock")):
+            merged = {**self._read(), **changes}
+            self._done = {name: state for name, state in merged.items() if state is not None}
+            values = {"settings": self._settings, "scans": self._done}
+            write_text(self._file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+    def _read(self) -> dict[str, Any]:
+        """The scans that are done by these settings; none where the manifest is absent or cannot be read."""
+        try:
+            values = json.loads(self._file.read_text(encoding="utf-8", errors="surrogateescape"))
+            return dict(values["scans"]) if values["settings"] == self._settings else {}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return {}

@@ -33,6 +33,7 @@ def segment_scan(
     *,
     save_probabilities: bool = False,
     readers: Mapping[str, Reader] = READERS,
+    assumed: tuple[float, float] | None = None,
 ) -> list[Path]:
     """Segments one scan and writes its masks: uint8, 0 or 1, with the scan's own shape, affine and codes.
 
@@ -45,6 +46,7 @@ def segment_scan(
       predictor: the models.
       save_probabilities: also writes the probabilities, float32 in [0, 1].
       readers: the table of formats.
+      assumed: see `open_scan`.
 
     Returns:
       the files written.
@@ -53,7 +55,7 @@ def segment_scan(
       InputError: the scan is bad, or the folder cannot be written.
     """
     source = find_sources(Path(scan), readers)[0]
-    with contextlib.closing(prefetch(iter_chunks([source], predictor.preprocess, readers))) as chunks:
+    with contextlib.closing(prefetch(iter_chunks([source], predictor.preprocess, readers, assumed))) as chunks:
         return write_masks(source, chunks, Path(output_dir), predictor, save_probabilities=save_probabilities)
 
 
@@ -96,12 +98,15 @@ class FailedScan:
 
 
 def iter_chunks(
-    scans: Iterable[Source], preprocess: PreprocessConfig, readers: Mapping[str, Reader] = READERS
+    scans: Iterable[Source],
+    preprocess: PreprocessConfig,
+    readers: Mapping[str, Reader] = READERS,
+    assumed: tuple[float, float] | None = None,
 ) -> Iterator[ScanChunk | FailedScan]:
     """The slices of some scans, a chunk in memory at a time; a bad scan ends with a `FailedScan`."""
     for source in scans:
         try:
-            with open_scan(source, readers) as scan:
+            with open_scan(source, readers, assumed=assumed, physical=preprocess.is_physical) as scan:
                 slices = scan.grid.oriented_shape[-1]
                 offset = air_offset(scan, preprocess)
                 for start in range(0, slices, _CHUNK_SLICES):

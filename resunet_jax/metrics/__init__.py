@@ -24,7 +24,7 @@ class Comparison:
       structure: "lung", "left_lung", "right_lung" or "infection".
       predicted: by structure, bool (rows, columns, slices) on the scan's own grid.
       reference: the same.
-      spacing_mm: voxel size along each axis.
+      spacing_mm: voxel size along each axis; None where the axes are not at right angles.
       voxel_ml: volume of a voxel.
       tolerance_mm: of the surface Dice.
     """
@@ -32,7 +32,7 @@ class Comparison:
     structure: str
     predicted: Mapping[str, Mask]
     reference: Mapping[str, Mask]
-    spacing_mm: tuple[float, float, float]
+    spacing_mm: tuple[float, float, float] | None
     voxel_ml: float
     tolerance_mm: float
 
@@ -59,7 +59,9 @@ class Comparison:
 
     @cached_property
     def surface(self) -> dict[str, float]:
-        """See `surface_metrics`."""
+        """See `surface_metrics`; undefined on a sheared grid, where distances are not spacing times voxels."""
+        if self.spacing_mm is None:
+            return {"nsd": math.nan, "hd95_mm": math.nan}
         return surface_metrics(*self.masks, self.spacing_mm, self.tolerance_mm)
 
     @cached_property

@@ -1,44 +1,51 @@
-"""Splits a lung mask without sides into left and right lung."""
+"""Left and right lung, told apart in a mask that knows only "lung"."""
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
 _ONE_SIDED = 0.9
-_IN_SLICE = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))], axis=-1)
+_SEARCH = 0.1  # of the body's width, to either side of its middle, where the mediastinum lies
+_EIGHT_NEIGHBOURS = np.ones((3, 3), bool)
 
 LEFT, RIGHT = 1, 2
 """Labels of the data set's lung masks."""
 
 
-def split_lungs(mask: npt.NDArray[np.bool_]) -> dict[str, npt.NDArray[np.bool_]]:
+def split_lungs(mask: npt.NDArray[np.bool_], body_columns: tuple[int, int]) -> dict[str, npt.NDArray[np.bool_]]:
     """Splits a lung mask by position alone, as one has to with a prediction.
 
-    A sagittal plane is laid through the emptiest columns between the lungs. In each slice, a connected component
-    of which nine tenths lie on one side belongs to that side; one that spans both is cut at the plane.
+    A sagittal plane is laid through the emptiest columns near the middle of the body, which is there also where one
+    lung is missing or small. In each slice, a connected component of which nine tenths lie on one side belongs to that
+    side as a whole; one that spans both is cut at the plane.
 
     Args:
       mask: bool (rows, columns, slices), oriented (posterior, left, superior).
+      body_columns: first and last column of the body.
 
     Returns:
       {"left_lung": ..., "right_lung": ...}: the patient's; disjoint, and together the mask.
     """
-    plane = _plane(mask.sum(axis=(0, 2)))
-    components, count = ndimage.label(mask, structure=_IN_SLICE)
-    size = np.bincount(components.ravel(), minlength=count + 1)
-    on_left = np.bincount(components[:, plane:].ravel(), minlength=count + 1)
-    fraction = on_left / np.maximum(size, 1)
-    is_left = np.arange(mask.shape[1])[None, :, None] >= plane
-    of_component = fraction[components]
-    left = mask & np.where(of_component >= _ONE_SIDED, True, np.where(of_component <= 1 - _ONE_SIDED, False, is_left))
+    plane = _plane(mask.sum(axis=(0, 2)), body_columns)
+    slices = np.ascontiguousarray(np.moveaxis(mask, -1, 0))
+    left = np.moveaxis(np.stack([_left_of(one, plane) if one.any() else one for one in slices]), 0, -1)
     return {"left_lung": left, "right_lung": mask & ~left}
 
 
-def _plane(profile: npt.NDArray[np.int_]) -> int:
-    """The first column of the left side: middle of the emptiest columns in the middle half of the mask's area."""
-    if not profile.any():
-        return len(profile) // 2
-    cumulative = np.cumsum(profile) / profile.sum()
-    start, stop = np.searchsorted(cumulative, (0.25, 0.75))
-    middle = profile[start : stop + 1]
-    return int(start + np.median(np.flatnonzero(middle == middle.min())))
+def _left_of(mask: npt.NDArray[np.bool_], plane: int) -> npt.NDArray[np.bool_]:
+    """What of a slice belongs to the left lung."""
+    components, count = ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)
+    size = np.bincount(components.ravel(), minlength=count + 1)
+    on_left = np.bincount(components[:, plane:].ravel(), minlength=count + 1)
+    share = (on_left / np.maximum(size, 1))[components]
+    is_left = np.arange(mask.shape[1]) >= plane
+    return mask & np.where(share >= _ONE_SIDED, True, np.where(share <= 1 - _ONE_SIDED, False, is_left))
+
+
+def _plane(profile: npt.NDArray[np.int_], body_columns: tuple[int, int]) -> int:
+    """The first column of the left side: middle of the emptiest columns near the middle of the body."""
+    first, last = body_columns
+    middle, reach = (first + last + 1) / 2, max(1.0, _SEARCH * (last + 1 - first))
+    start, stop = max(0, int(middle - reach)), min(len(profile), int(np.ceil(middle + reach)))
+    near = profile[start:stop]
+    return int(start + np.median(np.flatnonzero(near == near.min())))

@@ -5,7 +5,7 @@ the original project used: 3×3 skip convolutions with batch normalisation, lear
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -202,9 +202,18 @@ def init_variables(model: ResUnet, key: jax.Array, image_size: int = 64) -> Vari
       {"params": ..., "batch_stats": ...}, float32.
     """
     dummy = jnp.zeros((1, image_size, image_size, model.in_channels))
-    init: Callable[..., Variables] = partial(model.init, train=False)
-    if not isinstance(key, jax.core.Tracer):  # options are for the outermost jit alone
-        # Without optimisation: dozens of random draws take XLA far longer to optimise than to run.
-        options: Any = {"xla_backend_optimization_level": 0}
-        init = jax.jit(init).lower(key, dummy).compile(compiler_options=options)
-    return init(key, dummy)
+    if isinstance(key, jax.core.Tracer):  # compiler options are for the outermost jit alone
+        variables: Variables = model.init(key, dummy, train=False)
+        return variables
+    return _compiled_init(model, image_size)(key, dummy)
+
+
+@lru_cache(maxsize=8)
+def _compiled_init(model: ResUnet, image_size: int) -> Callable[..., Variables]:
+    """Without optimisation: dozens of random draws take XLA far longer to optimise than to run."""
+    options: Any = {"xla_backend_optimization_level": 0}
+    shapes = jax.random.key(0), jax.ShapeDtypeStruct((1, image_size, image_size, model.in_channels), jnp.float32)
+    compiled: Callable[..., Variables] = (
+        jax.jit(partial(model.init, train=False)).lower(*shapes).compile(compiler_options=options)
+    )
+    return compiled

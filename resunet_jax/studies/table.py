@@ -17,7 +17,7 @@ from resunet_jax.errors import InputError
 from resunet_jax.evaluation.compare import STRUCTURES, summarize
 from resunet_jax.evaluation.report import wide_console
 from resunet_jax.metrics import METRICS, Metric
-from resunet_jax.metrics.bootstrap import seed_patient_interval
+from resunet_jax.metrics.intervals import seed_patient_interval
 from resunet_jax.plots import Overlay
 from resunet_jax.studies.published import PUBLISHED
 
@@ -185,8 +185,8 @@ def print_ablation(summary: Mapping[str, Any]) -> None:
     """The table of `ablate` in the terminal."""
     notes = (
         f"Seeds: {', '.join(map(str, summary['seeds']))}; {'; '.join(summary['splits'])}",
-        "Dice on the native grid; change against the first variant; in brackets 95 % CI, two-level cluster bootstrap "
-        "over seeds and patients",
+        "Dice on the native grid; change against the first variant; in brackets 95 % CI, Student's t over patients "
+        "with seeds averaged",
     )
     _print(notes, list(_COLUMNS), [[[cell(row) for cell in _COLUMNS.values()] for row in summary["rows"]]])
 
@@ -197,7 +197,7 @@ def print_cross_validation(results: Mapping[str, Any]) -> None:
     notes = (
         f"Protocol: {results['protocol']}; {results['cases']} cases",
         f"Means over volumes; surface Dice (NSD) at {tolerance['lung']:g} mm, infection {tolerance['infection']:g} mm",
-        "In brackets 95 % CI, cluster bootstrap over patients",
+        "In brackets 95 % CI, Student's t over patients",
     )
     for structure, metrics in results["summary"].items():
         dice, nsd, name = metrics["dice"], metrics["nsd"], results["protocol"].partition(",")[0]

@@ -57,7 +57,12 @@ _ORIGINAL_SPATIAL = {
     "augment.max_rotation_deg": 0.0,
     "augment.max_scale": 0.0,
 }
-_MINMAX = {"preprocess.normalization": "minmax"}
+_MINMAX = {
+    "preprocess.normalization": "minmax",
+    "augment.lesion_densify_prob": 0.0,  # which are in HU
+    "augment.lesion_fade_prob": 0.0,
+    "augment.fill": 0.0,
+}
 _WINDOW = {"preprocess.normalization": "window"}
 
 VARIANTS: tuple[Variant, ...] = (

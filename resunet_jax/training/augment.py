@@ -55,12 +55,13 @@ def _rotation(theta: jax.Array) -> jax.Array:
     return jnp.stack([jnp.stack([cos, sin]), jnp.stack([-sin, cos])])
 
 
-def warp(image: jax.Array, matrix: jax.Array) -> jax.Array:
-    """Resamples (H, W, C) about its centre, bilinearly, 0 outside.
+def warp(image: jax.Array, matrix: jax.Array, fill: float) -> jax.Array:
+    """Resamples (H, W, C) about its centre, bilinearly.
 
     Args:
       image: float.
       matrix: (2, 2) from output to input coordinates (row, column), in pixels.
+      fill: what lies outside.
     """
     height, width, _ = image.shape
     centre = jnp.array([(height - 1) / 2, (width - 1) / 2])
@@ -68,7 +69,7 @@ def warp(image: jax.Array, matrix: jax.Array) -> jax.Array:
     source = jnp.einsum("ij,jhw->ihw", matrix, jnp.stack([rows, columns])) + centre[:, None, None]
 
     def channel(values: jax.Array) -> jax.Array:
-        return map_coordinates(values, list(source), order=1, mode="constant", cval=0.0)
+        return map_coordinates(values, list(source), order=1, mode="constant", cval=fill)
 
     return jax.vmap(channel, in_axes=-1, out_axes=-1)(image)
 
@@ -83,10 +84,10 @@ def spatial(key: jax.Array, image: jax.Array, mask: jax.Array, config: AugmentCo
       config: probabilities and limits.
 
     Returns:
-      both resampled, the same shapes and ranges; what comes from outside the slice is 0.
+      both resampled, the same shapes and ranges; what comes from outside the slice is `fill`, and not in the mask.
     """
-    warped = warp(jnp.concatenate([image, mask], axis=-1), random_affine(key, config))
-    return warped[..., :1], warped[..., 1:]
+    matrix = random_affine(key, config)
+    return warp(image, matrix, config.fill), warp(mask, matrix, 0.0)
 
 
 def lesion_intensity(

@@ -44,6 +44,8 @@ METRICS_FILE = "metrics.jsonl"
 _STEPS_AHEAD = 2  # how far the host may run before the device; enough to keep it busy
 _STEPS_BETWEEN_FETCHES = 50  # of the metrics; a loss that is not finite is found then
 
+_EVAL_STEPS_AHEAD = 4  # how many validation batches may wait on the device
+
 _MAX_SKIPPED = 10  # steps in a row; more will not end by themselves
 
 
@@ -271,9 +273,9 @@ class _EpochRunner(NamedTuple):
 
 
 def finished(config: Config, history: History) -> bool:
-    """Whether `epochs` are done, or the validation loss has not fallen for `patience` epochs."""
-    if len(history) >= config.train.epochs:
-        return True
+    """Whether `epochs` are done or, but for "one_cycle", the validation loss has not fallen for `patience` epochs."""
+    if len(history) >= config.train.epochs or config.train.schedule == "one_cycle":
+        return len(history) >= config.train.epochs
     losses = [record["val_loss"] for record in history]
     if None in losses:
         return False
@@ -288,7 +290,12 @@ def write_history(workdir: Path, history: History) -> None:
 
 def evaluate_sums(step: Callable[[Variables, Batch], Any], variables: Variables, batches: Any) -> dict[str, Any]:
     """What an evaluation step returns, added up over batches in double precision."""
-    fetched = jax.device_get([step(variables, batch) for batch in batches])
+    sums: list[Any] = []
+    for batch in batches:
+        sums.append(step(variables, batch))
+        if len(sums) > _EVAL_STEPS_AHEAD:
+            jax.block_until_ready(sums[-1 - _EVAL_STEPS_AHEAD])
+    fetched = jax.device_get(sums)
     total: dict[str, Any] = jax.tree.map(lambda *values: float(sum(map(np.float64, values))), *fetched)
     return total
 

@@ -52,6 +52,7 @@ _PACKAGES = (
     "scipy",
 )
 _MAX_OVERLAYS = 6
+_DATA_FILE = "data.json"  # digests of the cases
 
 
 def train(
@@ -72,7 +73,7 @@ def train(
     """Trains a model, or resumes from the workdir's latest checkpoint.
 
     Args:
-      config: what to train and how; `lung_fingerprint` is filled in here.
+      config: what to train and how; `lung_fingerprint` and the patients are filled in here.
       data_dir: see `find_cases`.
       workdir: gets config.json, split.json, versions.json, metrics.jsonl, threshold.json, checkpoints/ and figures/.
       cache_dir: see `prepare_cases`.
@@ -96,13 +97,20 @@ def train(
     make_loss(config.train.loss, losses)
     check_transforms(config.augment, augmentations)
     build_model(config, architectures=architectures)
+    if not config.preprocess.is_physical and config.augment.lesion_densify_prob + config.augment.lesion_fade_prob > 0:
+        raise InputError(
+            "lesion_densify_prob and lesion_fade_prob change intensities in HU, which normalization minmax does not "
+            "keep; set both to 0, or choose another normalization"
+        )
     check_output_dir(workdir)
     mesh = make_mesh(devices, config.train.batch_size)
     lung, config = _load_lung(config, task, lung_checkpoint, architectures)
     chosen, train_cases, val_cases = _split_cases(data_dir, split, task, lung_checkpoint, readers)
+    config = dataclasses.replace(config, train_patients=_patients(train_cases), val_patients=_patients(val_cases))
     with dir_lock(workdir) if is_primary() else contextlib.nullcontext():
         _check_resumable(workdir, config, chosen)
         prepared = prepare_cases([*train_cases, *val_cases], config.preprocess, cache_dir, readers)
+        _check_data_unchanged(workdir, prepared)
         train_set, val_set = prepared[: len(train_cases)], prepared[len(train_cases) :]
         train_source = SliceSource(train_set, task.target)
         val_source = SliceSource(val_set, task.target) if val_set else None
@@ -111,7 +119,7 @@ def train(
             logger.info("no validation cases: all epochs are trained, and the last is kept")
         barrier("settings checked")
         if is_primary():
-            _write_settings(workdir, config, chosen)
+            _write_settings(workdir, config, chosen, prepared)
             _plot_inputs(workdir, config, train_set, train_source, task, augmentations, readers)
         history = fit(
             config,
@@ -133,6 +141,10 @@ def train(
                 _use_validation(workdir, Predictor(*models), val_set, task, readers)
         logger.info("done: %s", workdir)
     return history
+
+
+def _patients(cases: Sequence[Case]) -> tuple[str, ...]:
+    return tuple(sorted({case.patient for case in cases}))
 
 
 def versions() -> dict[str, str]:
@@ -193,7 +205,8 @@ def _split_cases(
 def _comparable(config: Config) -> dict[str, Any]:
     """What may not change when a run resumes: its length only where the learning rate does not depend on it."""
     values = to_dict(config)
-    del values["version"]
+    for name in ("version", "train_patients", "val_patients"):  # the split and the digests tell them
+        del values[name]
     for name in ("patience", *(["epochs"] if config.train.schedule == "step" else [])):
         del values["train"][name]
     return values
@@ -230,9 +243,27 @@ def _check_resumable(workdir: Path, config: Config, split: Split) -> None:
             raise InputError(f"{workdir} holds a run on another split; choose a new `workdir`")
 
 
-def _write_settings(workdir: Path, config: Config, split: Split) -> None:
+def _check_data_unchanged(workdir: Path, prepared: Sequence[PreparedCase]) -> None:
+    """Refuses to resume over a scan or mask that has changed since the run began."""
+    file = workdir / _DATA_FILE
+    if not file.is_file():
+        return
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [one.case.id for one in prepared if before.get(one.case.id) != one.digest]
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); choose a new `workdir`") from error
+    if changed:
+        raise InputError(
+            f"{workdir}: a scan or mask of {', '.join(changed)} has changed since this run began; restore it, or "
+            "choose a new `workdir`"
+        )
+
+
+def _write_settings(workdir: Path, config: Config, split: Split, prepared: Sequence[PreparedCase]) -> None:
     make_output_dir(workdir / "figures")
-    for name, values in (("config", to_dict(config)), ("versions", versions())):
+    digests = {one.case.id: one.digest for one in prepared}
+    for name, values in (("config", to_dict(config)), ("versions", versions()), (_DATA_FILE[:-5], digests)):
         write_text(workdir / f"{name}.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     write_split(workdir / "split.json", split)
 
@@ -251,7 +282,9 @@ def _plot_inputs(
     if roi_file.is_file() and batch_file.is_file():
         return
     by_source = {prepared.case.source: prepared.case for prepared in reversed(train_set)}
-    volumes = {case.id: read_volume(case.ct, readers) for case in by_source.values()}
+    volumes = {
+        case.id: read_volume(case.ct, readers, physical=config.preprocess.is_physical) for case in by_source.values()
+    }
     plots.save_roi_steps(roi_file, volumes, config.preprocess)
     picks = np.random.default_rng(config.train.seed).permutation(len(source))[:8]
     slices = [source[int(i)] for i in picks]

@@ -7,6 +7,7 @@ used.
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from resunet_jax.files import atomic_dir, reserve, write_text
 from resunet_jax.model.build import ARCHITECTURES, TASKS, Architecture, build_model
 from resunet_jax.model.resunet import Variables
 from resunet_jax.progress import logger
+
+_ATTEMPTS = 5  # to load from a workdir whose training rotates its checkpoints
 
 CHECKPOINTS = "checkpoints"
 """Folder of a workdir that holds its checkpoints, each in a folder with the number of its step."""
@@ -164,23 +167,47 @@ def load_model(path: str | Path, architectures: Mapping[str, Architecture] = ARC
       InputError: no checkpoint there, or it does not fit its config.
     """
     path = Path(path).expanduser()
+    require_backend()
     if not path.is_dir():
         raise InputError(f"{path}: no such checkpoint folder; train first, or check the path")
+    for attempt in range(1, _ATTEMPTS + 1):
+        folder = path
+        try:
+            if (path / CHECKPOINTS).is_dir():
+                folder = best_checkpoint(path)
+            elif not (path / VARIABLES).is_dir():
+                raise InputError(f"{path}: neither a training workdir nor a saved model; it has no {CHECKPOINTS}/")
+            return _load_folder(folder, architectures)
+        except InputError:
+            raise
+        except Exception as error:  # orbax has no common base for what a damaged folder makes it raise
+            if attempt < _ATTEMPTS and not folder.is_dir():
+                continue  # a training has just deleted it, for it has a better one
+            raise _cannot_load(folder, error) from error
+    raise AssertionError("unreachable")
+
+
+def _cannot_load(folder: Path, error: Exception) -> InputError:
+    if isinstance(error, PermissionError) or not os.access(folder, os.R_OK | os.X_OK):
+        return InputError(f"{folder}: no permission to read the model; change its permissions")
+    if isinstance(error, CorruptCheckpointError):
+        return InputError(f"{error}; use a copy of it, or train again")
+    return InputError(
+        f"{folder}: the model cannot be restored ({first_line(error)}), so it is damaged; use a copy of it, or train "
+        "again"
+    )
+
+
+def require_backend() -> None:
+    """Raises `InputError` where JAX cannot start, as on a machine without the device that JAX_PLATFORMS names."""
     try:
-        if (path / CHECKPOINTS).is_dir():
-            return _load_folder(best_checkpoint(path), architectures)
-        if (path / VARIABLES).is_dir():
-            return _load_folder(path, architectures)
-    except InputError:
-        raise
-    except CorruptCheckpointError as error:
-        raise InputError(f"{error}; use a copy of it, or train again") from error
-    except Exception as error:  # orbax has no common base for what a damaged folder makes it raise
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # which of them depends on the device
+        asked = os.environ.get("JAX_PLATFORMS", "")
         raise InputError(
-            f"{path}: the model cannot be restored ({first_line(error)}), "
-            "so it is damaged; use a copy of it, or train again"
+            f"JAX cannot start ({first_line(error)}); JAX_PLATFORMS is {asked!r}: unset it, or install JAX for that "
+            "device"
         ) from error
-    raise InputError(f"{path}: neither a training workdir nor a saved model; it has no {CHECKPOINTS}/")
 
 
 def load_model_for(

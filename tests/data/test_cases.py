@@ -188,3 +188,32 @@ def test_bad_folders_are_refused_by_name(kaggle: Path, spoil) -> None:
     message = spoil(kaggle)
     with pytest.raises(InputError, match=message):
         find_cases(kaggle)
+
+
+def test_a_patient_is_known_by_the_scan_or_the_mask(kaggle: Path) -> None:
+    """Masks of a second reader have names of their own, which must not make two patients of one."""
+    touch(kaggle / "lung_mask", "reader2_a.nii", "reader2_b.nii")
+    touch(kaggle / "ct_scans", "scan_x.nii")
+    first, second = "ct_scans/coronacases_org_001.nii", "ct_scans/scan_x.nii"
+    write_csv(
+        kaggle,
+        (first, "lung_mask/reader2_a.nii", ""),
+        (second, "lung_mask/reader2_b.nii", ""),
+        (second, "lung_mask/coronacases_001.nii", ""),
+    )
+    assert [case.patient for case in find_cases(kaggle)] == ["coronacases_001", "scan_x", "coronacases_001"]
+
+
+def test_spaces_do_not_make_another_patient_and_empty_lines_are_no_cases(kaggle: Path) -> None:
+    row = ("ct_scans/coronacases_org_001.nii", "lung_mask/coronacases_001.nii", "", " anna ")
+    columns = ("ct_scan", "lung_mask", "infection_mask", "patient")
+    write_csv(kaggle, row, ("", " ", "", ""), ("", "", "", ""), columns=columns)
+    assert [case.patient for case in find_cases(kaggle)] == ["anna"]
+
+
+def test_a_linked_folder_lies_inside(kaggle: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    disk = tmp_path_factory.mktemp("disk")
+    shutil.move(kaggle / "ct_scans", disk / "ct_scans")
+    (kaggle / "ct_scans").symlink_to(disk / "ct_scans")
+    write_csv(kaggle, *ROWS)
+    assert len(find_cases(kaggle)) == len(ROWS)

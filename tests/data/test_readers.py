@@ -33,7 +33,7 @@ def body(shape: tuple[int, int, int] = (24, 20, 5)) -> np.ndarray:
     hu = np.full(shape, -1000, np.int16)
     hu[4:20, 4:16] = 40
     hu[6:10, 6:14] = hu[14:18, 6:14] = -800
-    return hu
+    return hu + np.random.default_rng(0).integers(-20, 20, shape).astype(np.int16)
 
 
 def npy_set(folder: Path) -> Path:
@@ -41,7 +41,7 @@ def npy_set(folder: Path) -> Path:
     hu = body()
     arrays = {
         "ct_scans": hu,
-        "lung_mask": (hu == -800).astype(np.uint8),
+        "lung_mask": (np.abs(hu + 800) < 30).astype(np.uint8),
         "infection_mask": np.zeros(hu.shape, np.uint8),
     }
     for name, array in arrays.items():
@@ -147,7 +147,7 @@ def test_changed_content_is_prepared_anew(tmp_path: Path) -> None:
     data = npy_set(tmp_path / "data")
     cases = find_cases(data, NPY)
     (before,) = prepare_cases(cases, CONFIG, tmp_path / "cache", NPY)
-    np.save(cases[0].ct, np.where(body() == 40, 60, body()))
+    np.save(cases[0].ct, np.where(np.abs(body() - 40) < 30, body() + 20, body()).astype(np.int16))
     (after,) = prepare_cases(cases, CONFIG, tmp_path / "cache", NPY)
     assert float(np.abs(after.images - before.images).max()) == pytest.approx(20 / 1500, rel=1e-3)
 

@@ -98,7 +98,7 @@ def test_eight_planted_faults_are_all_found(copy: Path) -> None:
         ("lung_mask", "coronacases_001.nii", np.zeros_like, ("error", "empty")),
         ("infection_mask", "coronacases_001.nii", np.zeros_like, ("warning", "empty")),
         ("lung_mask", "coronacases_001.nii", corner, ("error", "lung outside body")),
-        ("ct_scans", "coronacases_org_001.nii", lambda hu: -300 - hu, ("error", "lung")),
+        ("ct_scans", "coronacases_org_001.nii", lambda hu: -300 - hu, ("error", "scan")),
     ],
 )
 def test_one_fault(copy: Path, folder: str, name: str, edit: Callable[[Any], Any], expected: tuple[str, str]) -> None:

@@ -159,6 +159,7 @@ def test_report_files(evaluation: Evaluation, tmp_path: Path, capsys: pytest.Cap
     assert values["infection_dice_by_burden"] == values["infection_dice_by_load"] != {}
     assert values["settings"] == {
         "protocol": "test subset of a split file",
+        "seen_patients": [],
         "threshold": {"lung": 0.5, "infection": 0.5},
         "min_component_fraction": 0.0,
         "smallest_region": 0.0,

@@ -26,6 +26,7 @@ from resunet_jax import (
     save_model,
     segment_scan,
 )
+from resunet_jax.data.volume import HU_WINDOW
 from resunet_jax.errors import InputError
 from resunet_jax.model.build import build_model
 from resunet_jax.weights.store import fingerprint
@@ -143,7 +144,7 @@ def check(content: bytes, suffix: str) -> bool:
         scan, output = folder / f"scan{suffix}", folder / "masks"
         scan.write_bytes(content)
         try:
-            masks = segment_scan(scan, output, PREDICTOR)
+            masks = segment_scan(scan, output, PREDICTOR, assumed=HU_WINDOW)
         except InputError as error:
             check_line(error, scan)
             assert not output.exists() or not any(output.iterdir())

@@ -315,7 +315,7 @@ def fixed_case(probability: np.ndarray, reference: np.ndarray) -> tuple[Prepared
     """Of (slices, S, S) arrays, each slice uncropped."""
     slices, size, _ = probability.shape
     boxes = np.tile(np.array([0, 0, size, size], np.int32), (slices, 1))
-    case: PreparedCase = PreparedCase(SimpleNamespace(id="a"), probability, boxes, reference, None)
+    case: PreparedCase = PreparedCase(SimpleNamespace(id="a"), "digest", probability, boxes, reference, None)
     return case, np.moveaxis(reference > 0, 0, -1)
 
 

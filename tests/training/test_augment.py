@@ -26,7 +26,14 @@ augment = jax.jit(module.augment, static_argnums=3)
 ORIGINAL = recipe("original", "lung").augment
 NONE = AugmentConfig(transforms=())
 NEVER = AugmentConfig(
-    horizontal_flip_prob=0, max_rotation_deg=0, max_scale=0, max_contrast=0, max_brightness=0, max_gamma=0, max_noise=0
+    horizontal_flip_prob=0,
+    max_rotation_deg=0,
+    max_scale=0,
+    max_contrast=0,
+    max_brightness=0,
+    max_gamma=0,
+    max_noise=0,
+    fill=0.0,
 )
 
 
@@ -199,7 +206,7 @@ def test_slices_of_a_batch_differ() -> None:
 
 
 def test_outside_is_zero() -> None:
-    turned = warp(jnp.ones((9, 9, 1)), jnp.array([[0.0, 2.0], [2.0, 0.0]]))
+    turned = warp(jnp.ones((9, 9, 1)), jnp.array([[0.0, 2.0], [2.0, 0.0]]), 0.0)
     assert float(turned[0, 0, 0]) == 0
     assert float(turned[4, 4, 0]) == 1
 
@@ -263,3 +270,13 @@ def test_unknown_transforms_are_refused_by_name() -> None:
     with pytest.raises(InputError, match=r"augmentation 'toy': .*there are spatial, lesion_intensity, intensity"):
         check_transforms(config)
     check_transforms(config, AUGMENTATIONS | {"toy": double})
+
+
+def test_air_comes_from_outside_the_slice_and_no_mask_does() -> None:
+    config = only(max_rotation_deg=45.0, fill=0.25)
+    ones = jnp.ones((8, 16, 16, 1))
+    image, mask = augment(jax.random.key(0), ones, ones, config)
+    corners = np.asarray(image[:, 0, 0, 0])
+    assert (corners >= 0.25).all()
+    assert (np.abs(corners - 0.25) < 1e-6).any()
+    assert not np.asarray(mask[:, 0, 0, 0]).all()

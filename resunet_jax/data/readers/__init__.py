@@ -10,13 +10,15 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from resunet_jax.data.intensity import SAMPLED_SLICES, infer_scale
 from resunet_jax.data.readers import nifti
 from resunet_jax.data.readers.source import Source as Source
 from resunet_jax.data.readers.source import by_suffix, file_digest
-from resunet_jax.data.volume import Array, Grid, IntensityScale, Scan, Volume, max_corner_distance_mm
+from resunet_jax.data.volume import Array, Grid, Scan, Volume, max_corner_distance_mm
 from resunet_jax.errors import InputError
 
 _CHUNK_BYTES = 2**25  # of a scan, in memory at a time
+_ROUNDING = 1e-3  # of labels that were scaled by a slope, as in 1.00001526
 
 
 class Reader(NamedTuple):
@@ -62,17 +64,17 @@ def find_sources(path: Path, readers: Mapping[str, Reader] = READERS) -> list[So
     return sources
 
 
-def digest(path: Path, readers: Mapping[str, Reader] = READERS) -> str:
+def digest(scan: Path | Source, readers: Mapping[str, Reader] = READERS) -> str:
     """A digest of everything that a scan or mask consists of.
 
     Raises:
       InputError: of an unknown format, or it cannot be read.
     """
-    reader, source = _resolve(path, readers)
+    reader, source = _resolve(scan, readers)
     try:
         return reader.digest(source)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+        raise InputError(f"{source.path}: cannot be read ({error.strerror or error}); check the path") from error
 
 
 def _resolve(scan: Path | Source, readers: Mapping[str, Reader]) -> tuple[Reader, Source]:
@@ -88,15 +90,23 @@ def _resolve(scan: Path | Source, readers: Mapping[str, Reader]) -> tuple[Reader
 
 
 @contextlib.contextmanager
-def open_scan(scan: Path | Source, readers: Mapping[str, Reader] = READERS) -> Iterator[Scan]:
+def open_scan(
+    scan: Path | Source,
+    readers: Mapping[str, Reader] = READERS,
+    *,
+    assumed: tuple[float, float] | None = None,
+    physical: bool = True,
+) -> Iterator[Scan]:
     """Opens a CT scan and looks at every voxel, a chunk in memory at a time.
 
     Args:
       scan: a path that holds one scan, or what `find_sources` found.
       readers: the table of formats.
+      assumed: from `parse_assumption`, instead of a judgement by the values.
+      physical: see `infer_scale`.
 
     Raises:
-      InputError: not such a file, truncated, NaN or infinite voxels, constant, or of an unknown intensity scale.
+      InputError: not such a file, truncated, NaN or infinite voxels, constant, no chest CT, or on an unknown scale.
     """
     reader, source = _resolve(scan, readers)
     path = source.path
@@ -107,7 +117,11 @@ def open_scan(scan: Path | Source, readers: Mapping[str, Reader] = READERS) -> I
         low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
         if low == high:
             raise InputError(f"{path}: every voxel is {low:g}, so this is not a scan; export it again")
-        yield dataclasses.replace(opened, intensity_scale=_intensity_scale(path, low, high))
+        if assumed is not None:
+            yield dataclasses.replace(opened, stored_window=assumed)
+        else:
+            sample = opened.sample_slices(SAMPLED_SLICES)
+            yield dataclasses.replace(opened, intensity_scale=infer_scale(path, sample, (low, high), physical=physical))
 
 
 def read_grid(path: Path, readers: Mapping[str, Reader] = READERS) -> Grid:
@@ -117,9 +131,15 @@ def read_grid(path: Path, readers: Mapping[str, Reader] = READERS) -> Grid:
         return scan.grid
 
 
-def read_volume(path: Path, readers: Mapping[str, Reader] = READERS) -> Volume:
-    """Reads a CT scan whole; for the rest see `open_scan`."""
-    with open_scan(path, readers) as scan:
+def read_volume(
+    path: Path,
+    readers: Mapping[str, Reader] = READERS,
+    *,
+    assumed: tuple[float, float] | None = None,
+    physical: bool = True,
+) -> Volume:
+    """Reads a CT scan as a whole; for arguments and errors see `open_scan`."""
+    with open_scan(path, readers, assumed=assumed, physical=physical) as scan:
         return scan.read_slices(0, scan.grid.oriented_shape[-1])
 
 
@@ -147,12 +167,12 @@ def read_mask(
             raise InputError(f"{path}: shape {grid.shape}, but its scan {scan} has {scan_grid.shape}; use its own mask")
         values = mask.read(2, 0, grid.shape[2])
     low, high = _range(path, values)
-    are_integers = values.dtype.kind != "f" or np.array_equal(values, np.rint(values))
-    if low < 0 or high > 255 or not are_integers:
+    are_integers = values.dtype.kind != "f" or np.abs(values - np.rint(values)).max() < _ROUNDING
+    if low < -_ROUNDING or high > 255 + _ROUNDING or not are_integers:
         raise InputError(f"{path}: values in [{low:g}, {high:g}]; a mask has whole labels from 0 to 255")
     if max_corner_distance_mm(grid, scan_grid) > 0.5 * min(scan_grid.spacing_mm):
         raise InputError(f"{path}: its affine differs from that of {scan}; export the mask on the scan's grid")
-    return grid.to_pls(values).astype(np.uint8)
+    return scan_grid.to_pls(np.rint(values)).astype(np.uint8)  # by the scan's axes: its own may round differently
 
 
 def _range(path: Path, values: Array) -> tuple[float, float]:
@@ -161,15 +181,3 @@ def _range(path: Path, values: Array) -> tuple[float, float]:
     if not (np.isfinite(low) and np.isfinite(high)):
         raise InputError(f"{path}: NaN or infinite voxels; replace them (air is -1000 HU) and export again")
     return low, high
-
-
-def _intensity_scale(path: Path, low: float, high: float) -> IntensityScale:
-    """Infers the intensity scale from the range: air, which every chest scan shows, is far below 0 HU."""
-    if low <= -200:
-        return "hu"
-    if low >= 0 and 1 < high <= 255:
-        return "windowed"
-    raise InputError(
-        f"{path}: values in [{low:g}, {high:g}] are neither Hounsfield units (air near -1000) nor 0..255 over "
-        "HU [-1250, 250]; set the header's slope and intercept so that they give Hounsfield units"
-    )

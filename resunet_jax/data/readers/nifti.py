@@ -17,6 +17,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.openers import Opener
 from nibabel.orientations import OrientationError, io_orientation
 from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 
 from resunet_jax.data.readers.source import Source
 from resunet_jax.data.volume import Array, Grid, Scan, max_corner_distance_mm
@@ -25,6 +26,9 @@ from resunet_jax.files import atomic_file
 from resunet_jax.progress import logger
 
 SUFFIXES = (".nii", ".nii.gz")
+
+_MM = {"meter": 1000.0, "micron": 0.001}  # by the header's unit
+_FLAT = 1e-3  # volume of a voxel over that of its spacings; of axes that lie in one plane it is 0
 
 _MAX_DEFLATE_RATIO = 1032  # gzip cannot shrink more than this (zlib's documentation)
 _CHUNK_BYTES = 2**25  # of a file, in memory at a time
@@ -115,6 +119,19 @@ def nifti_writer(path: Path, dtype: npt.DTypeLike, grid: Grid) -> Iterator[Calla
             shutil.copyfileobj(file, target, _CHUNK_BYTES)
 
 
+@contextlib.contextmanager
+def _in_temporary_folder() -> Iterator[None]:
+    """Around what writes there: a full folder is named, not the scan."""
+    try:
+        yield
+    except OSError as error:
+        where = tempfile.gettempdir()
+        reason = error.strerror or error
+        raise InputError(
+            f"{where}: cannot hold the voxels ({reason}); free it, or set TMPDIR to another folder"
+        ) from error
+
+
 def _new_header(grid: Grid) -> Any:
     header = nib.Nifti1Image(np.broadcast_to(np.uint8(0), grid.shape), grid.affine).header
     header.set_xyzt_units("mm")
@@ -177,14 +194,13 @@ class _DiskArray:
 
 def _open(path: Path) -> Any:
     try:
-        image = nib.load(path)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; check the path") from error
-    except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as NIfTI ({first_line(error)}); export it again") from error
+        image = _load(path)
+    except (ImageFileError, HeaderDataError, WrapStructError, OSError, EOFError, zlib.error, ValueError) as error:
+        raise _unreadable(path, error) from error
     if not isinstance(image, nib.Nifti1Image | nib.Nifti2Image):
         raise InputError(f"{path}: not a single-file NIfTI image; convert it")
-    if len(image.shape) != 3 or min(image.shape) < 1:
+    shape = _shape(image)
+    if len(shape) != 3 or min(shape) < 1:
         raise InputError(f"{path}: shape {image.shape}; expected a volume of three dimensions; split the series first")
     if image.get_data_dtype().kind not in "iuf":
         raise InputError(
@@ -193,30 +209,69 @@ def _open(path: Path) -> Any:
     return image
 
 
+def _load(path: Path) -> Any:
+    """The image, whether or not it is packed as its name says."""
+    packed = _is_packed(path)
+    if packed == path.name.lower().endswith(".gz"):
+        return nib.load(path)
+    with gzip.open(path) if packed else path.open("rb") as file:
+        kind = nib.Nifti2Image if int.from_bytes(file.read(4), "little") in (540, 0x1C020000) else nib.Nifti1Image
+        file.seek(0)
+        return kind.from_stream(file)
+
+
+def _is_packed(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    """What hinders reading, with its remedy."""
+    if isinstance(error, FileNotFoundError):
+        remedy = "its link points to nothing; fetch the file" if path.is_symlink() else "no such file; check the path"
+        return InputError(f"{path}: {remedy}")
+    if isinstance(error, IsADirectoryError) or path.is_dir():
+        return InputError(f"{path}: a folder, where a file is expected; move the scan out of it")
+    if isinstance(error, PermissionError):
+        return InputError(f"{path}: no permission to read it; change its permissions")
+    return InputError(f"{path}: cannot be read as NIfTI ({first_line(error)}); export it again")
+
+
+def _shape(image: Any) -> tuple[int, ...]:
+    """Without further axes of length 1, which some programs write."""
+    shape: tuple[int, ...] = image.shape
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
 @contextlib.contextmanager
 def _voxels(path: Path, image: Any) -> Iterator[_DiskArray]:
     """The voxels as stored, all that the header promises; those of a .nii.gz are unpacked to a temporary file."""
     dtype, offset = image.get_data_dtype(), image.dataobj.offset
-    needed = offset + int(np.prod(image.shape, dtype=np.float64)) * dtype.itemsize
-    zipped = path.name.lower().endswith(".gz")
+    shape: Any = _shape(image)
+    needed = offset + int(np.prod(shape, dtype=np.float64)) * dtype.itemsize
+    zipped = _is_packed(path)
     if needed > path.stat().st_size * (_MAX_DEFLATE_RATIO if zipped else 1):
         raise InputError(f"{path}: its header promises {needed:,} bytes, so the file is cut off; copy it again")
     if not zipped:
         with path.open("rb") as file:
-            yield _DiskArray(file, offset, dtype, image.shape)
+            yield _DiskArray(file, offset, dtype, shape)
         return
     with tempfile.TemporaryFile() as unpacked:
         try:
             with gzip.open(path) as packed:
                 while unpacked.tell() < needed and (chunk := packed.read(min(_CHUNK_BYTES, needed - unpacked.tell()))):
-                    unpacked.write(chunk)
+                    with _in_temporary_folder():
+                        unpacked.write(chunk)
                 packed.read(1)  # checks, where the voxels are the end, that they are what was packed
-            unpacked.flush()
+            with _in_temporary_folder():
+                unpacked.flush()
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"{path}: its voxels cannot be read ({first_line(error)}); copy it again") from error
         if unpacked.tell() < needed:
             raise InputError(f"{path}: its header promises {needed:,} bytes, so the file is cut off; copy it again")
-        yield _DiskArray(unpacked, offset, dtype, image.shape)
+        yield _DiskArray(unpacked, offset, dtype, shape)
 
 
 def _scaled(values: Array, image: Any) -> Array:
@@ -230,11 +285,24 @@ def _scaled(values: Array, image: Any) -> Array:
 
 
 def _grid(path: Path, image: Any) -> Grid:
+    """In mm, whatever the header's unit; by the qform where the sform is not valid."""
+    header, unit = image.header, image.header.get_xyzt_units()[0]
     affine = np.asarray(image.affine, dtype=np.float64)
-    try:
-        orientation = io_orientation(affine) if np.isfinite(affine).all() else np.full((3, 2), np.nan)
-    except (OrientationError, np.linalg.LinAlgError):
-        orientation = np.full((3, 2), np.nan)
-    if np.isnan(orientation).any() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    if not _is_valid(affine) and int(header["qform_code"]) > 0:
+        affine = np.asarray(header.get_qform(), dtype=np.float64)
+        logger.warning("%s: its sform says nothing; taking its qform", path)
+    affine[:3] *= _MM.get(unit, 1.0)
+    if not _is_valid(affine):
         raise InputError(f"{path}: its affine does not say how the axes lie in space; export it with a valid one")
-    return Grid(image.shape, affine, image.header.copy())
+    first, second, third = _shape(image)
+    return Grid((first, second, third), affine, header.copy())
+
+
+def _is_valid(affine: npt.NDArray[np.float64]) -> bool:
+    try:
+        if not np.isfinite(affine).all() or np.isnan(io_orientation(affine)).any():
+            return False
+    except (OrientationError, np.linalg.LinAlgError):
+        return False
+    scale = np.linalg.norm(affine[:3, :3], axis=0)
+    return bool(scale.all() and abs(np.linalg.det(affine[:3, :3] / scale)) > _FLAT)

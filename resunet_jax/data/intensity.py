@@ -1,0 +1,226 @@
+"""What the values of a scan mean: Hounsfield units, a window in 0..255, or nothing that a model could use.
+
+The judgement rests on three levels that every chest CT shows: air around the patient, lung inside the body, and soft
+tissue. On the Hounsfield scale they are near -1000, between -950 and -500, and near 40. A scan whose levels lie
+elsewhere is refused, with what was found and what to do: it would give a wrong mask without a word.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from resunet_jax.data.volume import HU_WINDOW, IntensityScale, Volume
+from resunet_jax.errors import InputError
+
+DARKEST_HU = (-1150.0, -720.0)
+"""Where the darkest of air and lung may lie in a scan in Hounsfield units."""
+TISSUE_HU = (-200.0, 200.0)
+"""Where soft tissue may lie in it, from a patient who is mostly fat to contrast agent."""
+AIR_LEVEL = (17.0, 70.0)
+"""Where air may lie in a scan in 0..255, which is moved to -1000 HU: within about 150 HU of a window from -1250."""
+TISSUE_LEVEL = (165.0, 255.0)
+"""Where soft tissue may lie in it."""
+TISSUE_ABOVE_AIR = (138.0, 205.0)
+"""By how many levels soft tissue may lie above air: windows of about 1,300 to 1,800 HU."""
+LUNG_FRACTION = (0.06, 0.6)
+"""Where lung may lie between air (0) and soft tissue (1) in a scan in 0..255."""
+
+SAMPLED_SLICES = 16
+"""Of a scan, evenly spread, that are looked at."""
+
+_SIDE = 128  # pixels of a slice that are looked at, along each side
+_MIN_DISTINCT = 32  # values; label maps have fewer
+_MIN_VISIBLE = 0.005  # of the voxels: a level that fewer show is not judged
+_PADDING_BELOW = -1100.0  # values beyond the field of view, in HU
+INSIDE_FIELD = 0.2
+"""Of the voxels around the body; fewer above 0 are the table and clothes, and air itself is at 0."""
+_CLIPPED = 0.6  # of the bright voxels at the largest value: soft tissue is cut off
+
+
+class Levels(NamedTuple):
+    """Levels of a scan in the units of its file; None where too few voxels show one.
+
+    Attributes:
+      air: most frequent value around the body.
+      lung: median of what is dark inside the body.
+      tissue: most frequent value of what is bright.
+      distinct: how many different values there are.
+      clipped: whether most of what is bright has the largest value.
+    """
+
+    air: float | None
+    lung: float | None
+    tissue: float | None
+    distinct: int
+    clipped: bool
+
+    def __str__(self) -> str:
+        found = {"air": self.air, "lung": self.lung, "soft tissue": self.tissue}
+        return ", ".join(f"{name} " + ("not seen" if x is None else f"at {x:.0f}") for name, x in found.items())
+
+
+def measure_levels(volume: Volume) -> Levels:
+    """The levels of a scan, from up to 16 of its slices."""
+    values = volume.sample_slices(SAMPLED_SLICES).values
+    step = max(1, min(values.shape[:2]) // _SIDE)
+    values = values[::step, ::step].astype(np.float32)
+    low = values.min()
+    valid = values > low if low < _PADDING_BELOW else np.ones(values.shape, bool)
+    if not valid.any():
+        return Levels(None, None, None, 1, clipped=False)
+    threshold = _otsu(values[valid])
+    bright = (values > threshold) & valid
+    dark = valid & ~bright
+    around = np.stack([_touches_border(~bright[..., k]) for k in range(values.shape[-1])], axis=-1)
+    outside, high = values[dark & around], values[bright].max(initial=low)
+    if low >= 0 and np.count_nonzero(outside) > INSIDE_FIELD * outside.size:
+        outside = outside[outside > 0]  # 0 is beyond the field of view
+    tissue = values[bright & (values < high)] if (values[bright] == high).mean() < _CLIPPED else values[bright]
+    bin_width = float(np.ptp(values[valid])) / 250
+    least = _MIN_VISIBLE * values.size
+
+    def mode(some: npt.NDArray[np.float32]) -> float | None:
+        return _mode(some, bin_width) if some.size > least else None
+
+    inside = values[dark & ~around]
+    return Levels(
+        mode(outside),
+        float(np.median(inside)) if inside.size > least else None,
+        mode(tissue),
+        len(np.unique(values)),
+        clipped=bool((values[bright] == high).mean() >= _CLIPPED),
+    )
+
+
+def _otsu(values: npt.NDArray[np.float32]) -> float:
+    """The threshold that parts dark from bright with the largest variance between them (Otsu, 1979)."""
+    low, high = np.percentile(values, (0.5, 99.5))
+    counts, edges = np.histogram(np.clip(values, low, high), 256)
+    centres = (edges[1:] + edges[:-1]) / 2
+    weight, moment = np.cumsum(counts)[:-1], np.cumsum(counts * centres)[:-1]
+    rest, rest_moment = counts.sum() - weight, (counts * centres).sum() - moment
+    between = weight * rest * (moment / np.maximum(weight, 1) - rest_moment / np.maximum(rest, 1)) ** 2
+    return float(centres[int(np.argmax(between))])
+
+
+def _touches_border(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """The components of a slice that reach its border."""
+    labels, _ = ndimage.label(mask)
+    edge = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
+    touching: npt.NDArray[np.bool_] = np.isin(labels, edge[edge > 0])
+    return touching
+
+
+def _mode(values: npt.NDArray[np.float32], bin_width: float) -> float:
+    low, high = float(values.min()), float(values.max())
+    if high - low <= bin_width:
+        return float(np.median(values))
+    counts, edges = np.histogram(values, int(np.ceil((high - low) / bin_width)))
+    smooth: npt.NDArray[Any] = ndimage.gaussian_filter1d(counts.astype(float), 2.0, mode="constant")
+    k = int(smooth.argmax())
+    return float(edges[k] + edges[k + 1]) / 2
+
+
+def parse_assumption(text: str) -> tuple[float, float]:
+    """What a user who knows better says of a scan's values: "hu", or "window:LOW,HIGH" in HU for values in 0..255.
+
+    Returns:
+      the stored values that HU -1250 and 250 are.
+
+    Raises:
+      InputError: it is neither.
+    """
+    kind, _, numbers = text.partition(":")
+    if text == "hu":
+        return HU_WINDOW
+    try:
+        low, high = (float(number) for number in numbers.split(","))
+    except ValueError:
+        low, high = np.nan, np.nan
+    if kind != "window" or not low < high or not np.isfinite(high - low):
+        raise InputError(f"`assume={text}`: it must be hu, or window:LOW,HIGH in HU, as in window:-1250,250")
+    first, second = (255 * (hu - low) / (high - low) for hu in HU_WINDOW)
+    return first, second
+
+
+def infer_scale(
+    path: Path, volume: Volume, value_range: tuple[float, float], *, physical: bool = True
+) -> IntensityScale:
+    """The intensity scale of a scan that can be used.
+
+    Args:
+      path: of the scan, for messages.
+      volume: the scan, or some of its slices.
+      value_range: smallest and largest value of all voxels.
+      physical: False for models that scale each slice by its own range, for which any scale will do that shows a chest.
+
+    Raises:
+      InputError: the values are no CT of a chest, or on no scale that is known.
+    """
+    low, high = value_range
+    levels = measure_levels(volume)
+    if levels.distinct < _MIN_DISTINCT:
+        raise InputError(
+            f"{path}: only {levels.distinct} different values from {low:g} to {high:g}, as in a label map; give the CT"
+        )
+    if not physical:
+        _require_chest(path, levels)
+        return "windowed" if low >= 0 and high <= 255 else "hu"
+    if low <= -200:
+        _require_hu(path, levels)
+        return "hu"
+    if low >= 0 and 1 < high <= 255:
+        _require_window(path, levels)
+        return "windowed"
+    raise InputError(
+        f"{path}: values in [{low:g}, {high:g}] are neither Hounsfield units (air near -1000) nor 0..255 over "
+        f"HU [-1250, 250]; {_REMEDY}"
+    )
+
+
+_REMEDY = (
+    "export the scan in Hounsfield units (the header's slope and intercept applied), or say what its values are with "
+    "`assume`"
+)
+
+
+def _require_hu(path: Path, levels: Levels) -> None:
+    dark = [level for level in (levels.air, levels.lung) if level is not None]
+    good = (
+        levels.tissue is not None
+        and TISSUE_HU[0] <= levels.tissue <= TISSUE_HU[1]
+        and dark
+        and DARKEST_HU[0] <= min(dark) <= DARKEST_HU[1]
+    )
+    if not good:
+        raise InputError(
+            f"{path}: not a chest CT in Hounsfield units: {levels}, where air is at -1000, lung near -850 and soft "
+            f"tissue near 40; {_REMEDY}"
+        )
+
+
+def _require_chest(path: Path, levels: Levels) -> None:
+    air, lung, tissue = levels.air, levels.lung, levels.tissue
+    good = tissue is not None and lung is not None
+    if air is not None and lung is not None and tissue is not None:
+        good = LUNG_FRACTION[0] <= (lung - air) / (tissue - air) <= LUNG_FRACTION[1]
+    if not good:
+        raise InputError(f"{path}: no lungs in it: {levels}, and lung lies between the other two; give a chest CT")
+
+
+def _require_window(path: Path, levels: Levels) -> None:
+    air, lung, tissue = levels.air, levels.lung, levels.tissue
+    good = tissue is not None and lung is not None and not levels.clipped
+    good = good and tissue is not None and TISSUE_LEVEL[0] <= tissue <= TISSUE_LEVEL[1]
+    if air is not None and lung is not None and tissue is not None:
+        good = good and AIR_LEVEL[0] <= air <= AIR_LEVEL[1]
+        good = good and TISSUE_ABOVE_AIR[0] <= tissue - air <= TISSUE_ABOVE_AIR[1]
+        good = good and LUNG_FRACTION[0] <= (lung - air) / (tissue - air) <= LUNG_FRACTION[1]
+    if not good:
+        raise InputError(
+            f"{path}: 0..255, but not over HU [-1250, 250] or a window near it: {levels}, where air is near 42, lung "
+            f"near 68 and soft tissue near 219; {_REMEDY}, as in assume=window:-1000,400"
+        )
