@@ -7,7 +7,7 @@ one; times and expected Dice stand in the README, reasons in BUILD_NOTES.md.
 import dataclasses
 from typing import Literal
 
-from resunet_jax.config import Config, Structure, TaskName, override
+from resunet_jax.config import Config, Structure, TaskName, from_dict, override
 from resunet_jax.errors import InputError
 
 RecipeName = Literal["original", "robust"]
@@ -17,29 +17,12 @@ DEFAULT_RECIPE: RecipeName = "robust"
 ORIGINAL_BODY_THRESHOLDS = (50 / 255, 175 / 255)
 """On each slice's own range: for Coronacases, which are in HU, and for Radiopaedia, which are windowed."""
 
-_ORIGINAL = override(
-    Config(),
+# Up to 0.6.0 the defaults of a config were the original's, but for how slices are normalised.
+_ORIGINAL = from_dict(
     {
-        "preprocess.normalization": "minmax",
-        "preprocess.body_thresholds_minmax": ORIGINAL_BODY_THRESHOLDS,
-        "postprocess.min_component_fraction": 0.0,
-        "augment.vertical_flip_prob": 0.4,
-        "augment.horizontal_flip_prob": 0.4,
-        "augment.rot90_prob": 0.2,
-        "augment.rotation_prob": 0.3,
-        "augment.max_rotation_deg": 0.0,
-        "augment.max_scale": 0.0,
-        "augment.fill": 0.0,
-        "augment.max_contrast": 0.0,
-        "augment.max_brightness": 0.0,
-        "augment.max_gamma": 0.0,
-        "augment.max_noise": 0.0,
-        "train.schedule": "step",
-        "train.learning_rate": 1e-4,
-        "train.weight_decay": 0.0,
-        "train.loss": "bce",
-        "train.patience": 10,
-    },
+        "version": "0.6.0",
+        "preprocess": {"normalization": "minmax", "body_thresholds_minmax": ORIGINAL_BODY_THRESHOLDS},
+    }
 )
 _ROBUST_INFECTION = override(
     Config(),

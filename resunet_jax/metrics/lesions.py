@@ -9,7 +9,6 @@ from scipy import ndimage
 
 from resunet_jax.metrics.bounding_box import crop_to
 
-LESION_METRICS = ("lesion_recall", "false_positive_lesions")
 SMALLEST_LESION_ML = 0.1
 """A connected region below it, a sphere of 6 mm across, is no lesion of its own."""
 

@@ -9,8 +9,6 @@ from surface_distance import lookup_tables
 
 from resunet_jax.metrics.bounding_box import crop_to
 
-SURFACE_METRICS = ("nsd", "hd95_mm")
-
 _INSIDE = 255  # neighbour code of a corner whose eight voxels all belong to the mask
 
 Floats = npt.NDArray[np.float64]
