@@ -1,0 +1,50 @@
+"""The page and the table of many scans, without a browser."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from resunet_jax.report.cohort import COHORT_COLUMNS, cohort_row, write_cohort_csv, write_cohort_page
+from tests.report.example import HOSTILE, example_report
+
+
+def test_a_row_has_all_columns() -> None:
+    row = cohort_row(example_report(warnings=["a", "b"]))
+    assert list(row) == list(COHORT_COLUMNS)
+    assert (row["name"], row["left_percent"], row["right_lung_ml"], row["warnings"]) == ("scan_1", 15.0, None, "a | b")
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", " =1", "\r=1"])
+def test_a_name_is_no_formula(tmp_path: Path, name: str) -> None:
+    write_cohort_csv(tmp_path / "a.csv", [example_report(name, warnings=[name])])
+    with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert row["name"] == f"'{name}"
+    assert row["warnings"] == f"'{name}"
+    assert row["infection_mean_hu"] == "-412.0"
+    assert row["right_lung_ml"] == ""
+
+
+def test_the_csv_is_utf8(tmp_path: Path) -> None:
+    reports = [example_report("Łódź, 1"), example_report('a"b')]
+    write_cohort_csv(tmp_path / "a.csv", reports)
+    with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == ["Łódź, 1", 'a"b']
+
+
+def test_the_page_links_and_escapes(tmp_path: Path) -> None:
+    reports = [example_report(HOSTILE, warnings=[HOSTILE]), example_report("a b#1"), example_report("javascript:x")]
+    write_cohort_page(tmp_path / "index.html", reports)
+    html = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "<img" not in html
+    assert html.count("</script>") == 1
+    assert 'href="a%20b%231_report.html"' in html
+    assert 'href="javascript%3Ax_report.html"' in html
+    assert "3 scans, 1 with warnings" in html
+    assert "http" not in html.replace("http-equiv", "")
+
+
+def test_no_scans(tmp_path: Path) -> None:
+    write_cohort_page(tmp_path / "index.html", [])
+    assert "0 scans" in (tmp_path / "index.html").read_text(encoding="utf-8")
