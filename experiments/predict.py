@@ -1,10 +1,11 @@
-"""Segments scans: lung and infection masks on each scan's own grid.
+"""Segments scans: masks on each scan's own grid, numbers, and a page to look at.
 
-python experiments/predict.py --input=SCAN.nii.gz --output_dir=masks --lung_checkpoint=runs/lung \
-        --infection_checkpoint=runs/infection
+python experiments/predict.py --input=SCAN --output_dir=out
 """
 
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from absl import flags
 from common import settings
@@ -13,11 +14,20 @@ from common.run import BAD_INPUT, run
 from resunet_jax.errors import InputError
 from resunet_jax.files import check_output_dir
 
+if TYPE_CHECKING:
+    from resunet_jax.inference.batch import ScanResult
+
 FLAGS = flags.FLAGS
-settings.define_path("input", "A scan (.nii, .nii.gz), or a folder of scans.", required=True)
-settings.define_path("output_dir", "Gets <scan>_lung.nii.gz and <scan>_infection.nii.gz.", required=True)
+settings.define_path("input", "A scan (NIfTI file, DICOM folder or zip), or a folder of scans.", required=True)
+settings.define_path("output_dir", "Gets masks and reports; several processes may share it.", required=True)
 settings.define_model_flags()
+flags.DEFINE_string("series", None, "Of several DICOM series, only the one of this name or UID.")
 flags.DEFINE_bool("probabilities", False, "Also writes the probabilities, as <scan>_lung_probability.nii.gz and so on.")
+flags.DEFINE_bool("report", True, "Writes <scan>_report.json, .html and <scan>_preview.png, and a table of all scans.")
+flags.DEFINE_bool("multilabel", False, "Also writes <scan>_labels.nii.gz: 1 left lung, 2 right lung, 3 infection.")
+flags.DEFINE_bool("dicom_seg", False, "Also writes <scan>_seg.dcm; for DICOM, needs the extra dicom-seg.")
+flags.DEFINE_float("consolidation_hu", -300.0, "From which HU infection counts as consolidation.")
+settings.define_path("lobes", "Mask of the lobes by another tool, on the scan's grid: adds involvement by lobe.")
 flags.DEFINE_string("assume", None, "What the values are: hu, or window:LOW,HIGH in HU for 0..255; by default judged.")
 settings.define_compilation_cache_flag()
 flags.adopt_module_key_flags(settings)  # so that --help shows them
@@ -30,6 +40,7 @@ def main() -> None:
     from resunet_jax.inference.batch import segment_scans
     from resunet_jax.inference.predictor import load_predictor
     from resunet_jax.plugins import load_plugins
+    from resunet_jax.report.outputs import make_outputs, write_cohort
 
     tables = load_plugins()
     source, output_dir = settings.path("input"), settings.path("output_dir")
@@ -38,26 +49,42 @@ def main() -> None:
         raise InputError(f"--output_dir={output_dir} is the input folder; choose another, or masks would become scans")
     check_output_dir(output_dir)
     predictor = load_predictor(**settings.model_arguments(), architectures=tables.architectures)
+    with_both = len(predictor.structures) == 2
+    outputs = make_outputs(
+        report=FLAGS.report and with_both,
+        multilabel=FLAGS.multilabel,
+        consolidation_hu=FLAGS.consolidation_hu,
+        lobes=settings.optional_path("lobes"),
+        readers=tables.readers,
+    )
     results = []
-    assumed = parse_assumption(FLAGS.assume) if FLAGS.assume else None
     for result in segment_scans(
         scans,
         output_dir,
         predictor,
         save_probabilities=FLAGS.probabilities,
         readers=tables.readers,
-        assumed=assumed,
+        assumed=parse_assumption(FLAGS.assume) if FLAGS.assume else None,
+        outputs=outputs,
     ):
         results.append(result)
-        for mask in result.masks:
-            print(mask, *["(done before)"] * result.skipped, flush=True)
+        for file in (*result.masks, *result.others):
+            print(file, *["(done before)"] * result.skipped, flush=True)
+        if result.summary:
+            print(f"{result.scan.name}: {result.summary}", flush=True)
+    if "report" in outputs:
+        print(*write_cohort(output_dir), sep="\n")
+    _conclude(results)
+
+
+def _conclude(results: "Sequence[ScanResult]") -> None:
     failures = [result for result in results if result.error]
     for failure in failures:
         print(f"error: {failure.error}", file=sys.stderr)
-    if len(scans) > 1:
+    if len(results) > 1:
         skipped = sum(result.skipped for result in results)
         print(
-            f"{len(scans) - len(failures)} of {len(scans)} scans segmented"
+            f"{len(results) - len(failures)} of {len(results)} scans segmented"
             f"{f', {skipped} of them before' * (skipped > 0)}"
         )
     if failures:

@@ -18,6 +18,7 @@ from resunet_jax.errors import InputError
 
 Normalization = Literal["window", "air", "minmax"]
 ScheduleName = Literal["step", "one_cycle"]
+GateName = Literal["none", "closed_lung"]
 TaskName = Literal["lung", "infection", "infection_ct"]
 Structure = Literal["lung", "infection"]
 
@@ -81,7 +82,7 @@ class CascadeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PostprocessConfig:
-    """From probabilities to the masks of a whole scan; that of the lung model counts."""
+    """From probabilities to the masks of a whole scan; the gate is the infection model's, the rest the lung model's."""
 
     min_component_fraction: float = setting(
         0.1,
@@ -89,6 +90,12 @@ class PostprocessConfig:
         "no lung is left; 0 for none",
         low=0,
         high=1,
+    )
+    gate: GateName = setting(
+        "closed_lung", "where infection may lie: closed_lung, near the lung mask, or none, anywhere"
+    )
+    gate_closing_mm: float = setting(
+        15.0, "radius of the closing of each lung that makes its gate", unit="mm", low=0, high=100
     )
 
 
@@ -218,6 +225,7 @@ DEFAULTS_BY_VERSION: dict[str, dict[str, Any]] = {
         "postprocess.min_component_fraction": 0.0,
     },
     "0.7.0": {"augment.fill": 0.0},
+    "0.8.0": {"postprocess.gate": "none"},
 }
 """By version, oldest first: what a field that a file of that version or an older one lacks meant, where it is not
 today's default. Before 0.7.0 files did not say their version."""

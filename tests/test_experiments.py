@@ -31,7 +31,9 @@ FLAGS_OF = {
     "train_lung": TRAINING,
     "train_infection": f"{TRAINING} lung_checkpoint ct_only",
     "evaluate": f"{MODELS} data_dir output_dir split split_file cache_dir infection_tolerance_mm",
-    "predict": f"{MODELS} input output_dir probabilities compilation_cache_dir",
+    "predict": f"{MODELS} input output_dir probabilities report multilabel lobes gate assume compilation_cache_dir",
+    "train_pretrained": "data_dir workdir output_dir cache_dir",
+    "info": "",
     "cross_validate": "data_dir workdir cache_dir protocol allow_missing filters epochs",
     "ablate": "data_dir workdir cache_dir protocol split_files rows seeds set filters epochs",
     "convert_torch": "task input output_dir output_file",
@@ -89,15 +91,16 @@ def test_the_whole_way(phantom: Path, tmp_path: Path) -> None:
     assert any((tmp_path / "compiled").iterdir())
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert error.startswith(f"error: {scans / 'bad.nii'}")
-    expected = [f"{name}_{structure}.nii.gz" for name in (first.stem, "größer") for structure in ("lung", "infection")]
+    kinds = ("lung.nii.gz", "infection.nii.gz", "report.json", "report.html", "preview.png")
+    expected = [f"{name}_{kind}" for name in (first.stem, "größer") for kind in kinds]
     assert sorted(path.name for path in masks.iterdir() if not path.name.startswith(".")) == sorted(
-        [*expected, "masks.json"]
+        [*expected, "masks.json", "cohort.csv", "index.html"]
     )
 
     (masks / expected[0]).unlink()
     again = run_script(*predict, env=narrow)
     assert again.returncode == 2
-    assert again.stdout.count("(done before)") == 2
+    assert again.stdout.count("(done before)") == 5
     assert "2 of 3 scans segmented, 1 of them before" in again.stdout
     assert (masks / expected[0]).is_file()
     assert not (tmp_path / "~").exists()
@@ -326,7 +329,7 @@ def bad_flags(root: Path, trained: Trained) -> list[Bad]:
         ),
         Bad("ablate", training(root, data)[:3], "give either --protocol or --split_files"),
         Bad("evaluate", [*evaluation, f"--output_dir={root / 'file' / 'out'}"], "out: cannot be written"),
-        Bad("evaluate", [f"--data_dir={data}", f"--output_dir={root / 'run'}"], "no model: give --lung_checkpoint"),
+        Bad("evaluate", [f"--data_dir={data}", f"--output_dir={root / 'run'}"], "Give --split_file, or --split=all"),
         Bad("predict", [f"--input={root / 'scans'}", f"--output_dir={root / 'scans'}", lung], "is the input folder"),
         Bad("make_phantom", ["--small", f"--output_dir={root}"], "exists already"),
         Bad("check_data", [f"--data_dir={root / 'none'}"], "no such folder"),
@@ -377,4 +380,4 @@ def test_bad_scans_are_named_one_by_one(trained: Trained, tmp_path: Path) -> Non
     for line, (name, message) in zip(errors, sorted(expected.items()), strict=True):
         assert name in line
         assert message in line
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".locks"]

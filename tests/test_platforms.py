@@ -142,8 +142,8 @@ def test_a_mask_that_is_open_elsewhere_fails_alone(
     assert "first_lung.nii.gz: cannot be written (Access is denied)" in str(failed.error)
     assert skipped.skipped
     assert {path.name: path.read_bytes() for path in output.glob("*.nii.gz")} == before
-    assert {path.name for path in output.iterdir()} == {*before, "masks.json", ".masks.json.lock"}
-    assert [result.skipped for result in segment_scans(sources, output, predictor)] == [True, False]  # done now
+    assert {path.name for path in output.iterdir()} == {*before, "masks.json", ".locks"}
+    assert [result.skipped for result in segment_scans(sources, output, predictor)] == [False, True]  # done now
 
 
 def test_scans_whose_names_differ_only_in_case_are_refused(tmp_path: Path) -> None:

@@ -142,7 +142,10 @@ def split_request() -> SplitRequest:
 
 def define_model_flags() -> None:
     """Flags of every script that makes masks by trained models."""
-    define_path("lung_checkpoint", "Lung model: a training workdir (its best checkpoint) or a saved model.")
+    define_path(
+        "lung_checkpoint",
+        "Lung model: a training workdir (its best checkpoint) or a saved model; with neither model, the shipped pair.",
+    )
     define_path("infection_checkpoint", "Infection model, the same.")
     flags.DEFINE_integer("batch_size", 8, "Slices at a time; it does not change the result.", lower_bound=1)
     flags.DEFINE_enum(
@@ -151,6 +154,8 @@ def define_model_flags() -> None:
     name = "min_component_fraction"
     flags.DEFINE_float(name, None, f"{SETTINGS[f'postprocess.{name}'].help}; by default as the lung model was trained.")
     flags.DEFINE_alias(_ALIASES[name], name)
+    gate = SETTINGS["postprocess.gate"]
+    flags.DEFINE_enum("gate", None, gate.choices, f"{gate.help}; by default as the infection model was trained.")
 
 
 def model_arguments() -> dict[str, Any]:
@@ -161,6 +166,7 @@ def model_arguments() -> dict[str, Any]:
         "batch_size": flags.FLAGS.batch_size,
         "validated_threshold": flags.FLAGS.threshold == "validated",
         "min_component_fraction": flags.FLAGS.min_component_fraction,
+        "gate": flags.FLAGS.gate,
     }
 
 

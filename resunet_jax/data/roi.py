@@ -55,6 +55,12 @@ def bounding_box(mask: npt.NDArray[np.bool_]) -> Box:
     return Box(rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
 
 
+def body_columns(boxes: npt.NDArray[np.int32]) -> tuple[int, int]:
+    """First and last column of the body: medians over boxes int32 (slices, 4) as `prepare_volume` gives them."""
+    first, width = np.median(boxes[:, 1]), np.median(boxes[:, 3])
+    return int(first), int(first + width - 1)
+
+
 def crop_resize(image: Array, box: Box, size: int) -> FloatArray:
     """Crops a box and resizes it to size × size, antialiased (each output pixel is an average where it shrinks)."""
     return _resize(image[box.slices], size, size)

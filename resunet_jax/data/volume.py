@@ -109,11 +109,23 @@ class Volume:
 
     def normalize_hu(self, k: int, offset: float = 0.0) -> FloatArray:
         """Slice k on the physical scale: HU [-1250, 250] is [0, 1]; `offset` is added, what lies outside is clipped."""
-        low, high = self.stored_window or (HU_WINDOW if self.intensity_scale == "hu" else (0.0, 255.0))
+        low, high = self._window
         scaled: FloatArray = (self.values[..., k].astype(np.float32) - np.float32(low)) / np.float32(high - low)
         if offset:
             scaled += np.float32(offset)
         return np.clip(scaled, 0, 1, out=scaled)
+
+    def to_hu(self, offset: float = 0.0) -> FloatArray:
+        """All slices in Hounsfield units, float32; `offset` as in `normalize_hu`."""
+        low, high = self._window
+        scale = (HU_WINDOW[1] - HU_WINDOW[0]) / (high - low)
+        shift = HU_WINDOW[0] - low * scale + offset * (HU_WINDOW[1] - HU_WINDOW[0])
+        return self.values.astype(np.float32) * np.float32(scale) + np.float32(shift)
+
+    @property
+    def _window(self) -> tuple[float, float]:
+        """The values that HU -1250 and 250 are."""
+        return self.stored_window or (HU_WINDOW if self.intensity_scale == "hu" else (0.0, 255.0))
 
     def normalize_minmax(self, k: int) -> FloatArray:
         """Slice k with its own minimum as 0 and maximum as 1, as the original did; a constant slice is 0."""
@@ -145,6 +157,7 @@ class Scan:
       plane_bytes: size of all values at one index of the last axis, to decide how many to read at a time.
       intensity_scale: see `Volume`; `open_scan` infers it from the values.
       stored_window: see `Volume`.
+      notes: what to know about numbers of this scan, in sentences.
     """
 
     grid: Grid
@@ -152,6 +165,7 @@ class Scan:
     plane_bytes: int
     intensity_scale: IntensityScale = "hu"
     stored_window: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
 
     def read_slices(self, start: int, stop: int) -> Volume:
         """Slices start to stop, in memory."""

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from resunet_jax.data.readers import READERS, Reader, read_mask, read_volume
+from resunet_jax.data.roi import body_columns
 from resunet_jax.data.slice_cache import PreparedCase
 from resunet_jax.data.volume import Array, FloatArray, Volume
 from resunet_jax.inference.predictor import Predictor
@@ -135,7 +135,8 @@ def evaluate_cases(
     volumes, slices, model_grid, overlays = [], [], [], []
     with progress("evaluating", len(cases)) as advance:
         for prepared in cases:
-            probabilities = predictor.scan_probabilities(prepared.images)
+            volume = read_volume(prepared.case.ct, readers, physical=predictor.preprocess.is_physical)
+            probabilities = predictor.scan_probabilities(prepared.images, prepared.boxes, volume.grid)
             for structure in predictor.structures:
                 target = getattr(prepared, structure)
                 if target is not None:
@@ -144,7 +145,6 @@ def evaluate_cases(
                     calibration[structure] = calibration[structure] + sums if structure in calibration else sums
                     counts = _counts(probabilities[structure] > predictor.threshold(structure), target > 0)
                     model_grid.append({**_names(prepared, structure), **hard_metrics(counts), **counts})
-            volume = read_volume(prepared.case.ct, readers, physical=predictor.preprocess.is_physical)
             comparisons = _comparisons(predictor, prepared, volume, probabilities, tolerance_mm, readers)
             seen = _seen_in(predictor, prepared.case.patient)
             rows = [{**_names(prepared, c.structure), **_row(c, metrics), "seen_in": seen} for c in comparisons]
@@ -164,6 +164,7 @@ def evaluate_cases(
         "seen_patients": leaked,
         "threshold": {s: predictor.threshold(s) for s in predictor.structures},
         "min_component_fraction": predictor.min_component_fraction,
+        "gate": predictor.gate,
         "tolerance_mm": dict(tolerance_mm),
     }
     soft_batch = {s: batches.mean() for s, batches in soft.items()}
@@ -214,12 +215,6 @@ def _comparisons(
         for structure in STRUCTURES
         if structure in predicted and structure in reference
     ]
-
-
-def body_columns(boxes: npt.NDArray[np.int32]) -> tuple[int, int]:
-    """First and last column of the body: medians over boxes int32 (slices, 4) as `prepare_volume` gives them."""
-    first, width = np.median(boxes[:, 1]), np.median(boxes[:, 3])
-    return int(first), int(first + width - 1)
 
 
 def _row(comparison: Comparison, metrics: Mapping[str, Metric]) -> dict[str, Any]:

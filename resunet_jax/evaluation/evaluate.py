@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from resunet_jax.config import GateName
 from resunet_jax.data.cases import find_cases, require_infection_masks
 from resunet_jax.data.readers import READERS, Reader
 from resunet_jax.data.slice_cache import prepare_cases
@@ -29,6 +30,7 @@ def evaluate(
     batch_size: int = 8,
     validated_threshold: bool = False,
     min_component_fraction: float | None = None,
+    gate: GateName | None = None,
     tolerance_mm: Mapping[str, float] = TOLERANCE_MM,
     metrics: Mapping[str, Metric] = METRICS,
     architectures: Mapping[str, Architecture] = ARCHITECTURES,
@@ -47,6 +49,7 @@ def evaluate(
       batch_size: slices at a time.
       validated_threshold: see `load_predictor`.
       min_component_fraction: see `load_predictor`.
+      gate: see `load_predictor`.
       tolerance_mm: see `evaluate_cases`.
       metrics: the table of metrics.
       architectures: the table of models.
@@ -65,6 +68,7 @@ def evaluate(
         batch_size,
         validated_threshold=validated_threshold,
         min_component_fraction=min_component_fraction,
+        gate=gate,
         architectures=architectures,
     )
     cases = find_cases(data_dir, readers)

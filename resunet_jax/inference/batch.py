@@ -1,21 +1,23 @@
 """Many scans, one after another: continues after a bad one, and a second run does only what is missing."""
 
 import contextlib
+import dataclasses
 import glob
-import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from resunet_jax.config import to_dict
-from resunet_jax.data.readers import READERS, Reader, Source, digest
+from resunet_jax.data.readers import READERS, Reader, Source, digest, open_scan
+from resunet_jax.data.volume import Scan
 from resunet_jax.errors import InputError
 from resunet_jax.files import make_output_dir, write_text
 from resunet_jax.inference.predictor import Predictor
-from resunet_jax.inference.scan import iter_chunks, mask_paths, prefetch, write_masks
+from resunet_jax.inference.scan import SegmentedScan, mask_paths, prefetch, segment_opened
 from resunet_jax.progress import logger
 from resunet_jax.weights.store import fingerprint
 
@@ -23,6 +25,33 @@ MANIFEST = "masks.json"
 """File of the output folder that says which scans were segmented, and how."""
 
 _KINDS = ("lung", "infection", "lung_probability", "infection_probability")
+_LOCKS = ".locks"
+
+
+class Finding(NamedTuple):
+    """What an output has to say of a scan.
+
+    Attributes:
+      summary: one line, or "".
+      warnings: what makes the masks doubtful; kept in masks.json.
+    """
+
+    summary: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+class Output(NamedTuple):
+    """Something that is written for each scan, beside its masks.
+
+    Attributes:
+      suffixes: of its files, which are named `<scan><suffix>`.
+      write: (source, segmented scan, seconds that it took, output folder), writes the files atomically.
+      settings: on which the files depend, for masks.json.
+    """
+
+    suffixes: tuple[str, ...]
+    write: Callable[[Source, SegmentedScan, float, Path], Finding]
+    settings: Any = None
 
 
 class ScanResult(NamedTuple):
@@ -30,15 +59,19 @@ class ScanResult(NamedTuple):
 
     Attributes:
       scan: the source.
-      masks: the files written, now or before; empty where it cannot be segmented.
+      masks: the files of masks, written now or before; empty where it cannot be segmented.
+      others: the files of further outputs, likewise.
       error: why it cannot be segmented, or None.
       skipped: an earlier run has written the masks, by the same models and settings.
+      summary: what the further outputs say of it, in a line.
     """
 
     scan: Source
     masks: list[Path]
+    others: list[Path] = []  # noqa: RUF012
     error: InputError | None = None
     skipped: bool = False
+    summary: str = ""
 
 
 def segment_scans(
@@ -49,48 +82,128 @@ def segment_scans(
     save_probabilities: bool = False,
     readers: Mapping[str, Reader] = READERS,
     assumed: tuple[float, float] | None = None,
+    outputs: Mapping[str, Output] | None = None,
 ) -> Iterator[ScanResult]:
-    """Segments scans as `segment_scan` does; the next one is read while the models work on this one.
+    """Segments scans as `segment_scan` does; the next one is opened while the models work on this one.
 
     Scans that `output_dir` already has masks of, from the same content by the same models, settings and version, are
-    skipped. Several processes may write to one folder.
+    skipped. Several processes may work on one folder: each takes the scans that no other is at.
 
     Args:
       scans: from `find_sources`, of different names.
-      output_dir: gets the masks, and masks.json: {"settings": ..., "scans": {name: {"digest", "bytes"}}}.
+      output_dir: gets the masks, and masks.json: {"settings": ..., "scans": {name: {"digest", "bytes", "warnings"}}}.
       predictor: the models.
       save_probabilities: see `segment_scan`.
       readers: the table of formats.
       assumed: see `open_scan`.
+      outputs: what is written beside the masks, by name.
 
     Raises:
       InputError: the manifest of an earlier run cannot be replaced. What concerns one scan is in its `ScanResult`.
     """
-    settings = _settings(predictor, save_probabilities, assumed)
-    manifest = _Manifest(output_dir / MANIFEST, settings)
-    masks = {scan: mask_paths(scan, output_dir, predictor, save_probabilities) for scan in scans}
-    finished = {
-        scan
-        for scan in scans
-        if all(path.is_file() for path in masks[scan]) and manifest.vouches_for(scan, _state(scan, readers))
-    }
-    for scan in scans:
-        if scan in finished:
-            yield ScanResult(scan, masks[scan], skipped=True)
-    missing = [scan for scan in scans if scan not in finished]
-    for scan in missing:
-        _warn_of_others(scan, masks[scan])
-    manifest.forget(missing)  # or it would vouch for masks that are being replaced
-    chunks = iter_chunks(missing, predictor.preprocess, readers, assumed)
-    with contextlib.closing(prefetch(chunks)) as fetched:
-        for scan, own_chunks in itertools.groupby(fetched, key=lambda chunk: chunk.scan):
+    outputs = outputs or {}
+    manifest = _Manifest(output_dir / MANIFEST, _settings(predictor, save_probabilities, assumed, outputs))
+    batch = _Batch(output_dir, predictor, save_probabilities, readers, assumed, outputs, manifest)
+    with contextlib.closing(prefetch(batch.claim(scans), dispose=_release)) as claimed:
+        for item in claimed:
+            if isinstance(item, ScanResult):
+                yield item
+            else:
+                with item.stack:
+                    result = batch.segment(item)
+                yield result
+
+
+@dataclasses.dataclass(frozen=True)
+class _Claimed:
+    """An open scan that this process segments; closing the stack closes it and lets others take it."""
+
+    source: Source
+    scan: Scan
+    state: dict[str, Any]
+    stack: contextlib.ExitStack
+
+
+def _release(item: "_Claimed | ScanResult") -> None:
+    if isinstance(item, _Claimed):
+        item.stack.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """The arguments of `segment_scans`."""
+
+    output_dir: Path
+    predictor: Predictor
+    save_probabilities: bool
+    readers: Mapping[str, Reader]
+    assumed: tuple[float, float] | None
+    outputs: Mapping[str, Output]
+    manifest: "_Manifest"
+
+    def claim(self, scans: Sequence[Source]) -> Iterator[_Claimed | ScanResult]:
+        """Opens the scans that nobody else is at, then waits for the others, in case their process was killed."""
+        busy = []
+        for scan in scans:
+            lock = self._lock(scan)
             try:
-                state = _state(scan, readers)
-                write_masks(scan, own_chunks, output_dir, predictor, save_probabilities=save_probabilities)
-                manifest.record(scan, state)
-                yield ScanResult(scan, masks[scan])
+                lock.acquire(timeout=0)
+            except Timeout:
+                busy.append(scan)
+            else:
+                yield self._open(scan, lock)
+        for scan in busy:
+            lock = self._lock(scan)
+            lock.acquire()
+            yield self._open(scan, lock)
+
+    def segment(self, claimed: _Claimed) -> ScanResult:
+        """Segments an open scan and writes everything that is asked for."""
+        source, begun = claimed.source, time.perf_counter()
+        masks = self._masks(source)
+        try:
+            segmented = segment_opened(claimed.scan, self.predictor, source.path.name, masks)
+            findings = [
+                output.write(source, segmented, time.perf_counter() - begun, self.output_dir)
+                for output in self.outputs.values()
+            ]
+            warnings = [warning for finding in findings for warning in finding.warnings]
+            self.manifest.record(source, {**claimed.state, "warnings": warnings})
+        except InputError as error:
+            return ScanResult(source, [], error=error)
+        for warning in warnings:
+            logger.warning("%s: %s", source.path.name, warning)
+        summary = ", ".join(finding.summary for finding in findings if finding.summary)
+        return ScanResult(source, masks, self._others(source), summary=summary)
+
+    def _lock(self, scan: Source) -> FileLock:
+        make_output_dir(self.output_dir / _LOCKS)
+        return FileLock(self.output_dir / _LOCKS / f"{scan.name}.lock", thread_local=False)
+
+    def _masks(self, scan: Source) -> list[Path]:
+        return mask_paths(scan, self.output_dir, self.predictor, self.save_probabilities)
+
+    def _others(self, scan: Source) -> list[Path]:
+        return [self.output_dir / f"{scan.name}{x}" for output in self.outputs.values() for x in output.suffixes]
+
+    def _open(self, scan: Source, lock: FileLock) -> _Claimed | ScanResult:
+        stack = contextlib.ExitStack()
+        stack.callback(lock.release)
+        with contextlib.ExitStack() as on_failure:
+            on_failure.push(stack)
+            state, masks = _state(scan, self.readers), self._masks(scan)
+            others = self._others(scan)
+            if self.manifest.vouches_for(scan, state) and all(file.is_file() for file in (*masks, *others)):
+                return ScanResult(scan, masks, others, skipped=True)
+            _warn_of_others(scan, masks)
+            self.manifest.forget([scan])  # or it would vouch for masks that are being replaced
+            physical = self.predictor.preprocess.is_physical
+            try:
+                opened = stack.enter_context(open_scan(scan, self.readers, assumed=self.assumed, physical=physical))
             except InputError as error:
-                yield ScanResult(scan, [], error)
+                return ScanResult(scan, [], error=error)
+            on_failure.pop_all()
+            return _Claimed(scan, opened, state, stack)
 
 
 def _warn_of_others(scan: Source, masks: Sequence[Path]) -> None:
@@ -103,7 +216,12 @@ def _warn_of_others(scan: Source, masks: Sequence[Path]) -> None:
             )
 
 
-def _settings(predictor: Predictor, save_probabilities: bool, assumed: tuple[float, float] | None) -> dict[str, Any]:
+def _settings(
+    predictor: Predictor,
+    save_probabilities: bool,
+    assumed: tuple[float, float] | None,
+    outputs: Mapping[str, Output],
+) -> dict[str, Any]:
     """All that decides what the masks of a scan are."""
     models = {name: getattr(predictor, name) for name in predictor.structures}
     return {
@@ -114,6 +232,7 @@ def _settings(predictor: Predictor, save_probabilities: bool, assumed: tuple[flo
         "thresholds": {name: predictor.threshold(name) for name in models},
         "probabilities": save_probabilities,
         "assumed": None if assumed is None else list(assumed),
+        "outputs": {name: output.settings for name, output in outputs.items()},
     }
 
 
@@ -139,8 +258,10 @@ class _Manifest:
             logger.info("%s: of other models, settings or another version; masks are made again", file)
 
     def vouches_for(self, scan: Source, state: dict[str, Any]) -> bool:
-        """Whether this state of a scan has been segmented by these settings."""
-        return bool(state) and self._done.get(_key(scan)) == state
+        """Whether this state of a scan has been segmented by these settings, by this process or another."""
+        self._done = self._read()
+        done = self._done.get(_key(scan), {})
+        return bool(state) and {name: done.get(name) for name in state} == state
 
     def forget(self, scans: Sequence[Source]) -> None:
         """Takes scans out of an existing manifest."""
@@ -152,8 +273,8 @@ class _Manifest:
         self._update({_key(scan): state})
 
     def _update(self, changes: Mapping[str, dict[str, Any] | None]) -> None:
-        make_output_dir(self._file.parent)
-        with FileLock(self._file.with_name(f".{self._file.name}.lock")):
+        make_output_dir(self._file.parent / _LOCKS)
+        with FileLock(self._file.parent / _LOCKS / f"{MANIFEST}.lock"):
             merged = {**self._read(), **changes}
             self._done = {name: state for name, state in merged.items() if state is not None}
             values = {"settings": self._settings, "scans": self._done}

@@ -8,24 +8,25 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import numpy.typing as npt
 
-from resunet_jax.config import PostprocessConfig, PreprocessConfig, Structure
+from resunet_jax.config import GateName, PreprocessConfig, Structure
 from resunet_jax.data.roi import Box, resize_paste
 from resunet_jax.data.slice_cache import PreparedCase
-from resunet_jax.data.volume import Array, FloatArray
+from resunet_jax.data.volume import Array, FloatArray, Grid
 from resunet_jax.errors import InputError
-from resunet_jax.inference.postprocess import remove_small_components
+from resunet_jax.inference.postprocess import gate_infection, remove_small_components
 from resunet_jax.metrics.overlap import confusion_counts, hard_metrics
 from resunet_jax.model.build import ARCHITECTURES, Architecture
 from resunet_jax.model.cascade import infection_input, predict_probability
 from resunet_jax.model.resunet import Variables
 from resunet_jax.model.winograd import default_convolution
 from resunet_jax.progress import logger, progress
+from resunet_jax.weights.pretrained import load_pair
 from resunet_jax.weights.store import LoadedModel, fingerprint, load_model_for, load_threshold
 
 THRESHOLD = 0.5
@@ -85,6 +86,13 @@ class Predictor:
         """Components of the lung mask smaller than this fraction of the largest are removed."""
         return self.lung.config.postprocess.min_component_fraction if self.lung is not None else 0.0
 
+    @property
+    def gate(self) -> GateName:
+        """Where infection may lie, see `PostprocessConfig`; "none" without both models."""
+        if self.lung is None or self.infection is None:
+            return "none"
+        return self.infection.config.postprocess.gate
+
     def slice_probabilities(self, images: FloatArray) -> dict[str, FloatArray]:
         """Runs the models over prepared slices; after a lung model, the infection model only where it found lung.
 
@@ -107,18 +115,23 @@ class Predictor:
             outputs["infection"][with_lung] = self._run("infection", *(channel[with_lung] for channel in inputs))
         return outputs
 
-    def postprocess(self, probabilities: Mapping[str, FloatArray]) -> None:
+    def postprocess(self, probabilities: Mapping[str, FloatArray], boxes: npt.NDArray[np.int32], grid: Grid) -> None:
         """Removes, in place, what cannot be part of a mask; for the slices of a whole scan.
 
         Args:
           probabilities: as `slice_probabilities` returns them; what is removed becomes 0.
+          boxes: (slices, 4), see `prepare_volume`.
+          grid: of the scan.
         """
         remove_small_components(probabilities, self.threshold("lung"), self.min_component_fraction)
+        if self.infection is not None and self.gate == "closed_lung":
+            closing_mm = self.infection.config.postprocess.gate_closing_mm
+            gate_infection(probabilities, self.threshold("lung"), boxes, grid, closing_mm)
 
-    def scan_probabilities(self, images: FloatArray) -> dict[str, FloatArray]:
-        """Both stages for a whole scan in memory; for arguments and result see `slice_probabilities`."""
+    def scan_probabilities(self, images: FloatArray, boxes: npt.NDArray[np.int32], grid: Grid) -> dict[str, FloatArray]:
+        """Both stages for a whole scan in memory; for arguments and result see the stages."""
         probabilities = self.slice_probabilities(images)
-        self.postprocess(probabilities)
+        self.postprocess(probabilities, boxes, grid)
         return probabilities
 
     def to_native_grid(
@@ -166,16 +179,26 @@ class Predictor:
         return {name: jitted(getattr(self, name)) for name in self.structures}
 
 
+def load_pretrained(batch_size: int = 8, *, gate: GateName | None = None) -> Predictor:
+    """The pair of models that the package ships; for arguments see `load_predictor`.
+
+    Raises:
+      InputError: their files are damaged.
+    """
+    return load_predictor(batch_size=batch_size, gate=gate)
+
+
 def load_predictor(
-    lung_checkpoint: str | Path | None,
-    infection_checkpoint: str | Path | None,
+    lung_checkpoint: str | Path | None = None,
+    infection_checkpoint: str | Path | None = None,
     batch_size: int = 8,
     *,
     validated_threshold: bool = False,
     min_component_fraction: float | None = None,
+    gate: GateName | None = None,
     architectures: Mapping[str, Architecture] = ARCHITECTURES,
 ) -> Predictor:
-    """Restores one or both models of the cascade.
+    """Restores one or both models of the cascade; with neither path, the pair that the package ships.
 
     Args:
       lung_checkpoint: for `load_model`, or None to segment no lungs.
@@ -183,16 +206,43 @@ def load_predictor(
       batch_size: slices at a time.
       validated_threshold: takes the thresholds that the trainings chose on their validation cases, instead of 0.5.
       min_component_fraction: in [0, 1], instead of the lung model's own; see `PostprocessConfig`.
+      gate: instead of the infection model's own; see `PostprocessConfig`.
       architectures: the table of models.
 
     Raises:
-      InputError: neither is given, a folder holds no such model or threshold, the two do not belong together, or the
-        fraction makes no sense.
+      InputError: a folder holds no such model or threshold, the two do not belong together, or the fraction makes no
+        sense.
     """
     lung = load_model_for(lung_checkpoint, "lung", architectures) if lung_checkpoint else None
     infection = load_model_for(infection_checkpoint, "infection", architectures) if infection_checkpoint else None
     if lung is None and infection is None:
-        raise InputError("no model: give `lung_checkpoint`, `infection_checkpoint` or both")
+        lung, infection = load_pair()
+        logger.info("no model is given: using the pair that resunet_jax ships, see its model card (`info`)")
+        if validated_threshold:
+            raise InputError("`threshold`: the shipped pair has no validated threshold; use 0.5, or give your models")
+    _check_pair(lung, infection, lung_checkpoint, infection_checkpoint)
+    if min_component_fraction is not None:
+        if lung is None:
+            raise InputError(
+                "`min_component_fraction`: components are of the lung mask; give `lung_checkpoint` too, or leave it out"
+            )
+        lung = _with_postprocess(lung, min_component_fraction=min_component_fraction)
+    if gate is not None:
+        if lung is None or infection is None:
+            raise InputError("`gate`: it needs the masks of both models; give both, or leave it out")
+        infection = _with_postprocess(infection, gate=gate)
+    paths = {"lung": lung_checkpoint, "infection": infection_checkpoint}
+    chosen = {name: load_threshold(path) for name, path in paths.items() if path} if validated_threshold else {}
+    return Predictor(lung, infection, batch_size, chosen)
+
+
+def _check_pair(
+    lung: LoadedModel | None,
+    infection: LoadedModel | None,
+    lung_checkpoint: str | Path | None,
+    infection_checkpoint: str | Path | None,
+) -> None:
+    """Refuses models that do not belong together, and warns of those that were not trained together."""
     if infection is not None and infection.config.task == "infection":
         if lung is None:
             raise InputError(
@@ -209,20 +259,15 @@ def load_predictor(
             f"{lung_checkpoint} and {infection_checkpoint} were trained on slices prepared differently "
             f"({lung.config.preprocess}, {infection.config.preprocess}); use models trained alike"
         )
-    if min_component_fraction is not None:
-        if lung is None:
-            raise InputError(
-                "`min_component_fraction`: components are of the lung mask; give `lung_checkpoint` too, or leave it out"
-            )
-        postprocess = PostprocessConfig(min_component_fraction)
-        lung = lung._replace(config=dataclasses.replace(lung.config, postprocess=postprocess))
-    paths = {"lung": lung_checkpoint, "infection": infection_checkpoint}
-    chosen = {name: load_threshold(path) for name, path in paths.items() if path} if validated_threshold else {}
-    return Predictor(lung, infection, batch_size, chosen)
+
+
+def _with_postprocess(loaded: LoadedModel, **changes: Any) -> LoadedModel:
+    postprocess = dataclasses.replace(loaded.config.postprocess, **changes)
+    return loaded._replace(config=dataclasses.replace(loaded.config, postprocess=postprocess))
 
 
 def choose_threshold(
-    predictor: Predictor, structure: Structure, cases: Sequence[tuple[PreparedCase, Array]]
+    predictor: Predictor, structure: Structure, cases: Sequence[tuple[PreparedCase, Array, Grid]]
 ) -> tuple[float, float] | None:
     """The threshold of `THRESHOLDS` whose masks have the highest mean Dice; of equal ones the nearest to 0.5.
 
@@ -231,19 +276,19 @@ def choose_threshold(
     Args:
       predictor: the models.
       structure: whose threshold.
-      cases: prepared slices with the reference mask, bool (rows, columns, slices), on the native grid.
+      cases: prepared slices with the reference mask, bool (rows, columns, slices), on the native grid, and that grid.
 
     Returns:
       (threshold, its mean Dice), or None where no reference has the structure.
     """
-    with_structure = [(prepared, reference) for prepared, reference in cases if reference.any()]
+    with_structure = [case for case in cases if case[1].any()]
     if not with_structure:
         return None
     dice = dict.fromkeys(THRESHOLDS, 0.0)
     with progress("choosing the threshold", len(with_structure)) as advance:
-        for prepared, reference in with_structure:
+        for prepared, reference, grid in with_structure:
             unprocessed = predictor.slice_probabilities(prepared.images)
-            for threshold, counts in _counts(predictor, structure, unprocessed, prepared, reference):
+            for threshold, counts in _counts(predictor, structure, unprocessed, prepared, reference, grid):
                 dice[threshold] += hard_metrics(counts)["dice"] / len(with_structure)
             advance(prepared.case.id)
     best = max(THRESHOLDS, key=lambda threshold: (dice[threshold], -abs(threshold - THRESHOLD)))
@@ -256,12 +301,13 @@ def _counts(
     unprocessed: Mapping[str, FloatArray],
     prepared: PreparedCase,
     reference: Array,
+    grid: Grid,
 ) -> Iterator[tuple[float, dict[str, int]]]:
     """Confusion counts of a scan at each threshold."""
     for threshold in THRESHOLDS:
         chosen = dataclasses.replace(predictor, thresholds={**predictor.thresholds, structure: threshold})
         probabilities = {name: array.copy() for name, array in unprocessed.items()}
-        chosen.postprocess(probabilities)
+        chosen.postprocess(probabilities, prepared.boxes, grid)
         counts = dict.fromkeys(("tp", "fp", "fn", "tn"), 0)
         for start in range(0, len(prepared.boxes), _CHUNK_SLICES):
             some = slice(start, start + _CHUNK_SLICES)

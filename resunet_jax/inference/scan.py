@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,8 @@ from resunet_jax.config import PreprocessConfig
 from resunet_jax.data.preprocess import air_offset, prepare_volume
 from resunet_jax.data.readers import READERS, Reader, Source, find_sources, open_scan
 from resunet_jax.data.readers.nifti import nifti_writer
-from resunet_jax.data.volume import Array, FloatArray, Grid
+from resunet_jax.data.roi import body_columns
+from resunet_jax.data.volume import FloatArray, Scan
 from resunet_jax.errors import InputError
 from resunet_jax.files import make_output_dir, reserve
 from resunet_jax.inference.predictor import Predictor
@@ -24,6 +26,7 @@ from resunet_jax.progress import progress
 _CHUNK_SLICES = 64  # of a scan at a time: a scan may have any number of them
 
 _T = TypeVar("_T")
+Mask = npt.NDArray[np.bool_]
 
 
 def segment_scan(
@@ -55,8 +58,10 @@ def segment_scan(
       InputError: the scan is bad, or the folder cannot be written.
     """
     source = find_sources(Path(scan), readers)[0]
-    with contextlib.closing(prefetch(iter_chunks([source], predictor.preprocess, readers, assumed))) as chunks:
-        return write_masks(source, chunks, Path(output_dir), predictor, save_probabilities=save_probabilities)
+    with open_scan(source, readers, assumed=assumed, physical=predictor.preprocess.is_physical) as opened:
+        paths = mask_paths(source, Path(output_dir), predictor, save_probabilities)
+        segment_opened(opened, predictor, source.path.name, paths)
+        return paths
 
 
 def mask_paths(scan: Source, output_dir: Path, predictor: Predictor, save_probabilities: bool) -> list[Path]:
@@ -70,105 +75,149 @@ class ScanChunk:
     """Some slices of a scan, ready for the models.
 
     Attributes:
-      scan: the source.
-      grid: of the whole scan.
       start: number of the first slice.
       images: float32 (slices, S, S) in [0, 1].
       boxes: int32 (slices, 4), see `prepare_volume`.
     """
 
-    scan: Source
-    grid: Grid
     start: int
     images: FloatArray
     boxes: npt.NDArray[np.int32]
 
 
-@dataclasses.dataclass(frozen=True)
-class FailedScan:
-    """A scan that cannot be segmented.
+def iter_chunks(scan: Scan, preprocess: PreprocessConfig, offset: float) -> Iterator[ScanChunk]:
+    """The slices of an open scan, a chunk in memory at a time; `offset` as in `air_offset`."""
+    slices = scan.grid.oriented_shape[-1]
+    for start in range(0, slices, _CHUNK_SLICES):
+        volume = scan.read_slices(start, min(start + _CHUNK_SLICES, slices))
+        yield ScanChunk(start, *prepare_volume(volume, preprocess, offset))
 
-    Attributes:
-      scan: the source.
-      error: why.
+
+def prefetch(items: Iterator[_T], dispose: Callable[[_T], object] = lambda item: None) -> Generator[_T]:
+    """The same items; each is made, in another thread, while the one before is used. Close it when done.
+
+    Args:
+      items: the iterator.
+      dispose: called for an item that was made and is not going to be used.
     """
-
-    scan: Source
-    error: InputError
-
-
-def iter_chunks(
-    scans: Iterable[Source],
-    preprocess: PreprocessConfig,
-    readers: Mapping[str, Reader] = READERS,
-    assumed: tuple[float, float] | None = None,
-) -> Iterator[ScanChunk | FailedScan]:
-    """The slices of some scans, a chunk in memory at a time; a bad scan ends with a `FailedScan`."""
-    for source in scans:
-        try:
-            with open_scan(source, readers, assumed=assumed, physical=preprocess.is_physical) as scan:
-                slices = scan.grid.oriented_shape[-1]
-                offset = air_offset(scan, preprocess)
-                for start in range(0, slices, _CHUNK_SLICES):
-                    volume = scan.read_slices(start, min(start + _CHUNK_SLICES, slices))
-                    yield ScanChunk(source, scan.grid, start, *prepare_volume(volume, preprocess, offset))
-        except InputError as error:
-            yield FailedScan(source, error)
-
-
-def prefetch(items: Iterator[_T]) -> Generator[_T]:
-    """The same items; each is made, in another thread, while the one before is used. Close it when done."""
     executor = ThreadPoolExecutor(1)
+    coming = executor.submit(next, items, None)
     try:
-        coming = executor.submit(next, items, None)
         while (item := coming.result()) is not None:
             coming = executor.submit(next, items, None)
             yield item
     finally:
+        coming.add_done_callback(functools.partial(_dispose, dispose))
         executor.shutdown(wait=False, cancel_futures=True)  # waiting would block the garbage collector
 
 
-def write_masks(
-    scan: Source,
-    chunks: Iterable[ScanChunk | FailedScan],
-    output_dir: Path,
-    predictor: Predictor,
-    *,
-    save_probabilities: bool = False,
-) -> list[Path]:
-    """Runs the models over the chunks of one scan, in order, and writes its masks atomically; see `segment_scan`."""
+def _dispose(dispose: Callable[[Any], object], future: "Future[Any]") -> None:
+    if not future.cancelled() and future.exception() is None and future.result() is not None:
+        dispose(future.result())
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentedScan:
+    """An open scan and its masks, on its own grid.
+
+    Attributes:
+      scan: the scan; it must be open as long as slices are read.
+      predictor: the models.
+      packed: by structure, for each slice its mask (rows, columns), packed to bits.
+      profiles: by structure, voxels of the mask in each column.
+      boxes: int32 (slices, 4), see `prepare_volume`.
+      offset: see `air_offset`.
+    """
+
+    scan: Scan
+    predictor: Predictor
+    packed: Mapping[str, list[npt.NDArray[np.uint8]]]
+    profiles: Mapping[str, npt.NDArray[np.int64]]
+    boxes: npt.NDArray[np.int32]
+    offset: float
+
+    def mask(self, structure: str, start: int, stop: int) -> Mask:
+        """Slices start to stop of a mask, bool (rows, columns, slices), oriented (posterior, left, superior)."""
+        rows, columns, _ = self.scan.grid.oriented_shape
+        flat = [np.unpackbits(one, count=rows * columns) for one in self.packed[structure][start:stop]]
+        return np.stack(flat, axis=-1).reshape(rows, columns, len(flat)).astype(bool)
+
+    def hu(self, start: int, stop: int) -> FloatArray:
+        """Slices start to stop in Hounsfield units, float32 (rows, columns, slices)."""
+        return self.scan.read_slices(start, stop).to_hu(self.offset)
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) of as many slices as fit in memory at a time."""
+        slices = len(self.boxes)
+        return ((start, min(start + _CHUNK_SLICES, slices)) for start in range(0, slices, _CHUNK_SLICES))
+
+    @property
+    def body_columns(self) -> tuple[int, int]:
+        """First and last column of the body."""
+        return body_columns(self.boxes)
+
+
+def segment_opened(scan: Scan, predictor: Predictor, name: str, paths: Iterable[Path] = ()) -> SegmentedScan:
+    """Runs the models over an open scan, and writes its masks.
+
+    Args:
+      scan: the scan.
+      predictor: the models.
+      name: of the scan, for progress.
+      paths: as `mask_paths` gives them; each appears atomically.
+
+    Raises:
+      InputError: the scan is bad, or a file cannot be written.
+    """
+    slices = scan.grid.oriented_shape[-1]
+    chunks = -(-slices // _CHUNK_SLICES)
+    offset = air_offset(scan, predictor.preprocess)
     with contextlib.ExitStack() as stack:
+        advance = stack.enter_context(progress(name, 2 * chunks))
         found: dict[str, FloatArray] = {}
         boxes: list[npt.NDArray[np.int32]] = []
-        advance: Callable[[str], None]
-        for chunk in chunks:
-            if isinstance(chunk, FailedScan):
-                raise chunk.error
+        prepared = prefetch(iter_chunks(scan, predictor.preprocess, offset))
+        for chunk in stack.enter_context(contextlib.closing(prepared)):
             if not found:
-                make_output_dir(output_dir)
-                grid, slices = chunk.grid, chunk.grid.oriented_shape[-1]
                 shape = (slices, *chunk.images.shape[1:])
                 found = {name: stack.enter_context(_temp_memmap(shape)) for name in predictor.structures}
-                advance = stack.enter_context(progress(scan.path.name, 2 * -(-slices // _CHUNK_SLICES)))
-            for name, probabilities in predictor.slice_probabilities(chunk.images).items():
-                found[name][chunk.start : chunk.start + len(probabilities)] = probabilities
+            for structure, probabilities in predictor.slice_probabilities(chunk.images).items():
+                found[structure][chunk.start : chunk.start + len(probabilities)] = probabilities
             boxes.append(chunk.boxes)
             advance("")
-        predictor.postprocess(found)
-        paths = mask_paths(scan, output_dir, predictor, save_probabilities)
-        kinds = [np.float32 if path.name.endswith("_probability.nii.gz") else np.uint8 for path in paths]
-        writers = [stack.enter_context(nifti_writer(p, kind, grid)) for p, kind in zip(paths, kinds, strict=True)]
         all_boxes = np.concatenate(boxes)
-        for start in range(0, slices, _CHUNK_SLICES):
-            some = slice(start, start + _CHUNK_SLICES)
-            probabilities_of = {name: array[some] for name, array in found.items()}
-            arrays: list[Array] = []
-            for native in predictor.to_native_grid(probabilities_of, all_boxes[some], grid.oriented_shape[:2]).values():
-                arrays += [native.mask.astype(np.uint8), *([native.probability] * save_probabilities)]
-            for write, array in zip(writers, arrays, strict=True):
-                write(start, array)
+        predictor.postprocess(found, all_boxes, scan.grid)
+        segmented = SegmentedScan(scan, predictor, {s: [] for s in found}, _no_profiles(scan, found), all_boxes, offset)
+        _paste(segmented, found, list(paths), advance)
+    return segmented
+
+
+def _no_profiles(scan: Scan, structures: Iterable[str]) -> dict[str, npt.NDArray[np.int64]]:
+    return {structure: np.zeros(scan.grid.oriented_shape[1], np.int64) for structure in structures}
+
+
+def _paste(
+    segmented: SegmentedScan, found: Mapping[str, FloatArray], paths: list[Path], advance: Callable[[str], None]
+) -> None:
+    """From probabilities to native masks: packed in memory, and in the files."""
+    grid, predictor = segmented.scan.grid, segmented.predictor
+    with contextlib.ExitStack() as stack:
+        writers = []
+        for path in paths:
+            make_output_dir(path.parent)
+            kind = np.float32 if path.name.endswith("_probability.nii.gz") else np.uint8
+            writers.append((path, stack.enter_context(nifti_writer(path, kind, grid))))
+        for start, stop in segmented.chunks():
+            some = {structure: array[start:stop] for structure, array in found.items()}
+            native = predictor.to_native_grid(some, segmented.boxes[start:stop], grid.oriented_shape[:2])
+            for structure, (_, mask) in native.items():
+                segmented.packed[structure].extend(np.packbits(mask[..., k]) for k in range(stop - start))
+                segmented.profiles[structure][:] += mask.sum(axis=(0, 2))
+            for path, write in writers:
+                structure = next(s for s in native if path.name.endswith((f"_{s}.nii.gz", f"_{s}_probability.nii.gz")))
+                is_mask = not path.name.endswith("_probability.nii.gz")
+                write(start, native[structure].mask.astype(np.uint8) if is_mask else native[structure].probability)
             advance("")
-    return paths
 
 
 @contextlib.contextmanager

@@ -26,10 +26,20 @@ def split_lungs(mask: npt.NDArray[np.bool_], body_columns: tuple[int, int]) -> d
     Returns:
       {"left_lung": ..., "right_lung": ...}: the patient's; disjoint, and together the mask.
     """
-    plane = _plane(mask.sum(axis=(0, 2)), body_columns)
-    slices = np.ascontiguousarray(np.moveaxis(mask, -1, 0))
-    left = np.moveaxis(np.stack([_left_of(one, plane) if one.any() else one for one in slices]), 0, -1)
+    left = left_lung(mask, sagittal_plane(mask.sum(axis=(0, 2)), body_columns))
     return {"left_lung": left, "right_lung": mask & ~left}
+
+
+def left_lung(mask: npt.NDArray[np.bool_], plane: int) -> npt.NDArray[np.bool_]:
+    """What of some slices of a lung mask belongs to the left lung.
+
+    Args:
+      mask: bool (rows, columns, slices), oriented (posterior, left, superior).
+      plane: from `sagittal_plane`.
+    """
+    slices = np.ascontiguousarray(np.moveaxis(mask, -1, 0))
+    left: npt.NDArray[np.bool_] = np.stack([_left_of(one, plane) if one.any() else one for one in slices], axis=-1)
+    return left
 
 
 def _left_of(mask: npt.NDArray[np.bool_], plane: int) -> npt.NDArray[np.bool_]:
@@ -42,8 +52,13 @@ def _left_of(mask: npt.NDArray[np.bool_], plane: int) -> npt.NDArray[np.bool_]:
     return mask & np.where(share >= _ONE_SIDED, True, np.where(share <= 1 - _ONE_SIDED, False, is_left))
 
 
-def _plane(profile: npt.NDArray[np.int_], body_columns: tuple[int, int]) -> int:
-    """The first column of the left side: middle of the emptiest columns near the middle of the body."""
+def sagittal_plane(profile: npt.NDArray[np.int_], body_columns: tuple[int, int]) -> int:
+    """The first column of the left side: middle of the emptiest columns near the middle of the body.
+
+    Args:
+      profile: voxels of the lung mask in each column of the whole scan.
+      body_columns: first and last column of the body.
+    """
     first, last = body_columns
     middle, reach = (first + last + 1) / 2, max(1.0, _SEARCH * (last + 1 - first))
     start, stop = max(0, int(middle - reach)), min(len(profile), int(np.ceil(middle + reach)))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from resunet_jax.files import write_text
+from resunet_jax.files import atomic_file, write_text
 from resunet_jax.report.markup import fill_page, items, json_block, number, table_row
 from resunet_jax.report.slices import (
     HU_LOWEST,
@@ -25,7 +25,7 @@ from resunet_jax.report.slices import (
     pack,
 )
 
-__all__ = ["LAYERS", "EncodedSlice", "Layer", "encode_slices", "write_scan_page"]
+__all__ = ["LAYERS", "EncodedSlice", "Layer", "encode_slices", "write_preview", "write_scan_page"]
 
 
 class Layer(NamedTuple):
@@ -218,8 +218,21 @@ def _bars(values: Sequence[float | None], count: int) -> str:
     return "".join(f"M0 {count - k - 0.9:g}h{100 * v / top:.1f}v.8H0z" for k, v in enumerate(heights) if v > 0)
 
 
-def _montage(slices: Sequence[EncodedSlice], sampling: Sampling, size_mm: Sequence[float]) -> str:
-    """Up to 12 slices through the lungs with the contours of the masks, as a PNG in base64."""
+def write_preview(path: Path, slices: Sequence[EncodedSlice], pixel_mm: Sequence[float]) -> None:
+    """Writes up to 12 slices with the contours of the masks as a PNG, atomically; for arguments see `write_scan_page`.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    image, _ = _draw_montage(slices, choose_sampling(slices), pixel_mm)
+    with atomic_file(path) as partial:
+        image.save(partial, "png", optimize=True)
+
+
+def _draw_montage(
+    slices: Sequence[EncodedSlice], sampling: Sampling, size_mm: Sequence[float]
+) -> tuple[Image.Image, str]:
+    """Up to 12 slices through the lungs with the contours of the masks, and which they are."""
     with_lung = [k for k, s in enumerate(slices) if s.planes()["masks"].any()] or list(range(len(slices)))
     picks = sorted({with_lung[round(i)] for i in np.linspace(0, len(with_lung) - 1, _TILES)}, reverse=True)
     step = max(1.0, len(sampling.columns) / _TILE_WIDTH)
@@ -231,9 +244,14 @@ def _montage(slices: Sequence[EncodedSlice], sampling: Sampling, size_mm: Sequen
     aspect = size_mm[0] * _step(thin.rows) / (size_mm[1] * _step(thin.columns))
     if abs(aspect - 1) > 0.02:
         image = image.resize((image.width, round(image.height * aspect)), Image.Resampling.NEAREST)
+    return image, "Axial slices " + ", ".join(str(k + 1) for k in picks)
+
+
+def _montage(slices: Sequence[EncodedSlice], sampling: Sampling, size_mm: Sequence[float]) -> str:
+    """The same as HTML, the PNG in base64."""
+    image, label = _draw_montage(slices, sampling, size_mm)
     buffer = io.BytesIO()
     image.save(buffer, "png", optimize=True)
-    label = "Axial slices " + ", ".join(str(k + 1) for k in picks)
     return (
         f'<figure><img src="data:image/png;base64,{_base64(buffer.getvalue())}" width="{image.width}" '
         f'height="{image.height}" alt="{label}, lung window, with the contours of lungs and infection">'

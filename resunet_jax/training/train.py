@@ -20,7 +20,7 @@ from resunet_jax.data.cases import Case, find_cases, require_infection_masks
 from resunet_jax.data.readers import READERS, Reader, read_grid, read_mask, read_volume
 from resunet_jax.data.slice_cache import PreparedCase, prepare_cases
 from resunet_jax.data.splits import DEFAULT_SPLIT, Split, SplitRequest, make_split, read_split, write_split
-from resunet_jax.data.volume import Array
+from resunet_jax.data.volume import Array, Grid
 from resunet_jax.errors import InputError
 from resunet_jax.files import check_output_dir, dir_lock, make_output_dir, write_text
 from resunet_jax.inference.predictor import THRESHOLD, Predictor, choose_threshold
@@ -300,17 +300,18 @@ def _use_validation(
     workdir: Path, predictor: Predictor, val_set: Sequence[PreparedCase], task: Task, readers: Mapping[str, Reader]
 ) -> None:
     """Chooses the best model's threshold, and plots it on the validation slices with most of the target."""
-    references: list[tuple[PreparedCase, Array]] = []
+    references: list[tuple[PreparedCase, Array, Grid]] = []
     overlays: list[plots.Overlay] = []
     for prepared in val_set:
         case = prepared.case
         path = case.lung_mask if task.target == "lung" else case.infection_mask
         if path is None:  # `require_infection_masks` has refused it
             continue
-        references.append((prepared, read_mask(path, case.ct, read_grid(case.ct, readers), readers) > 0))
+        grid = read_grid(case.ct, readers)
+        references.append((prepared, read_mask(path, case.ct, grid, readers) > 0, grid))
         targets = getattr(prepared, task.target)
         areas = targets.sum(axis=(1, 2))
-        probabilities = predictor.scan_probabilities(prepared.images)[task.target]
+        probabilities = predictor.scan_probabilities(prepared.images, prepared.boxes, grid)[task.target]
         for k in sorted({int(np.argmax(areas)), len(areas) // 2}) if len(overlays) < _MAX_OVERLAYS else ():
             masks = {str(task.target): targets[k]}, {str(task.target): probabilities[k] > THRESHOLD}
             overlays.append(plots.Overlay(f"{case.id} slice {k}", prepared.images[k], *masks))

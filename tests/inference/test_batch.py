@@ -1,9 +1,11 @@
 import contextlib
 import dataclasses
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from resunet_jax import Predictor, load_predictor
 from resunet_jax.data.cases import find_cases
@@ -48,9 +50,9 @@ def test_a_bad_scan_does_not_end_the_batch_and_finished_ones_are_skipped(
 ) -> None:
     output = tmp_path / "masks"
     assert run(scans, output, predictor) == {"a.nii": "now", "b.nii": "error", "c.nii": "now"}
-    first = {path.name: path.read_bytes() for path in output.iterdir()}
+    first = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
     assert run(scans, output, predictor) == {"a.nii": "before", "b.nii": "error", "c.nii": "before"}
-    assert {path.name: path.read_bytes() for path in output.iterdir()} == first
+    assert {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()} == first
 
 
 def test_segments_again_what_has_changed(predictor: Predictor, scans, tmp_path: Path) -> None:
@@ -82,41 +84,54 @@ def test_masks_being_replaced_are_not_vouched_for(
     output, good = tmp_path / "masks", [scans[0], scans[2]]
     other = dataclasses.replace(predictor, thresholds={"lung": 0.4})
     run(good, output, predictor)
-    real = module.write_masks
+    real = module.segment_opened
 
-    def write_and_stop(*args, **options):
-        real(*args, **options)
+    def segment_and_stop(*args):
+        real(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "write_masks", write_and_stop)
+    monkeypatch.setattr(module, "segment_opened", segment_and_stop)
     with pytest.raises(KeyboardInterrupt):
         run(good, output, other)
     monkeypatch.undo()
     assert set(run(good, output, predictor).values()) == {"now"}
 
 
-def test_next_scan_is_read_while_this_one_is_segmented(
+def test_next_scan_is_opened_while_this_one_is_segmented(
     predictor: Predictor, scans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Masks of the first are not begun before the second is asked for, in another thread."""
-    events: list[str] = []
-    real_chunks, real_write = module.iter_chunks, module.write_masks
+    """The masks of the first wait until the second is open, in another thread."""
+    second_is_open = threading.Event()
+    real_open, real_segment = module.open_scan, module.segment_opened
 
-    def chunks(*args):
-        for chunk in real_chunks(*args):
-            events.append(f"read {chunk.scan.name}")
-            yield chunk
+    @contextlib.contextmanager
+    def open_and_say(source, *args, **options):
+        with real_open(source, *args, **options) as scan:
+            if source == scans[2]:
+                second_is_open.set()
+            yield scan
 
-    def write(scan, chunks, *args, **options):
-        masks = real_write(scan, chunks, *args, **options)
-        events.append(f"wrote {scan.name}")
-        return masks
+    def segment(scan, predictor, name, paths):
+        assert second_is_open.wait(60)
+        return real_segment(scan, predictor, name, paths)
 
-    monkeypatch.setattr(module, "iter_chunks", chunks)
-    monkeypatch.setattr(module, "write_masks", write)
-    run([scans[0], scans[2]], tmp_path / "masks", predictor)
-    assert sorted(events) == ["read a", "read c", "wrote a", "wrote c"]
-    assert events.index("read c") < events.index("wrote a")
+    monkeypatch.setattr(module, "open_scan", open_and_say)
+    monkeypatch.setattr(module, "segment_opened", segment)
+    assert run([scans[0], scans[2]], tmp_path / "masks", predictor) == {"a.nii": "now", "c.nii": "now"}
+
+
+def test_a_scan_that_another_process_is_at_is_left_until_last(predictor: Predictor, scans, tmp_path: Path) -> None:
+    """It is taken over when the other lets go, as it does when it is killed."""
+    output, good = tmp_path / "masks", [scans[0], scans[2]]
+    lock = FileLock(output / ".locks" / "a.lock", thread_local=False)
+    (output / ".locks").mkdir(parents=True)
+    order = []
+    with lock:
+        for result in segment_scans(good, output, predictor):
+            order.append(result.scan.path.name)
+            lock.release(force=True)
+    assert order == ["c.nii", "a.nii"]
+    assert run(good, output, predictor) == {"a.nii": "before", "c.nii": "before"}
 
 
 def test_prefetch_gives_the_items_in_order_and_errors_in_their_place() -> None:

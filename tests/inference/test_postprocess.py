@@ -1,6 +1,9 @@
 import numpy as np
 import pytest
+from scipy import ndimage
 
+from resunet_jax.data.volume import Grid
+from resunet_jax.inference import postprocess as module
 from resunet_jax.inference.postprocess import large_components, remove_small_components
 
 
@@ -84,3 +87,47 @@ def test_a_fraction_of_zero_removes_nothing() -> None:
     remove_small_components(found, 0.5, 0.0)
     for name, before in probabilities_of(mask).items():
         np.testing.assert_array_equal(found[name], before)
+
+
+def ball(shape: tuple[int, int, int], centre: tuple[float, ...], radius: float) -> np.ndarray:
+    distance = [(axis - c) ** 2 for axis, c in zip(np.indices(shape), centre, strict=True)]
+    return np.sqrt(sum(distance)) <= radius
+
+
+@pytest.mark.parametrize("slices", [1, 5, 100])
+def test_closing_does_not_depend_on_how_many_slices_are_in_memory(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, slices: int
+) -> None:
+    mask = ndimage.gaussian_filter(rng.random((30, 24, 26)), 2) > 0.505
+    spacing, radius, pad = (2.0, 1.5, 1.0), 6.0, 8
+    padded = np.pad(mask, pad)
+    dilated = ndimage.distance_transform_edt(~padded, sampling=spacing) <= radius
+    eroded = ndimage.distance_transform_edt(dilated, sampling=spacing) > radius
+    monkeypatch.setattr(module, "_CLOSED_SLICES", slices)
+    closed = module.close_mask(mask, spacing, radius)
+    np.testing.assert_array_equal(closed, eroded[(slice(pad, -pad),) * 3] | mask)
+    assert closed.sum() > mask.sum()
+    np.testing.assert_array_equal(module.close_mask(mask, spacing, 0.0), mask)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (4.0, 4.0, 6.0)])
+def test_gate_keeps_infection_in_the_outline_of_a_lung_and_nothing_else(spacing: tuple[float, float, float]) -> None:
+    """A hole in the lung and what the lung mask covers stay; the mediastinum between the lungs and the bowel go."""
+    size, slices = 64, 40
+    shape = (slices, size, size)
+    lungs = ball(shape, (20, 32, 16), 13) | ball(shape, (20, 32, 48), 13)
+    hole = ball(shape, (20, 32, 16), 3)
+    infection = hole | ball(shape, (20, 32, 48), 2) | ball(shape, (20, 32, 32), 1) | ball(shape, (36, 50, 32), 3)
+    probabilities = {"lung": (lungs & ~hole).astype(np.float32), "infection": infection.astype(np.float32)}
+    boxes = np.tile(np.array([8, 16, size, size], np.int32), (slices, 1))
+    grid = Grid((100, 100, slices), np.diag([*spacing, 1.0]) @ axes_of_pls())
+    expected = infection & lungs
+    module.gate_infection(probabilities, 0.5, boxes, grid, 4 * max(spacing))
+    np.testing.assert_array_equal(probabilities["infection"] > 0, expected)
+    module.gate_infection(probabilities, 0.5, boxes, grid, 0.0)
+    assert not probabilities["infection"][ball(shape, (20, 32, 16), 1)].any()  # the hole, but for its border
+
+
+def axes_of_pls() -> np.ndarray:
+    """An affine whose axes are (posterior, left, superior)."""
+    return np.array([[0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], float)

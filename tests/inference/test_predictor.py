@@ -22,10 +22,11 @@ from resunet_jax import (
     segment_scan,
 )
 from resunet_jax.data.cases import find_cases
-from resunet_jax.data.preprocess import prepare_volume
-from resunet_jax.data.readers import find_sources, read_mask, read_volume
+from resunet_jax.data.preprocess import air_offset, prepare_volume
+from resunet_jax.data.readers import open_scan, read_mask, read_volume
 from resunet_jax.data.readers.nifti import write_nifti
 from resunet_jax.data.slice_cache import PreparedCase, prepare_cases
+from resunet_jax.data.volume import Grid
 from resunet_jax.errors import InputError
 from resunet_jax.inference import scan as module
 from resunet_jax.inference.predictor import THRESHOLDS, choose_threshold
@@ -98,7 +99,8 @@ def test_air_is_looked_for_in_the_whole_scan_not_in_a_chunk(
     values[..., :2] = np.minimum(values[..., :2], 238) + 17  # by themselves, these would be shifted by 100 HU
     write_nifti(tmp_path / "scan.nii", values, volume.grid)
     preprocess = TINY["preprocess"]
-    chunks = list(module.iter_chunks(find_sources(tmp_path / "scan.nii"), preprocess))
+    with open_scan(tmp_path / "scan.nii") as opened:
+        chunks = list(module.iter_chunks(opened, preprocess, air_offset(opened, preprocess)))
     images, _ = prepare_volume(read_volume(tmp_path / "scan.nii"), preprocess)
     np.testing.assert_array_equal(np.concatenate([chunk.images for chunk in chunks]), images)
     assert len(chunks) > 2
@@ -139,7 +141,8 @@ def test_small_components_are_removed_from_masks_and_probabilities(
     images, boxes = prepare_volume(read_volume(scan), lung.config.preprocess)
     probabilities = large.slice_probabilities(images)
     before = {name: values.copy() for name, values in probabilities.items()}
-    large.postprocess(probabilities)
+    grid = read_volume(scan).grid
+    large.postprocess(probabilities, boxes, grid)
     components, count = ndimage.label(before["lung"] > 0.5)
     assert count > 1
     largest = components == np.argmax(np.bincount(components.ravel())[1:]) + 1
@@ -152,7 +155,7 @@ def test_small_components_are_removed_from_masks_and_probabilities(
         assert (data(path) != data(other)).any() or "infection" in path.name
     native = large.to_native_grid(probabilities, boxes, read_volume(scan).values.shape[:2])
     assert data(cleaned[0]).sum() == native["lung"].mask.sum() > 0
-    scanned = large.scan_probabilities(images)
+    scanned = large.scan_probabilities(images, boxes, grid)
     for name, expected in probabilities.items():
         np.testing.assert_array_equal(scanned[name], expected)
 
@@ -191,8 +194,7 @@ def test_each_model_alone(trained: Trained, scan: Path, tmp_path: Path) -> None:
     assert [path.name.rsplit("_", 1)[1] for path in written] == ["lung.nii.gz"]
     with pytest.raises(InputError, match="give `lung_checkpoint` too"):
         load_predictor(None, trained.infection)
-    with pytest.raises(InputError, match="no model"):
-        load_predictor(None, None)
+    assert load_predictor(None, None).structures == ("lung", "infection")  # the shipped pair
 
 
 def test_the_component_fraction_may_be_overridden(trained: Trained, tmp_path: Path) -> None:
@@ -231,13 +233,13 @@ def test_infection_on_ct_alone_and_by_patches(trained: Trained, scan: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def validation(trained: Trained) -> tuple[PreparedCase, dict[str, np.ndarray]]:
+def validation(trained: Trained) -> tuple[PreparedCase, dict[str, np.ndarray], Grid]:
     """A case and its reference masks on the native grid."""
     (case,) = [case for case in find_cases(trained.data) if case.id == "coronacases_002"]
     (prepared,) = prepare_cases([case], TINY["preprocess"], trained.cache)
     grid = read_volume(case.ct).grid
     paths = {"lung": case.lung_mask, "infection": case.infection_mask}
-    return prepared, {name: read_mask(path, case.ct, grid) > 0 for name, path in paths.items()}
+    return prepared, {name: read_mask(path, case.ct, grid) > 0 for name, path in paths.items()}, grid
 
 
 def dice_of_written_masks(
@@ -280,24 +282,24 @@ def test_threshold_is_the_best_of_the_written_masks(
     trained: Trained, validation, tmp_path: Path, kind: type[Predictor], structure: str, fraction: float
 ) -> None:
     """Gated by the lung mask, without its small components, on the native grid."""
-    prepared, references = validation
+    prepared, references, grid = validation
     reference = references[structure]
     loaded = load_predictor(trained.lung, trained.infection, min_component_fraction=fraction)
     predictor = kind(loaded.lung, loaded.infection)
     dice = dice_of_written_masks(predictor, structure, prepared, reference, tmp_path)
-    threshold, best = choose_threshold(predictor, structure, [(prepared, reference)])
+    threshold, best = choose_threshold(predictor, structure, [(prepared, reference, grid)])
     assert best == pytest.approx(dice[threshold], abs=1e-12)
     assert best == pytest.approx(max(dice.values()), abs=1e-12)
     assert len(set(dice.values())) > 3  # the choice matters
     if fraction:  # and so does what is removed
         whole = kind(load_model(trained.lung), loaded.infection)
-        assert choose_threshold(whole, structure, [(prepared, reference)])[1] != best
+        assert choose_threshold(whole, structure, [(prepared, reference, grid)])[1] != best
 
 
 def test_training_keeps_the_threshold_of_its_best_checkpoint(trained: Trained, validation) -> None:
-    prepared, references = validation
+    prepared, references, grid = validation
     values = json.loads((trained.lung / "threshold.json").read_text())
-    chosen = choose_threshold(load_predictor(trained.lung, None), "lung", [(prepared, references["lung"])])
+    chosen = choose_threshold(load_predictor(trained.lung, None), "lung", [(prepared, references["lung"], grid)])
     assert (values["threshold"], values["mean_dice"]) == chosen
     assert values["chosen_on"] == ["coronacases_002"]
     history = [json.loads(line) for line in (trained.lung / "metrics.jsonl").read_text().splitlines()]
@@ -311,12 +313,12 @@ class FixedPredictor(Predictor):
         return {"lung": images.astype(np.float32)}
 
 
-def fixed_case(probability: np.ndarray, reference: np.ndarray) -> tuple[PreparedCase, np.ndarray]:
+def fixed_case(probability: np.ndarray, reference: np.ndarray) -> tuple[PreparedCase, np.ndarray, Grid]:
     """Of (slices, S, S) arrays, each slice uncropped."""
     slices, size, _ = probability.shape
     boxes = np.tile(np.array([0, 0, size, size], np.int32), (slices, 1))
     case: PreparedCase = PreparedCase(SimpleNamespace(id="a"), "digest", probability, boxes, reference, None)
-    return case, np.moveaxis(reference > 0, 0, -1)
+    return case, np.moveaxis(reference > 0, 0, -1), Grid((size, size, slices), np.eye(4))
 
 
 def test_threshold_is_the_best_of_a_naive_search(rng: np.random.Generator) -> None:

@@ -109,19 +109,32 @@ def open_scan(
       InputError: not such a file, truncated, NaN or infinite voxels, constant, no chest CT, or on an unknown scale.
     """
     reader, source = _resolve(scan, readers)
-    path = source.path
     with reader.open(source) as opened:
-        planes = opened.grid.shape[2]
-        step = max(1, _CHUNK_BYTES // opened.plane_bytes)
-        ranges = [_range(path, opened.read(2, k, min(k + step, planes))) for k in range(0, planes, step)]
-        low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
-        if low == high:
-            raise InputError(f"{path}: every voxel is {low:g}, so this is not a scan; export it again")
-        if assumed is not None:
-            yield dataclasses.replace(opened, stored_window=assumed)
-        else:
-            sample = opened.sample_slices(SAMPLED_SLICES)
-            yield dataclasses.replace(opened, intensity_scale=infer_scale(path, sample, (low, high), physical=physical))
+        yield judge_scan(opened, source.path, assumed=assumed, physical=physical)
+
+
+def judge_scan(scan: Scan, path: Path, *, assumed: tuple[float, float] | None = None, physical: bool = True) -> Scan:
+    """An open scan with its intensity scale, after a look at every voxel.
+
+    Args:
+      scan: as a reader opens it.
+      path: of the scan, for messages.
+      assumed: see `open_scan`.
+      physical: see `infer_scale`.
+
+    Raises:
+      InputError: see `open_scan`.
+    """
+    planes = scan.grid.shape[2]
+    step = max(1, _CHUNK_BYTES // scan.plane_bytes)
+    ranges = [_range(path, scan.read(2, k, min(k + step, planes))) for k in range(0, planes, step)]
+    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+    if low == high:
+        raise InputError(f"{path}: every voxel is {low:g}, so this is not a scan; export it again")
+    if assumed is not None:
+        return dataclasses.replace(scan, stored_window=assumed)
+    sample = scan.sample_slices(SAMPLED_SLICES)
+    return dataclasses.replace(scan, intensity_scale=infer_scale(path, sample, (low, high), physical=physical))
 
 
 def read_grid(path: Path, readers: Mapping[str, Reader] = READERS) -> Grid:

@@ -1,0 +1,292 @@
+"""The numbers of a segmented scan, as its report.json has them; the schema stands in `measure`."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from resunet_jax import __version__
+from resunet_jax.data.volume import FloatArray
+from resunet_jax.inference.scan import SegmentedScan
+from resunet_jax.metrics.lesions import SMALLEST_LESION_ML
+from resunet_jax.metrics.lung_sides import left_lung, sagittal_plane
+from resunet_jax.metrics.severity import component_sizes, grade, involvement_percent, thirds
+from resunet_jax.weights.store import fingerprint
+
+SCHEMA_VERSION = 1
+
+DISCLAIMER = "A research tool, not a medical device. Not for diagnosis or treatment."
+
+CONSOLIDATION_HU = -300.0
+"""Infection at or above it counts as consolidation, below as ground glass, unless another value is asked for."""
+
+PLAUSIBLE_LUNG_ML = (500.0, 12_000.0)
+"""Volume of both lungs; what lies outside is warned of."""
+
+_BRIGHTEST_LUNG_HU = -250.0  # mean of the lung mask without infection
+_BONE_HU = 200.0
+_LEAST_OUTSIDE_ML = 1.0  # of infection that lies outside the lung mask, to be warned of
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slices:
+    """Some slices of a segmented scan, oriented (posterior, left, superior).
+
+    Attributes:
+      start: number of the first.
+      hu: float32 (rows, columns, slices).
+      lung: uint8, 0 background, 1 left, 2 right lung.
+      infection: bool.
+    """
+
+    start: int
+    hu: FloatArray
+    lung: npt.NDArray[np.uint8]
+    infection: Mask
+
+
+def iter_slices(segmented: SegmentedScan) -> Iterator[Slices]:
+    """All slices of a scan, a chunk in memory at a time; a structure without a model is empty."""
+    plane = sagittal_plane(segmented.profiles["lung"], segmented.body_columns) if "lung" in segmented.packed else 0
+    for start, stop in segmented.chunks():
+        hu = segmented.hu(start, stop)
+        lung, infection = (
+            segmented.mask(name, start, stop) if name in segmented.packed else np.zeros(hu.shape, bool)
+            for name in ("lung", "infection")
+        )
+        yield Slices(start, hu, np.where(left_lung(lung, plane), 1, 2 * lung).astype(np.uint8), infection)
+
+
+class Totals:
+    """Counts over the slices of a scan, added up a chunk at a time."""
+
+    def __init__(self, slices: int, consolidation_hu: float = CONSOLIDATION_HU) -> None:
+        # By slice: voxels of left and right lung, and of both that are infected; voxels of the infection.
+        self.lung = {side: np.zeros(slices, np.int64) for side in ("left", "right")}
+        self.infected = {side: np.zeros(slices, np.int64) for side in ("left", "right")}
+        self.infection = np.zeros(slices, np.int64)
+        self.consolidation = 0
+        self.infection_hu = 0.0
+        self.healthy_hu = 0.0
+        self.rows = {name: np.zeros(2) for name in ("lung", "bone")}  # sum of row numbers, voxels
+        self.lobes: dict[int, npt.NDArray[np.int64]] = {}  # by label: voxels of the lobe, and of those infected
+        self._consolidation_hu = consolidation_hu
+
+    def add(self, slices: Slices, lobes: npt.NDArray[np.uint8] | None = None) -> None:
+        """Counts some slices; `lobes` are their labels, (rows, columns, slices), where lobes are known."""
+        some = slice(slices.start, slices.start + slices.hu.shape[-1])
+        infection, lung = slices.infection, slices.lung > 0
+        for side, label in (("left", 1), ("right", 2)):
+            mask = slices.lung == label
+            self.lung[side][some] = np.count_nonzero(mask, axis=(0, 1))
+            self.infected[side][some] = np.count_nonzero(mask & infection, axis=(0, 1))
+        self.infection[some] = np.count_nonzero(infection, axis=(0, 1))
+        values = slices.hu[infection]
+        self.consolidation += int(np.count_nonzero(values >= self._consolidation_hu))
+        self.infection_hu += float(values.sum(dtype=np.float64))
+        self.healthy_hu += float(slices.hu[lung & ~infection].sum(dtype=np.float64))
+        for label in [] if lobes is None else np.unique(lobes[lobes > 0]):
+            lobe = lobes == label
+            counts = np.array([np.count_nonzero(lobe), np.count_nonzero(lobe & infection)])
+            self.lobes[int(label)] = self.lobes.get(int(label), 0) + counts
+        for name, mask in (("lung", lung), ("bone", slices.hu > _BONE_HU)):
+            by_row = np.count_nonzero(mask, axis=(1, 2))
+            self.rows[name] += (by_row @ np.arange(len(by_row)), by_row.sum())
+
+    @property
+    def lung_voxels(self) -> npt.NDArray[np.int64]:
+        """Of both lungs, in each slice."""
+        return self.lung["left"] + self.lung["right"]
+
+    @property
+    def infected_voxels(self) -> npt.NDArray[np.int64]:
+        """Infection within both lungs, in each slice."""
+        return self.infected["left"] + self.infected["right"]
+
+
+def measure(
+    segmented: SegmentedScan,
+    totals: Totals,
+    scan: Mapping[str, Any],
+    seconds: float,
+    *,
+    consolidation_hu: float = CONSOLIDATION_HU,
+) -> dict[str, Any]:
+    """All numbers of a scan.
+
+    Args:
+      segmented: the scan and its masks.
+      totals: over all of its slices.
+      scan: what is known of its file: "name", "file", "format".
+      seconds: that it took.
+      consolidation_hu: from which HU infection counts as consolidation.
+
+    Returns:
+      for report.json; undefined numbers are None:
+        "schema_version", "version", "disclaimer", "seconds";
+        "scan": "name", "file", "format", "shape" and "spacing_mm" (of the oriented volume), "slices";
+        "lung": "volume_ml", "left_ml", "right_ml";
+        "infection": "volume_ml", "involvement_percent" (infected fraction of the lung mask), "ground_glass_ml" and
+          "consolidation_ml" (below, and from "consolidation_above_hu"), "mean_hu", "lesions" and "lesion_volumes_ml"
+          (connected components of at least 0.1 ml, largest first);
+        "grade": of both lungs, see `grade`;
+        "involvement": of "left", "right", "upper", "middle", "lower": "percent", "grade", "lung_ml", "infection_ml";
+        "by_slice": "lung_ml", "infection_ml", from the lowest slice to the highest;
+        "lobes": None, or by label as "involvement", and "score", the sum of the grades: for five lobes the CT severity
+          score, 0 to 25;
+        "warnings": what makes the masks doubtful; "notes": what to know about the numbers;
+        "models": by structure, "fingerprint" and "threshold"; "settings": what else decides the masks.
+    """
+    grid, ml = segmented.scan.grid, segmented.scan.grid.voxel_ml
+    percent = involvement_percent(int(totals.infected_voxels.sum()), int(totals.lung_voxels.sum()))
+    infection = int(totals.infection.sum())
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "version": __version__,
+        "disclaimer": DISCLAIMER,
+        "seconds": round(seconds, 2),
+        "scan": {
+            **scan,
+            "shape": list(grid.oriented_shape),
+            "spacing_mm": list(grid.spacing_mm),
+            "slices": grid.oriented_shape[-1],
+        },
+        "lung": {
+            "volume_ml": float(totals.lung_voxels.sum() * ml),
+            **{f"{side}_ml": float(totals.lung[side].sum() * ml) for side in ("left", "right")},
+        },
+        "infection": {
+            "volume_ml": infection * ml,
+            "involvement_percent": _or_none(percent),
+            "ground_glass_ml": (infection - totals.consolidation) * ml,
+            "consolidation_ml": totals.consolidation * ml,
+            "consolidation_above_hu": consolidation_hu,
+            "mean_hu": totals.infection_hu / infection if infection else None,
+            **_lesions(segmented, ml),
+        },
+        "grade": grade(percent),
+        "involvement": _involvement(totals, ml),
+        "by_slice": {"lung_ml": (totals.lung_voxels * ml).tolist(), "infection_ml": (totals.infection * ml).tolist()},
+        "lobes": _lobes(totals, ml),
+        "warnings": implausible(totals, ml),
+        "notes": _notes(segmented),
+        "models": _models(segmented),
+        "settings": _settings(segmented),
+    }
+
+
+def implausible(totals: Totals, voxel_ml: float) -> list[str]:
+    """What makes the masks of a scan doubtful."""
+    lung, infection = int(totals.lung_voxels.sum()), int(totals.infection.sum())
+    if lung == 0:
+        return ["no lung was found; is it a chest CT, and are front and back, left and right as the header says?"]
+    warnings = []
+    low, high = PLAUSIBLE_LUNG_ML
+    is_whole = totals.lung_voxels[0] == totals.lung_voxels[-1] == 0
+    if lung * voxel_ml > high or (is_whole and lung * voxel_ml < low):
+        warnings.append(
+            f"the lungs measure {lung * voxel_ml:.0f} ml, where {low:.0f} to {high:.0f} ml are plausible; check the "
+            "masks, and the spacing in the header"
+        )
+    healthy = lung - int(totals.infected_voxels.sum())
+    if healthy and totals.healthy_hu / healthy > _BRIGHTEST_LUNG_HU:
+        warnings.append(
+            f"the lung mask has a mean of {totals.healthy_hu / healthy:.0f} HU, which is denser than lung; check the "
+            "masks"
+        )
+    outside = infection - int(totals.infected_voxels.sum())
+    if outside > infection / 2 and outside * voxel_ml >= _LEAST_OUTSIDE_ML:
+        warnings.append(f"{100 * outside / infection:.0f} % of the infection lies outside the lung mask; check both")
+    (lung_rows, _), (bone_rows, bone) = totals.rows["lung"], totals.rows["bone"]
+    if bone and bone_rows / bone < lung_rows / lung:
+        warnings.append("the bones lie mostly in front of the lungs; front and back may be exchanged in the header")
+    return warnings
+
+
+def _lesions(segmented: SegmentedScan, voxel_ml: float) -> dict[str, Any]:
+    if "infection" not in segmented.packed:
+        return {"lesions": 0, "lesion_volumes_ml": []}
+    masks = (
+        segmented.mask("infection", start, stop)[..., k]
+        for start, stop in segmented.chunks()
+        for k in range(stop - start)
+    )
+    volumes = [float(size * voxel_ml) for size in component_sizes(masks) if size * voxel_ml >= SMALLEST_LESION_ML]
+    return {"lesions": len(volumes), "lesion_volumes_ml": [round(volume, 3) for volume in volumes]}
+
+
+def _involvement(totals: Totals, voxel_ml: float) -> dict[str, Any]:
+    """Of each lung, and of the thirds of both by height."""
+    pairs = {side: (totals.lung[side], totals.infected[side]) for side in ("left", "right")}
+    for name, (start, stop) in thirds(totals.lung_voxels).items():
+        pairs[name] = totals.lung_voxels[start:stop], totals.infected_voxels[start:stop]
+    return {name: _region(int(lung.sum()), int(bad.sum()), voxel_ml) for name, (lung, bad) in pairs.items()}
+
+
+def _lobes(totals: Totals, voxel_ml: float) -> dict[str, Any] | None:
+    if not totals.lobes:
+        return None
+    regions = {str(k): _region(int(lobe), int(bad), voxel_ml) for k, (lobe, bad) in sorted(totals.lobes.items())}
+    return {**regions, "score": sum(region["grade"] for region in regions.values())}
+
+
+def _region(lung_voxels: int, infected_voxels: int, voxel_ml: float) -> dict[str, Any]:
+    """Involvement of a region of the lungs: "percent", "grade", "lung_ml", "infection_ml"."""
+    percent = involvement_percent(infected_voxels, lung_voxels)
+    return {
+        "percent": _or_none(percent),
+        "grade": grade(percent),
+        "lung_ml": lung_voxels * voxel_ml,
+        "infection_ml": infected_voxels * voxel_ml,
+    }
+
+
+def _notes(segmented: SegmentedScan) -> list[str]:
+    notes = ["Left and right, front and back follow the header of the scan."]
+    lung = [k for k, packed in enumerate(segmented.packed.get("lung", [])) if packed.any()]
+    ends = {0, len(segmented.boxes) - 1}
+    if lung and ends & {lung[0], lung[-1]}:
+        notes.append("The lungs reach the end of the scan, so their volume may be that of a part.")
+    return [*notes, *segmented.scan.notes]
+
+
+def _models(segmented: SegmentedScan) -> dict[str, Any]:
+    predictor = segmented.predictor
+    return {
+        name: {"fingerprint": fingerprint(getattr(predictor, name).variables), "threshold": predictor.threshold(name)}
+        for name in predictor.structures
+    }
+
+
+def _settings(segmented: SegmentedScan) -> dict[str, Any]:
+    predictor, scan = segmented.predictor, segmented.scan
+    return {
+        "gate": predictor.gate,
+        "min_component_fraction": predictor.min_component_fraction,
+        "image_size": predictor.preprocess.image_size,
+        "intensity_scale": scan.intensity_scale if scan.stored_window is None else list(scan.stored_window),
+        "air_offset_hu": round(1500 * segmented.offset, 1),
+    }
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def summary_line(report: Mapping[str, Any]) -> str:
+    """One line for a terminal."""
+    lung, infection, percent = report["lung"], report["infection"], report["infection"]["involvement_percent"]
+    return ", ".join(
+        [
+            f"{lung['volume_ml'] / 1000:.2f} l lung",
+            f"{'–' if percent is None else f'{percent:.1f}'} % involved",
+            f"{infection['volume_ml']:.0f} ml",
+            f"grade {'–' if report['grade'] is None else report['grade']}",
+            f"{report['seconds']:.0f} s",
+        ]
+    )

@@ -1,0 +1,130 @@
+"""What is written for a scan beside its masks: one function and one row of `make_outputs` for each."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from resunet_jax.data.readers import READERS, Reader, Source, digest, read_mask
+from resunet_jax.data.readers.nifti import nifti_writer
+from resunet_jax.files import write_text
+from resunet_jax.inference.batch import Finding, Output
+from resunet_jax.inference.scan import SegmentedScan
+from resunet_jax.progress import logger
+from resunet_jax.report.cohort import write_cohort_csv, write_cohort_page
+from resunet_jax.report.numbers import (
+    CONSOLIDATION_HU,
+    SCHEMA_VERSION,
+    Totals,
+    implausible,
+    iter_slices,
+    measure,
+    summary_line,
+)
+from resunet_jax.report.page import encode_slices, write_preview, write_scan_page
+
+REPORT = "_report.json"
+PAGE = "_report.html"
+PREVIEW = "_preview.png"
+LABELS = "_labels.nii.gz"
+COHORT = "cohort.csv"
+INDEX = "index.html"
+
+LEFT, RIGHT, INFECTION = 1, 2, 3
+"""Labels of the file that holds all structures."""
+
+
+def make_outputs(
+    *,
+    report: bool = True,
+    multilabel: bool = False,
+    consolidation_hu: float = CONSOLIDATION_HU,
+    lobes: Path | None = None,
+    readers: Mapping[str, Reader] = READERS,
+) -> dict[str, Output]:
+    """The outputs that are asked for, by name, for `segment_scans`.
+
+    Args:
+      report: numbers as JSON, a page to open in a browser, and a picture; without it, masks are checked all the same.
+      multilabel: both lungs and the infection in one file of labels.
+      consolidation_hu: see `measure`.
+      lobes: a mask whose labels are lobes, on the grid of the one scan; adds their numbers to the report.
+      readers: the table of formats.
+
+    Raises:
+      InputError: the lobes cannot be read.
+    """
+
+    def write_report(source: Source, segmented: SegmentedScan, seconds: float, folder: Path) -> Finding:
+        labels = None if lobes is None else read_mask(lobes, source.path, segmented.scan.grid, readers)
+        return _write_report(source, segmented, seconds, folder, consolidation_hu, labels)
+
+    settings = [SCHEMA_VERSION, consolidation_hu, None if lobes is None else digest(lobes, readers)]
+    table = {
+        "report": (report, Output((REPORT, PAGE, PREVIEW), write_report, settings)),
+        "warnings": (not report, Output((), _check)),
+        "multilabel": (multilabel, Output((LABELS,), _write_labels)),
+    }
+    return {name: output for name, (is_asked_for, output) in table.items() if is_asked_for}
+
+
+def _write_report(
+    source: Source,
+    segmented: SegmentedScan,
+    seconds: float,
+    folder: Path,
+    consolidation_hu: float,
+    lobes: npt.NDArray[np.uint8] | None,
+) -> Finding:
+    totals, shown = Totals(len(segmented.boxes), consolidation_hu), []
+    for slices in iter_slices(segmented):
+        totals.add(slices, None if lobes is None else lobes[..., slices.start : slices.start + slices.hu.shape[-1]])
+        shown.extend(encode_slices(slices.hu, slices.lung, slices.infection))
+    scan = {"name": source.name, "file": source.path.name, "format": "nifti"}
+    report = measure(segmented, totals, scan, seconds, consolidation_hu=consolidation_hu)
+    write_scan_page(folder / f"{source.name}{PAGE}", report, shown, segmented.scan.grid.spacing_mm)
+    write_preview(folder / f"{source.name}{PREVIEW}", shown, segmented.scan.grid.spacing_mm)
+    write_text(folder / f"{source.name}{REPORT}", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    return Finding(summary_line(report), tuple(report["warnings"]))
+
+
+def _check(_: Source, segmented: SegmentedScan, __: float, ___: Path) -> Finding:
+    totals = Totals(len(segmented.boxes))
+    for slices in iter_slices(segmented):
+        totals.add(slices)
+    return Finding("", tuple(implausible(totals, segmented.scan.grid.voxel_ml)))
+
+
+def _write_labels(source: Source, segmented: SegmentedScan, _: float, folder: Path) -> Finding:
+    with nifti_writer(folder / f"{source.name}{LABELS}", np.uint8, segmented.scan.grid) as write:
+        for slices in iter_slices(segmented):
+            write(slices.start, np.where(slices.infection, INFECTION, slices.lung).astype(np.uint8))
+    return Finding()
+
+
+def write_cohort(folder: Path) -> list[Path]:
+    """Makes cohort.csv and index.html of all reports in a folder; several processes may do so.
+
+    Returns:
+      the files; none where there is no report.
+    """
+    reports = [report for path in sorted(folder.glob(f"*{REPORT}")) if (report := _read(path)) is not None]
+    if not reports:
+        return []
+    write_cohort_csv(folder / COHORT, reports)
+    write_cohort_page(folder / INDEX, reports)
+    return [folder / COHORT, folder / INDEX]
+
+
+def _read(path: Path) -> Mapping[str, Any] | None:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if report["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"schema_version {report['schema_version']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s: left out of the table (%s); remove it, or segment the scan again", path, error)
+        return None
+    return report

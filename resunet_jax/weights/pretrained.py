@@ -1,0 +1,103 @@
+"""The pair of models that this package ships: a folder for each, of a config and one file of variables.
+
+The files are flax's msgpack, of which equal variables are equal bytes; orbax writes times and random names.
+"""
+
+import hashlib
+import json
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import serialization
+
+from resunet_jax.config import from_dict, to_dict
+from resunet_jax.errors import InputError
+from resunet_jax.files import atomic_dir, write_text
+from resunet_jax.model.build import build_model
+from resunet_jax.weights.store import CONFIG_FILE, DIGESTS_FILE, LoadedModel, require_backend, variable_shapes
+
+VARIABLES_FILE = "variables.msgpack"
+MODEL_CARD = "MODEL_CARD.md"
+_FOLDER = "pretrained"
+
+
+class ModelPair(NamedTuple):
+    """The two models of a cascade.
+
+    Attributes:
+      lung: on CT.
+      infection: on [CT, lung probability].
+    """
+
+    lung: LoadedModel
+    infection: LoadedModel
+
+
+def pretrained_folder() -> Traversable:
+    """The folder of the shipped pair: lung/, infection/, files.json and MODEL_CARD.md."""
+    return resources.files(__package__) / _FOLDER
+
+
+def load_pair(folder: Traversable | None = None) -> ModelPair:
+    """The shipped pair of models.
+
+    Args:
+      folder: another one that `save_pair` has written.
+
+    Raises:
+      InputError: a file is missing, or not as it was shipped.
+    """
+    folder = pretrained_folder() if folder is None else folder
+    require_backend()
+    try:
+        digests = json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8"))
+        contents = {name: _find(folder, name).read_bytes() for name in digests}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: the shipped models are incomplete ({error}); install the package again") from error
+    for name, content in contents.items():
+        if _sha256(content) != digests[name]:
+            raise InputError(f"{folder}: {name} is not what was shipped; install the package again")
+    return ModelPair(*(_load(contents, name) for name in ModelPair._fields))
+
+
+def save_pair(folder: Path, pair: ModelPair) -> None:
+    """Writes a pair as it is shipped, atomically; equal models give equal bytes.
+
+    Raises:
+      InputError: the folder exists or cannot be written.
+    """
+    if folder.exists():
+        raise InputError(f"{folder}: exists already; choose a new folder")
+    contents = {}
+    for name, loaded in pair._asdict().items():
+        variables = jax.tree.map(np.asarray, loaded.variables)
+        contents[f"{name}/{CONFIG_FILE}"] = (json.dumps(to_dict(loaded.config), indent=2) + "\n").encode()
+        contents[f"{name}/{VARIABLES_FILE}"] = serialization.to_bytes(variables)
+    with atomic_dir(folder) as partial:
+        for name, content in contents.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_bytes(content)
+        digests = {name: _sha256(content) for name, content in contents.items()}
+        write_text(partial / DIGESTS_FILE, json.dumps(digests, indent=2) + "\n")
+
+
+def _load(contents: dict[str, bytes], name: str) -> LoadedModel:
+    config = from_dict(json.loads(contents[f"{name}/{CONFIG_FILE}"]), f"{_FOLDER}/{name}/{CONFIG_FILE}")
+    model = build_model(config)
+    shapes = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variable_shapes(model))
+    variables = serialization.from_bytes(shapes, contents[f"{name}/{VARIABLES_FILE}"])
+    return LoadedModel(model, jax.device_put(variables), config)
+
+
+def _find(folder: Traversable, name: str) -> Traversable:
+    for piece in name.split("/"):
+        folder = folder / piece
+    return folder
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

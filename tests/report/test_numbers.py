@@ -1,0 +1,156 @@
+"""Numbers against closed-form volumes: lungs and infection that are boxes of known size and density."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from resunet_jax.data.volume import Grid, Scan, Volume
+from resunet_jax.inference.scan import SegmentedScan
+from resunet_jax.report import numbers as module
+from resunet_jax.report.numbers import Totals, implausible, iter_slices, measure, summary_line
+
+ROWS, COLUMNS, SLICES = 60, 80, 12
+SPACING = (4.0, 3.0, 5.0)
+ML = 4.0 * 3.0 * 5.0 / 1000
+PREDICTOR = SimpleNamespace(
+    structures=(), gate="none", min_component_fraction=0.1, preprocess=SimpleNamespace(image_size=128)
+)
+
+
+def box(rows: tuple[int, int], columns: tuple[int, int], slices: tuple[int, int]) -> np.ndarray:
+    mask = np.zeros((ROWS, COLUMNS, SLICES), bool)
+    mask[slice(*rows), slice(*columns), slice(*slices)] = True
+    return mask
+
+
+RIGHT_LUNG = box((15, 45), (10, 30), (1, 10))
+LEFT_LUNG = box((15, 45), (50, 70), (1, 10))
+GROUND_GLASS = box((20, 25), (10, 20), (1, 4))  # 150 voxels in the lower third of the right lung
+CONSOLIDATION = box((30, 40), (60, 66), (7, 10))  # 180 voxels in the upper third of the left lung
+OUTSIDE = box((50, 51), (40, 41), (5, 6))  # a voxel, less than a lesion
+
+
+def segmented(
+    lung: np.ndarray = RIGHT_LUNG | LEFT_LUNG, infection: np.ndarray | None = None, hu: np.ndarray | None = None
+) -> SegmentedScan:
+    infection = GROUND_GLASS | CONSOLIDATION | OUTSIDE if infection is None else infection
+    if hu is None:
+        hu = np.where(lung, -850.0, 40.0)
+        hu[0] = hu[-1] = -1000.0
+        hu[48:52, 38:42] = 700.0  # the spine
+        hu[GROUND_GLASS], hu[CONSOLIDATION], hu[OUTSIDE] = -600.0, 20.0, 20.0
+    affine = np.array([[0, -SPACING[1], 0, 0], [-SPACING[0], 0, 0, 0], [0, 0, SPACING[2], 0], [0, 0, 0, 1.0]])
+    grid = Grid(hu.shape, affine)
+    assert grid.spacing_mm == SPACING
+    scan = Scan(grid, lambda axis, start, stop: hu[..., start:stop], hu[..., 0].nbytes)
+    masks = {"lung": lung, "infection": infection}
+    return SegmentedScan(
+        scan,
+        PREDICTOR,
+        {name: [np.packbits(mask[..., k]) for k in range(SLICES)] for name, mask in masks.items()},
+        {name: mask.sum(axis=(0, 2)) for name, mask in masks.items()},
+        np.tile(np.array([1, 2, ROWS - 2, COLUMNS - 4], np.int32), (SLICES, 1)),
+        0.0,
+    )
+
+
+def totals_of(scan: SegmentedScan, lobes: np.ndarray | None = None) -> Totals:
+    totals = Totals(SLICES)
+    for slices in iter_slices(scan):
+        some = slice(slices.start, slices.start + slices.hu.shape[-1])
+        totals.add(slices, None if lobes is None else lobes[..., some])
+    return totals
+
+
+def report_of(scan: SegmentedScan, lobes: np.ndarray | None = None) -> dict:
+    return measure(scan, totals_of(scan, lobes), {"name": "a", "file": "a.nii", "format": "nifti"}, 1.5)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_volumes_and_involvement(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr("resunet_jax.inference.scan._CHUNK_SLICES", chunk)
+    report = report_of(segmented())
+    lung = 30 * 20 * 9  # voxels of each
+    assert report["lung"] == pytest.approx(
+        {"volume_ml": 2 * lung * ML, "left_ml": lung * ML, "right_ml": lung * ML}, rel=1e-12
+    )
+    infection = report["infection"]
+    assert infection["volume_ml"] == pytest.approx(331 * ML)
+    assert infection["ground_glass_ml"] == pytest.approx(150 * ML)
+    assert infection["consolidation_ml"] == pytest.approx(181 * ML)
+    assert infection["involvement_percent"] == pytest.approx(100 * 330 / (2 * lung))
+    assert infection["mean_hu"] == pytest.approx((150 * -600 + 181 * 20) / 331)
+    assert infection["lesion_volumes_ml"] == pytest.approx([10.8, 9.0])
+    assert infection["lesions"] == 2
+    assert report["grade"] == 1
+    by_region = {name: values["percent"] for name, values in report["involvement"].items()}
+    assert by_region == pytest.approx(
+        {
+            "left": 100 * 180 / lung,
+            "right": 100 * 150 / lung,
+            "upper": 100 * 180 / (2 * lung / 3),
+            "middle": 0,
+            "lower": 100 * 150 / (2 * lung / 3),
+        }
+    )
+    assert report["by_slice"]["infection_ml"][5] == pytest.approx(ML)
+    assert sum(report["by_slice"]["lung_ml"]) == pytest.approx(2 * lung * ML)
+    assert report["warnings"] == []
+    assert summary_line(report) == "0.65 l lung, 3.1 % involved, 20 ml, grade 1, 2 s"
+
+
+def test_lobes_give_the_score_of_another_tools_mask() -> None:
+    labels = np.where(RIGHT_LUNG, 1, 0) + np.where(LEFT_LUNG, 2, 0)
+    labels[GROUND_GLASS] = 3
+    report = report_of(segmented(), labels.astype(np.uint8))
+    lobes = report["lobes"]
+    assert {name: lobes[name]["grade"] for name in "123"} == {"1": 0, "2": 1, "3": 5}
+    assert lobes["score"] == 6
+    assert report_of(segmented())["lobes"] is None
+
+
+def test_nothing_found_is_undefined_not_zero_percent() -> None:
+    empty = np.zeros((ROWS, COLUMNS, SLICES), bool)
+    report = report_of(segmented(empty, empty))
+    assert report["infection"]["involvement_percent"] is None
+    assert report["infection"]["mean_hu"] is None
+    assert report["grade"] is None
+    assert "no lung was found" in report["warnings"][0]
+    assert summary_line(report) == "0.00 l lung, – % involved, 0 ml, grade –, 2 s"
+
+
+def warnings_of(scan: SegmentedScan, ml: float = 2 * ML) -> str:
+    return " ".join(implausible(totals_of(scan), ml))
+
+
+def test_impossible_masks_are_warned_of_and_possible_ones_are_not() -> None:
+    assert warnings_of(segmented()) == ""
+    assert "324 ml" in warnings_of(segmented(), ML / 2)
+    assert "plausible" in warnings_of(segmented(), 20 * ML)
+    cut = box((15, 45), (10, 30), (0, 10)) | box((15, 45), (50, 70), (0, 10))
+    assert warnings_of(segmented(cut), ML / 2) == ""  # the field of view does not tell
+    dense = np.full((ROWS, COLUMNS, SLICES), 40.0)
+    assert "denser than lung" in warnings_of(segmented(hu=dense))
+    away = box((50, 55), (30, 45), (2, 9))
+    assert "% of the infection lies outside" in warnings_of(segmented(infection=away))
+    front = np.where(RIGHT_LUNG | LEFT_LUNG, -850.0, 40.0)
+    front[5:10, 38:42] = 700.0
+    assert "front and back" in warnings_of(segmented(hu=front))
+
+
+def test_a_structure_without_a_model_is_empty() -> None:
+    scan = segmented()
+    alone = SegmentedScan(scan.scan, PREDICTOR, {"lung": scan.packed["lung"]}, scan.profiles, scan.boxes, 0.0)
+    assert not any(slices.infection.any() for slices in iter_slices(alone))
+    assert module.DISCLAIMER.startswith("A research tool")
+
+
+def test_hounsfield_units_of_any_scale() -> None:
+    values = np.array([[[0.0, 51.0, 255.0]]])
+    grid = Grid((1, 1, 3), np.eye(4))
+    np.testing.assert_allclose(Volume(values, "windowed", grid).to_hu()[0, 0], [-1250, -950, 250], atol=1e-3)
+    np.testing.assert_allclose(Volume(values, "windowed", grid).to_hu(0.1)[0, 0], [-1100, -800, 400], atol=1e-3)
+    np.testing.assert_array_equal(Volume(values, "hu", grid).to_hu()[0, 0], [0, 51, 255])
+    assumed = Volume(values, "windowed", grid, (-10.0, 90.0))
+    np.testing.assert_allclose(assumed.to_hu()[0, 0, 0], -1250 + 150, atol=1e-3)
