@@ -76,11 +76,13 @@ def write_scan_page(
 
     Raises:
       InputError: it cannot be written.
-      ValueError: there are no slices, or they differ in shape.
+      ValueError: there are no slices, they differ in shape, or `by_slice` has another number of them.
     """
     if not slices or any(s.shape != slices[0].shape for s in slices):
         raise ValueError(f"expected slices of one shape, found {sorted({s.shape for s in slices})}")
-    scan = report["scan"]
+    scan, by_slice = report["scan"], {key: _finite(values) for key, values in report["by_slice"].items()}
+    if any(len(values) != len(slices) for values in by_slice.values()):
+        raise ValueError(f"expected {len(slices)} values by slice, found {[len(v) for v in by_slice.values()]}")
     size_mm = [float(v) for v in (*pixel_mm[:2], pixel_mm[2] if len(pixel_mm) > 2 else scan["spacing_mm"][2])]
     sampling = choose_sampling(slices)
     layers = [layer for layer in LAYERS if layer.plane != "uncertainty" or slices[0].uncertainty is not None]
@@ -95,20 +97,24 @@ def write_scan_page(
         layers="".join(_layer_switch(layer) for layer in layers),
         last=str(len(slices)),
         shown=_shown_note(slices[0].shape, sampling),
-        bars=_bars(report["by_slice"]["infection_ml"], len(slices)),
-        most=number(max([v or 0 for v in report["by_slice"]["infection_ml"]], default=0), 2, "ml"),
+        bars=_bars(by_slice["infection_ml"]),
+        most=number(max(by_slice["infection_ml"]), 2, "ml"),
         montage=_montage(slices, sampling, size_mm),
         tables=_tables(report),
         notes=_notes(report),
         details=_details(report),
         version=escape(str(report.get("version", ""))),
-        data=json_block(_data(report, slices, sampling, layers, size_mm)),
+        data=json_block(_data(by_slice, slices, sampling, layers, size_mm)),
     )
     write_text(path, text)
 
 
+def _finite(values: Sequence[float | None]) -> list[float]:
+    return [float(v) if v is not None and np.isfinite(v) else 0.0 for v in values]
+
+
 def _data(
-    report: Mapping[str, Any],
+    by_slice: Mapping[str, list[float]],
     slices: Sequence[EncodedSlice],
     sampling: Sampling,
     layers: Sequence[Layer],
@@ -122,7 +128,7 @@ def _data(
         for name, plane in one.planes().items():
             packed.setdefault(name, []).append(_base64(pack(sampling(plane))))
             coronal.setdefault(name, []).append(plane[row, sampling.columns])
-    infection = [float(v or 0) for v in report["by_slice"]["infection_ml"]]
+    infection = by_slice["infection_ml"]
     return {
         "hu": {"lowest": HU_LOWEST, "step": HU_STEP},
         "uncertaintySteps": UNCERTAINTY_STEPS,
@@ -134,7 +140,6 @@ def _data(
         "layers": [layer._asdict() for layer in layers],
         "start": int(np.argmax(infection)) if any(infection) else len(slices) // 2,
         "infection_ml": infection,
-        "lung_ml": [float(v or 0) for v in report["by_slice"]["lung_ml"]],
         "planes": packed,
         "coronal": {name: _base64(pack(np.stack(lines[::-1]))) for name, lines in coronal.items()},
     }
@@ -211,11 +216,10 @@ def _shown_note(shape: tuple[int, int], sampling: Sampling) -> str:
     )
 
 
-def _bars(values: Sequence[float | None], count: int) -> str:
+def _bars(values: Sequence[float]) -> str:
     """SVG path of a bar for each slice, feet below; 100 wide."""
-    heights = [v or 0 for v in values]
-    top = max(heights, default=0) or 1
-    return "".join(f"M0 {count - k - 0.9:g}h{100 * v / top:.1f}v.8H0z" for k, v in enumerate(heights) if v > 0)
+    count, top = len(values), max(values) or 1
+    return "".join(f"M0 {count - k - 0.9:g}h{100 * v / top:.1f}v.8H0z" for k, v in enumerate(values) if v > 0)
 
 
 def write_preview(path: Path, slices: Sequence[EncodedSlice], pixel_mm: Sequence[float]) -> None:
@@ -291,7 +295,8 @@ def _tables(report: Mapping[str, Any]) -> str:
     lobes = report.get("lobes") or {}
     rows += [(str(key), values) for key, values in lobes.items() if isinstance(values, Mapping)]
     body = "".join(_region_row(name, values) for name, values in rows)
-    head = "<tr><th>Region</th><td>Lung, ml</td><td>Infection, ml</td><td>Involved, %</td><td>Grade</td></tr>"
+    titles = ("Region", "Lung, ml", "Infection, ml", "Involved, %", "Grade")
+    head = "".join(f'<th scope="col">{title}</th>' for title in titles)
     facts = [
         ("Ground glass", number(infection["ground_glass_ml"], 1, "ml")),
         (_consolidation(infection), number(infection["consolidation_ml"], 1, "ml")),
@@ -303,7 +308,7 @@ def _tables(report: Mapping[str, Any]) -> str:
         facts.append(("Score, sum over the lobes", f"{number(lobes['score'])} of 25"))
     listed = "".join(table_row([escape(name), value]) for name, value in facts)
     return (
-        f'<table class="numbers"><caption>Involvement by region</caption><thead>{head}</thead>'
+        f'<table class="numbers"><caption>Involvement by region</caption><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table>"
         f'<table class="numbers"><caption>Infection</caption><tbody>{listed}</tbody></table>'
     )

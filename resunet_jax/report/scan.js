@@ -133,15 +133,14 @@
     event.preventDefault();
   }
 
-  let turned = 0; // a trackpad sends many small turns
+  let turned = 0; // a notch of a wheel is one slice; a trackpad sends many small turns
   function onWheel(event) {
     if (event.ctrlKey) return; // zoom of the browser
     event.preventDefault();
     turned += event.deltaMode ? 40 * event.deltaY : event.deltaY;
-    const steps = Math.trunc(turned / 40);
-    if (!steps) return;
+    if (Math.abs(turned) < 40) return;
+    show(state.k - Math.sign(turned));
     turned = 0;
-    show(state.k - Math.sign(steps) * Math.min(3, Math.abs(steps) > 5 ? 1 : Math.abs(steps)));
   }
 
   function onPoint(event) {

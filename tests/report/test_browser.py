@@ -131,7 +131,7 @@ def test_the_wheel_and_a_click_change_the_slice(scan: Any) -> None:
 
     origin = ScrollOrigin.from_element(scan.find_element("id", "axial"))
     ActionChains(scan).scroll_from_origin(origin, 0, 120).perform()
-    wait(lambda: drawn(scan) < 20)
+    wait(lambda: drawn(scan) == 19)
     for part in ("bars", "coronal"):
         box = scan.find_element("id", part)
         ActionChains(scan).move_to_element_with_offset(box, 0, -box.size["height"] // 2 + 3).click().perform()

@@ -113,7 +113,7 @@ def test_a_noisy_scan_of_300_slices_stays_below_15_mb(tmp_path: Path) -> None:
     slices = encode_slices(**arrays)
     sampling = choose_sampling(slices * 5)
     assert len(sampling.columns) >= 256
-    write_scan_page(tmp_path / "a.html", example_report(slices=300), (slices * 5)[::10], (0.8, 0.8))
+    write_scan_page(tmp_path / "a.html", example_report(slices=30), (slices * 5)[::10], (0.8, 0.8))
     html = (tmp_path / "a.html").read_text(encoding="utf-8")
     montage = len(html) - len(json.dumps(data_of(html)["planes"]))
     packed = sum(len(pack(sampling(p))) for s in slices[::5] for p in s.planes().values()) / 12
@@ -186,5 +186,7 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         encode_slices(arrays["hu"], arrays["lung"] + 1, arrays["infection"])
     with pytest.raises(ValueError, match="one shape"):
         write_scan_page(tmp_path / "a.html", example_report(), [], (1, 1))
+    with pytest.raises(ValueError, match="by slice"):
+        write_scan_page(tmp_path / "a.html", example_report(slices=3), example_slices(), (1, 1))
     with pytest.raises(InputError, match="cannot be written"):
         write_scan_page(tmp_path / "none" / "a.html", example_report(), example_slices(), (1, 1))
