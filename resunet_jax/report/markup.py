@@ -12,6 +12,7 @@ from typing import Any
 
 DISCLAIMER = "A research tool, not a medical device. Not for diagnosis or treatment."
 DASH = "–"
+_SAFE = str.maketrans("&<>", ",.:")
 
 
 def number(value: object, digits: int = 0, unit: str = "") -> str:
@@ -30,6 +31,11 @@ def json_block(value: object) -> str:
     """
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def to_base85(data: bytes) -> str:
+    """Bytes as text that JSON and HTML leave as it is: RFC 1924, with & < > replaced; a tenth shorter than base64."""
+    return base64.b85encode(data).decode().translate(_SAFE)
 
 
 def table_row(cells: Sequence[str], header: str = "th") -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from resunet_jax.files import atomic_file, write_text
-from resunet_jax.report.markup import fill_page, items, json_block, number, table_row
+from resunet_jax.report.markup import fill_page, items, json_block, number, table_row, to_base85
 from resunet_jax.report.slices import (
     HU_LOWEST,
     HU_STEP,
@@ -120,13 +120,13 @@ def _data(
     layers: Sequence[Layer],
     size_mm: Sequence[float],
 ) -> dict[str, Any]:
-    """What the page's script reads; planes are base64 of `pack`."""
+    """What the page's script reads; planes are base 85 of `pack`."""
     packed: dict[str, list[str]] = {}
     coronal: dict[str, list[Bytes2D]] = {}
     row = _coronal_row(slices, sampling)
     for one in slices:
         for name, plane in one.planes().items():
-            packed.setdefault(name, []).append(_base64(pack(sampling(plane))))
+            packed.setdefault(name, []).append(to_base85(pack(sampling(plane))))
             coronal.setdefault(name, []).append(plane[row, sampling.columns])
     infection = by_slice["infection_ml"]
     return {
@@ -141,12 +141,8 @@ def _data(
         "start": int(np.argmax(infection)) if any(infection) else len(slices) // 2,
         "infection_ml": infection,
         "planes": packed,
-        "coronal": {name: _base64(pack(np.stack(lines[::-1]))) for name, lines in coronal.items()},
+        "coronal": {name: to_base85(pack(np.stack(lines[::-1]))) for name, lines in coronal.items()},
     }
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
 
 
 def _step(positions: Any) -> float:
@@ -256,8 +252,9 @@ def _montage(slices: Sequence[EncodedSlice], sampling: Sampling, size_mm: Sequen
     image, label = _draw_montage(slices, sampling, size_mm)
     buffer = io.BytesIO()
     image.save(buffer, "png", optimize=True)
+    source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return (
-        f'<figure><img src="data:image/png;base64,{_base64(buffer.getvalue())}" width="{image.width}" '
+        f'<figure><img src="{source}" width="{image.width}" '
         f'height="{image.height}" alt="{label}, lung window, with the contours of lungs and infection">'
         f"<figcaption>{label}, from the head to the feet; lung window.</figcaption></figure>"
     )

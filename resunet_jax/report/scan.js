@@ -1,5 +1,5 @@
 "use strict";
-// The viewer. Planes are zlib of residuals (see slices.py); a decoded slice is {ct, masks, uncertainty?}, one byte a pixel.
+// The viewer. Planes are base 85 of zlib of residuals (see slices.py); a decoded slice is {ct, masks, uncertainty?}, one byte a pixel.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const get = (id) => document.getElementById(id);
@@ -13,9 +13,21 @@
   const cache = new Map();
   let overview = null, shown = null;
 
+  const digits = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%,()*+-;.=:?@^_`{|}~";
+  const digit = Uint8Array.from({ length: 128 }, (_, code) => Math.max(0, digits.indexOf(String.fromCharCode(code))));
+
+  function fromBase85(text) {
+    const out = new Uint8Array(Math.floor(4 * text.length / 5));
+    for (let i = 0, o = 0; i < text.length; i += 5, o += 4) {
+      let value = 0;
+      for (let j = i; j < i + 5; j++) value = 85 * value + (j < text.length ? digit[text.charCodeAt(j)] : 84);
+      for (let j = 0; j < 4; j++) out[o + j] = value >>> (24 - 8 * j);
+    }
+    return out;
+  }
+
   async function decode(text, height, width) {
-    const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+    const stream = new Blob([fromBase85(text)]).stream().pipeThrough(new DecompressionStream("deflate"));
     const out = new Uint8Array(await new Response(stream).arrayBuffer());
     for (let r = 0, i = 0; r < height; r++) {
       for (let c = 0; c < width; c++, i++) { // median edge detector
