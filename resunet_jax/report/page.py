@@ -60,7 +60,7 @@ LAYERS = (
 )
 _TILES = 12
 _TILE_WIDTH = 200
-_GREYS = 64
+_GREYS = 48
 
 
 def write_scan_page(
@@ -331,7 +331,7 @@ def _lesions(volumes: Sequence[float]) -> str:
 
 
 def _notes(report: Mapping[str, Any]) -> str:
-    return items([*report.get("notes", ()), "Left and right follow the header of the scan."])
+    return items(list(dict.fromkeys([*report.get("notes", ()), "Left and right follow the header of the scan."])))
 
 
 def _details(report: Mapping[str, Any]) -> str:

@@ -174,6 +174,7 @@
     const across = columns * column * perColumn;
     axial.style.aspectRatio = `${across} / ${rows * row * perRow}`;
     coronal.style.aspectRatio = `${across} / ${count * slice}`;
+    coronal.style.width = `min(100%, ${420 * across / (count * slice)}px)`; // not higher than 420
     document.addEventListener("keydown", onKey);
     axial.parentElement.addEventListener("wheel", onWheel, { passive: false });
     coronal.parentElement.addEventListener("wheel", onWheel, { passive: false });

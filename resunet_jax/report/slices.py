@@ -151,7 +151,7 @@ def pack(plane: Bytes2D) -> bytes:
     low, high = np.minimum(left, above), np.maximum(left, above)
     guess = np.where(corner >= high, low, np.where(corner <= low, high, left + above - corner))
     residuals = ((plane - guess) & 255).astype(np.uint8).tobytes()
-    return min((_deflate(residuals, s) for s in (zlib.Z_FILTERED, zlib.Z_HUFFMAN_ONLY)), key=len)
+    return min((_deflate(residuals, s) for s in (zlib.Z_FILTERED, zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE)), key=len)
 
 
 def _deflate(data: bytes, strategy: int) -> bytes:
