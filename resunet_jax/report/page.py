@@ -84,14 +84,23 @@ def write_scan_page(
     if any(len(values) != len(slices) for values in by_slice.values()):
         raise ValueError(f"expected {len(slices)} values by slice, found {[len(v) for v in by_slice.values()]}")
     size_mm = [float(v) for v in (*pixel_mm[:2], pixel_mm[2] if len(pixel_mm) > 2 else scan["spacing_mm"][2])]
+    write_text(path, _page(report, by_slice, slices, size_mm))
+
+
+def _page(
+    report: Mapping[str, Any],
+    by_slice: Mapping[str, list[float]],
+    slices: Sequence[EncodedSlice],
+    size_mm: Sequence[float],
+) -> str:
     sampling = choose_sampling(slices)
     layers = [layer for layer in LAYERS if layer.plane != "uncertainty" or slices[0].uncertainty is not None]
     variables = "".join(f"--{layer.id}:rgb{layer.color};" for layer in LAYERS)
-    text = fill_page(
+    return fill_page(
         "scan",
         style=f":root{{{variables}}}\n",
-        name=escape(str(scan["name"])),
-        scan=_scan_line(scan),
+        name=escape(str(report["scan"]["name"])),
+        scan=_scan_line(report["scan"]),
         warnings=_warnings(report),
         figures=_figures(report),
         layers="".join(_layer_switch(layer) for layer in layers),
@@ -106,7 +115,6 @@ def write_scan_page(
         version=escape(str(report.get("version", ""))),
         data=json_block(_data(by_slice, slices, sampling, layers, size_mm)),
     )
-    write_text(path, text)
 
 
 def _finite(values: Sequence[float | None]) -> list[float]:
