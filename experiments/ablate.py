@@ -34,7 +34,14 @@ def main() -> None:
 
     workdir = settings.path("workdir")
     summary = ablate(
-        Study(settings.path("data_dir"), workdir, settings.path("cache_dir"), stop_signals(), load_plugins()),
+        Study(
+            settings.path("data_dir"),
+            workdir,
+            settings.path("cache_dir"),
+            stop_signals(),
+            load_plugins(),
+            assumed=settings.assumption(),
+        ),
         find_variants(FLAGS.variants),
         changes=settings.changes_from_flags(),
         seeds=_seeds(),

@@ -14,7 +14,7 @@ from resunet_jax.data.cases import KNOWN_CASES
 from resunet_jax.data.validate import DataCheck, check_data
 
 FLAGS = flags.FLAGS
-settings.define_data_flag()
+settings.define_data_flags()
 flags.DEFINE_bool("json", False, "Prints JSON instead: {cases, findings, missing, is_complete, can_train}.")
 flags.adopt_module_key_flags(settings)  # so that --help shows them
 
@@ -23,7 +23,7 @@ def main() -> None:
     """Checks by the flags."""
     from resunet_jax.plugins import load_plugins
 
-    check = check_data(settings.path("data_dir"), load_plugins().readers)
+    check = check_data(settings.path("data_dir"), load_plugins().readers, assumed=settings.assumption())
     if FLAGS.json:
         print(json.dumps(check.to_dict(), indent=2))
     else:

@@ -26,7 +26,14 @@ def main() -> None:
 
     workdir, changes = settings.path("workdir"), settings.changes_from_flags()
     results = cross_validate(
-        Study(settings.path("data_dir"), workdir, settings.path("cache_dir"), stop_signals(), load_plugins()),
+        Study(
+            settings.path("data_dir"),
+            workdir,
+            settings.path("cache_dir"),
+            stop_signals(),
+            load_plugins(),
+            assumed=settings.assumption(),
+        ),
         Variant(FLAGS.recipe, FLAGS.recipe),
         protocol=FLAGS.protocol,
         changes=changes,

@@ -11,7 +11,7 @@ from common.run import run
 from resunet_jax.metrics.overlap import TOLERANCE_MM
 
 FLAGS = flags.FLAGS
-settings.define_data_flag()
+settings.define_data_flags()
 settings.define_path("output_dir", "Gets metrics.json, volumes.csv, slices.csv and figures.", required=True)
 settings.define_model_flags()
 flags.DEFINE_enum("split", "test", ["train", "val", "test", "all"], "Which subset of the split to evaluate.")
@@ -36,6 +36,7 @@ def main() -> None:
         split_file=settings.optional_path("split_file"),
         output_dir=output_dir,
         tolerance_mm={structure: getattr(FLAGS, f"{structure}_tolerance_mm") for structure in TOLERANCE_MM},
+        assumed=settings.assumption(),
         **settings.model_arguments(),
         **load_plugins().for_evaluation,
     )

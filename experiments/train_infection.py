@@ -41,6 +41,7 @@ def main() -> None:
         split=settings.split_request(),
         devices=devices,
         should_stop=stop_signals(),
+        assumed=settings.assumption(),
         lung_checkpoint=settings.optional_path("lung_checkpoint"),
         **load_plugins().for_training,
     )

@@ -30,6 +30,7 @@ def main() -> None:
         split=settings.split_request(),
         devices=devices,
         should_stop=stop_signals(),
+        assumed=settings.assumption(),
         **load_plugins().for_training,
     )
 

@@ -23,21 +23,21 @@ from tests.conftest import COMPILE_FAST, ROOT, TINY, TINY_FLAGS, Trained, run_sc
 
 TRAINING = (
     "recipe set image_size batch_size filters epochs learning_rate seed loss split_seed split_file normalization "
-    "patience patch_grid patch_factor data_dir workdir cache_dir protocol fold allow_missing dtype remat "
+    "patience patch_grid patch_factor data_dir assume workdir cache_dir protocol fold allow_missing dtype remat "
     "accumulate_steps compilation_cache_dir"
 )
 MODELS = "lung_checkpoint infection_checkpoint threshold min_component_fraction smallest_region"
 FLAGS_OF = {
     "train_lung": TRAINING,
     "train_infection": f"{TRAINING} lung_checkpoint ct_only",
-    "evaluate": f"{MODELS} data_dir output_dir split split_file cache_dir infection_tolerance_mm",
+    "evaluate": f"{MODELS} data_dir assume output_dir split split_file cache_dir infection_tolerance_mm",
     "predict": f"{MODELS} input output_dir probabilities report multilabel lobes gate assume compilation_cache_dir",
     "train_pretrained": "data_dir workdir output_dir cache_dir",
     "info": "",
-    "cross_validate": "data_dir workdir cache_dir protocol allow_missing filters epochs",
-    "ablate": "data_dir workdir cache_dir protocol split_files rows seeds set filters epochs",
+    "cross_validate": "data_dir assume workdir cache_dir protocol allow_missing filters epochs",
+    "ablate": "data_dir assume workdir cache_dir protocol split_files rows seeds set filters epochs",
     "convert_torch": "task input output_dir output_file",
-    "check_data": "data_dir json",
+    "check_data": "data_dir json assume",
     "make_phantom": "output_dir seed small volumes",
     "quickstart": "output_dir epochs small compilation_cache_dir",
     "benchmark": "suite rounds json",

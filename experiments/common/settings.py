@@ -69,9 +69,19 @@ def _define_field(field: str) -> None:
         flags.DEFINE_alias(_ALIASES[name], name)
 
 
-def define_data_flag() -> None:
-    """--data_dir."""
+def define_data_flags() -> None:
+    """--data_dir and --assume."""
     define_path("data_dir", "Folder of the data set, in Kaggle's or Zenodo's layout.", required=True)
+    flags.DEFINE_string(
+        "assume", None, "What the scans' values are: hu, or window:LOW,HIGH in HU for 0..255; by default judged."
+    )
+
+
+def assumption() -> tuple[float, float] | None:
+    """What --assume says, for `open_scan`."""
+    from resunet_jax.data.intensity import parse_assumption
+
+    return parse_assumption(flags.FLAGS.assume) if flags.FLAGS.assume else None
 
 
 def define_cache_flags() -> None:
@@ -103,7 +113,7 @@ def define_recipe_flags() -> None:
 
 def define_training_flags() -> None:
     """Flags of every script that trains: what of a recipe is to be different."""
-    define_data_flag()
+    define_data_flags()
     define_path("workdir", "Folder of this run; the same command resumes it.", required=True)
     for field in _FLAGGED:
         if field != "train.seed":

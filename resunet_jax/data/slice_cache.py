@@ -1,7 +1,8 @@
 """The preprocessed cache: each volume read once; cropped, resized slices memory-mapped from disk.
 
 A scan's slices lie in a folder of their own whose name is a digest of everything that made them: the content of its
-files, the settings, and the version of this module. The folder is written atomically.
+files, the settings, what their values are assumed to be, and the version of this module. The folder is written
+atomically.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,11 +36,12 @@ class PreparedCase:
 
     Attributes:
       case: where they come from.
-      digest: of the content of its files and the settings.
+      digest: of the content of its files, the settings, and what its values were assumed to be.
       images: float32 (slices, S, S) in [0, 1].
       boxes: int32 (slices, 4): row, column, height, width of each crop in its slice, in pixels.
       lung: uint8 (slices, S, S), 1 in either lung.
       infection: uint8 (slices, S, S), or None where the case has no infection mask.
+      assumed: what its values were taken to be, see `open_scan`; None where they were judged.
     """
 
     case: Case
@@ -47,10 +50,16 @@ class PreparedCase:
     boxes: npt.NDArray[np.int32]
     lung: npt.NDArray[np.uint8]
     infection: npt.NDArray[np.uint8] | None
+    assumed: tuple[float, float] | None = None
 
 
 def prepare_cases(
-    cases: Sequence[Case], config: PreprocessConfig, cache_dir: Path, readers: Mapping[str, Reader] = READERS
+    cases: Sequence[Case],
+    config: PreprocessConfig,
+    cache_dir: Path,
+    readers: Mapping[str, Reader] = READERS,
+    *,
+    assumed: tuple[float, float] | None = None,
 ) -> list[PreparedCase]:
     """Opens the slices of each case, preparing first what is not in the cache.
 
@@ -59,6 +68,7 @@ def prepare_cases(
       config: how to prepare them.
       cache_dir: created where it is missing. It may be deleted at any time between runs.
       readers: the table of formats.
+      assumed: see `open_scan`; slices made by another assumption are not taken.
 
     Raises:
       InputError: a scan or mask is bad, or the cache cannot be written.
@@ -66,28 +76,52 @@ def prepare_cases(
     make_output_dir(cache_dir)
     with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1)) as executor:
         try:
-            folders = [cache_dir / name for name in executor.map(lambda case: _digest(case, config, readers), cases)]
+            names = executor.map(lambda case: _digest(case, config, readers, assumed), cases)
+            folders = [cache_dir / name for name in names]
             missing = [(case, folder) for case, folder in zip(cases, folders, strict=True) if not folder.is_dir()]
             if missing:
                 with progress("preparing scans", len(missing)) as advance:
-                    for case_id in executor.map(lambda pair: _build(pair[0], pair[1], config, readers), missing):
+                    built = executor.map(lambda pair: _build(pair[0], pair[1], config, readers, assumed), missing)
+                    for case_id in built:
                         advance(case_id)
         finally:
             executor.shutdown(cancel_futures=True)
-    return [_open(case, folder) for case, folder in zip(cases, folders, strict=True)]
+    return [_open(case, folder, assumed) for case, folder in zip(cases, folders, strict=True)]
 
 
-def _digest(case: Case, config: PreprocessConfig, readers: Mapping[str, Reader]) -> str:
+def content_digests(
+    cases: Sequence[Case], readers: Mapping[str, Reader] = READERS, *, assumed: tuple[float, float] | None = None
+) -> dict[str, str]:
+    """By case, a digest of the content of its files and of what their values are assumed to be.
+
+    Raises:
+      InputError: a file cannot be read.
+    """
+    with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1)) as executor:
+        return dict(executor.map(lambda case: (case.id, _short_digest([assumed], case, readers)), cases))
+
+
+def _digest(
+    case: Case, config: PreprocessConfig, readers: Mapping[str, Reader], assumed: tuple[float, float] | None
+) -> str:
+    settings = [_FORMAT, dataclasses.asdict(config), *([] if assumed is None else [assumed])]
+    return f"{case.id}-{_short_digest(settings, case, readers)}"
+
+
+def _short_digest(settings: Sequence[Any], case: Case, readers: Mapping[str, Reader]) -> str:
     files = (case.ct, case.lung_mask, case.infection_mask)
-    key = [
-        json.dumps([_FORMAT, dataclasses.asdict(config)]),
-        *("none" if path is None else digest(path, readers) for path in files),
-    ]
-    return f"{case.id}-{hashlib.sha256(' '.join(key).encode()).hexdigest()[:24]}"
+    key = [json.dumps(settings), *("none" if path is None else digest(path, readers) for path in files)]
+    return hashlib.sha256(" ".join(key).encode()).hexdigest()[:24]
 
 
-def _build(case: Case, folder: Path, config: PreprocessConfig, readers: Mapping[str, Reader]) -> str:
-    volume = read_volume(case.ct, readers, physical=config.is_physical)
+def _build(
+    case: Case,
+    folder: Path,
+    config: PreprocessConfig,
+    readers: Mapping[str, Reader],
+    assumed: tuple[float, float] | None,
+) -> str:
+    volume = read_volume(case.ct, readers, assumed=assumed, physical=config.is_physical)
     masks = {"lung": case.lung_mask, "infection": case.infection_mask}
     # Masks are read before the slow part, so that a bad one is reported at once.
     labels = {name: read_mask(path, case.ct, volume.grid, readers) for name, path in masks.items() if path is not None}
@@ -100,7 +134,7 @@ def _build(case: Case, folder: Path, config: PreprocessConfig, readers: Mapping[
     return case.id
 
 
-def _open(case: Case, folder: Path) -> PreparedCase:
+def _open(case: Case, folder: Path, assumed: tuple[float, float] | None) -> PreparedCase:
     try:
         images, boxes, lung = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "boxes", "lung"))
         infection = np.load(folder / "infection.npy", mmap_mode="r") if case.infection_mask else None
@@ -116,4 +150,4 @@ def _open(case: Case, folder: Path) -> PreparedCase:
             raise ValueError("arrays of other shapes")
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{folder}: damaged ({error}); delete this folder, it will be made again") from error
-    return PreparedCase(case, folder.name, images, boxes, lung, infection)
+    return PreparedCase(case, folder.name, images, boxes, lung, infection, assumed)

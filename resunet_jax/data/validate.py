@@ -76,7 +76,7 @@ class CaseSummary:
       spacing_mm: along (posterior, left, superior).
       axes: codes of the file's axes.
       codes: sform and qform code; None where the format has none.
-      intensity_scale: "hu" or "windowed".
+      intensity_scale: "hu", "windowed", or "assumed" where it was not judged.
       low: smallest value of the scan.
       high: largest value.
       air_hu: air around the patient, taking 0..255 to be `HU_WINDOW`; None for a scan in HU, or where none is seen.
@@ -141,12 +141,15 @@ class _Examined:
     digests: dict[str, str]
 
 
-def check_data(data_dir: Path, readers: Mapping[str, Reader] = READERS) -> DataCheck:
+def check_data(
+    data_dir: Path, readers: Mapping[str, Reader] = READERS, *, assumed: tuple[float, float] | None = None
+) -> DataCheck:
     """Reads every scan and mask of a folder, one after another, and lists what is wrong.
 
     Args:
       data_dir: as for `find_cases`.
       readers: the table of formats.
+      assumed: what the scans' values are, see `open_scan`; by default each is judged.
 
     Raises:
       InputError: nothing can be listed: no such folder, no scan in it, columns missing.
@@ -158,7 +161,7 @@ def check_data(data_dir: Path, readers: Mapping[str, Reader] = READERS) -> DataC
         try:
             with progress("checking scans", len(cases)) as advance:
                 examined = []
-                for result in executor.map(lambda case: _examine(case, readers), cases):
+                for result in executor.map(lambda case: _examine(case, readers, assumed), cases):
                     examined.append(result)
                     advance("")
         finally:
@@ -197,14 +200,14 @@ def _unused_files(
     return findings
 
 
-def _examine(case: Case, readers: Mapping[str, Reader]) -> _Examined:
+def _examine(case: Case, readers: Mapping[str, Reader], assumed: tuple[float, float] | None) -> _Examined:
     findings: list[Finding] = []
 
     def add_finding(severity: Severity, kind: str, text: str) -> None:
         findings.append(Finding(severity, case.id, kind, text))
 
     try:
-        volume = read_volume(case.ct, readers)
+        volume = read_volume(case.ct, readers, assumed=assumed)
     except InputError as error:
         add_finding("error", "scan", str(error))
         return _Examined(None, findings, {})
@@ -235,7 +238,7 @@ def _examine(case: Case, readers: Mapping[str, Reader]) -> _Examined:
         spacing_mm=volume.grid.spacing_mm,
         axes="".join(nib.aff2axcodes(volume.grid.affine)),
         codes=nifti.form_codes(volume.grid),
-        intensity_scale=volume.intensity_scale,
+        intensity_scale=volume.intensity_scale if assumed is None else "assumed",
         low=float(volume.values.min()),
         high=float(volume.values.max()),
         air_hu=air_hu,

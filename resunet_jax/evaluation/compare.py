@@ -135,7 +135,9 @@ def evaluate_cases(
     volumes, slices, model_grid, overlays = [], [], [], []
     with progress("evaluating", len(cases)) as advance:
         for prepared in cases:
-            volume = read_volume(prepared.case.ct, readers, physical=predictor.preprocess.is_physical)
+            volume = read_volume(
+                prepared.case.ct, readers, assumed=prepared.assumed, physical=predictor.preprocess.is_physical
+            )
             probabilities = predictor.scan_probabilities(prepared.images, prepared.boxes, volume.grid)
             for structure in predictor.structures:
                 target = getattr(prepared, structure)

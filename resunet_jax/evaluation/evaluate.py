@@ -35,6 +35,7 @@ def evaluate(
     metrics: Mapping[str, Metric] = METRICS,
     architectures: Mapping[str, Architecture] = ARCHITECTURES,
     readers: Mapping[str, Reader] = READERS,
+    assumed: tuple[float, float] | None = None,
 ) -> Evaluation:
     """Evaluates one or both models of the cascade on a subset of a split.
 
@@ -54,6 +55,7 @@ def evaluate(
       metrics: the table of metrics.
       architectures: the table of models.
       readers: the table of formats.
+      assumed: what the scans' values are, see `open_scan`; by default each is judged.
 
     Raises:
       InputError: models, data or split are not fit for it.
@@ -85,7 +87,7 @@ def evaluate(
         protocol = f"{subset} subset of {splits[0].protocol or 'a split file'}"
     if predictor.infection is not None:
         require_infection_masks(cases)
-    prepared = prepare_cases(cases, predictor.preprocess, cache_dir, readers)
+    prepared = prepare_cases(cases, predictor.preprocess, cache_dir, readers, assumed=assumed)
     return evaluate_cases(
         predictor,
         prepared,

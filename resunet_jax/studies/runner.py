@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from resunet_jax.config import Config, Structure, non_defaults, override, to_dict
-from resunet_jax.data.cases import find_cases, require_infection_masks
+from resunet_jax.data.cases import Case, find_cases, require_infection_masks
+from resunet_jax.data.slice_cache import content_digests
 from resunet_jax.data.splits import NUM_FOLDS, Protocol, Split, SplitRequest, make_split
 from resunet_jax.errors import InputError, LockedError, StoppedError
 from resunet_jax.evaluation.compare import nan_to_none
@@ -31,7 +32,7 @@ from resunet_jax.studies import table
 from resunet_jax.studies.variants import Variant
 from resunet_jax.training.loop import never_stop
 from resunet_jax.training.step import compile_train_step
-from resunet_jax.training.train import train, versions
+from resunet_jax.training.train import check_data_unchanged, train, versions, write_data_record
 
 _MOST_COMPARED = 4  # variants in a picture
 _SECONDS_BETWEEN_LOOKS = 5.0  # at what other processes have done
@@ -91,6 +92,7 @@ class Study:
       tables: of losses, augmentations, architectures, metrics and readers.
       layout: of the workdir.
       sizes: by configs, what `_size` has found.
+      assumed: what the scans' values are, see `open_scan`; by default each is judged.
     """
 
     data_dir: Path
@@ -100,6 +102,7 @@ class Study:
     tables: Tables = dataclasses.field(default_factory=Tables)
     layout: Layout = ABLATION
     sizes: dict[tuple[Config, ...], tuple[int, float]] = dataclasses.field(default_factory=dict)
+    assumed: tuple[float, float] | None = None
 
     def model(self, run: Run, task: Structure) -> Path:
         """The folder of a run's model."""
@@ -127,7 +130,8 @@ def begin_study(
       splits: each is tested on its test cases; without validation cases the model of the last epoch is.
 
     Raises:
-      InputError: data, configs or splits are not fit for it, or the workdir was begun by an older version.
+      InputError: data, configs or splits are not fit for it, or the workdir was begun by an older version, or before a
+        scan or mask of it was changed.
     """
     if len({variant.name for variant in variants}) < len(variants):
         raise InputError(f"two of these variants have one name: {', '.join(variant.name for variant in variants)}")
@@ -148,7 +152,16 @@ def begin_study(
                 trainings = {**configs, "lung": dataclasses.replace(configs["lung"], postprocess=postprocess)}
                 plan.append(Run(variant, seed, request, split, configs, trainings))
     _check_version(study.workdir / "versions.json")
+    _check_data(study, cases, requests)
     return plan
+
+
+def _check_data(study: Study, cases: Sequence[Case], splits: Iterable[Split]) -> None:
+    """Refuses data of which a report may show another state; notes what a new study, or what is new in it, uses."""
+    used = {case_id for split in splits for case_id in (*split.train, *split.val, *split.test)}
+    digests = content_digests([case for case in cases if case.id in used], study.tables.readers, assumed=study.assumed)
+    check_data_unchanged(study.workdir, digests)
+    write_data_record(study.workdir, digests)
 
 
 def _check_version(file: Path) -> None:
@@ -252,6 +265,7 @@ def _run(study: Study, run: Run) -> None:
         infection_checkpoint=study.model(run, "infection") if "infection" in run.configs else None,
         batch_size=lung.train.batch_size,
         min_component_fraction=lung.postprocess.min_component_fraction,
+        assumed=study.assumed,
         **study.tables.for_evaluation,
     )
     shutil.rmtree(report, ignore_errors=True)  # one that is not complete
@@ -285,6 +299,7 @@ def _train(study: Study, run: Run, task: Structure) -> dict[str, float]:
                 split=run.request,
                 lung_checkpoint=study.model(run, "lung") if task == "infection" else None,
                 should_stop=study.should_stop,
+                assumed=study.assumed,
                 **study.tables.for_training,
             )
             seconds = float(np.median([1 / record["steps_per_second"] for record in history]))
@@ -314,9 +329,9 @@ def ablate(
 ) -> dict[str, Any]:
     """Trains and tests variants, see `begin_study` and `run_study`, and compares them with the first one.
 
-    The workdir gets lung/, infection/, reports/, runs.jsonl, versions.json, summary.json, table.md, differences.png,
-    cases.png (Dice of each volume) and comparison.png (a slice of the first variant's best, median and worst volume, by
-    the first seed); the last two show the first four variants.
+    The workdir gets lung/, infection/, reports/, runs.jsonl, versions.json, data.json, summary.json, table.md,
+    differences.png, cases.png (Dice of each volume) and comparison.png (a slice of the first variant's best, median and
+    worst volume, by the first seed); the last two show the first four variants.
 
     Returns:
       what summary.json holds: "rows" (see `summarize_runs`), "seeds", "splits".
@@ -361,7 +376,7 @@ def cross_validate(
     """Trains and tests both models of one variant on every fold, see `begin_study`, `run_study` and `make_split`.
 
     The workdir gets fold_0/ to fold_4/, each with lung/, infection/ and report/, cross_validation.json (the settings),
-    runs.jsonl and versions.json; then summary.json, volumes.csv, boxes.png and volumes.png over all folds.
+    runs.jsonl, versions.json and data.json; then summary.json, volumes.csv, boxes.png and volumes.png over all folds.
 
     Returns:
       what summary.json holds, see `summarize_folds`.

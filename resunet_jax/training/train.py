@@ -69,6 +69,7 @@ def train(
     augmentations: Mapping[str, Augmentation] = AUGMENTATIONS,
     architectures: Mapping[str, Architecture] = ARCHITECTURES,
     readers: Mapping[str, Reader] = READERS,
+    assumed: tuple[float, float] | None = None,
 ) -> History:
     """Trains a model, or resumes from the workdir's latest checkpoint.
 
@@ -85,6 +86,7 @@ def train(
       augmentations: the table of transforms.
       architectures: the table of models.
       readers: the table of formats.
+      assumed: what the scans' values are, see `open_scan`; by default each is judged.
 
     Returns:
       one record per epoch, see `fit`.
@@ -109,8 +111,9 @@ def train(
     config = dataclasses.replace(config, train_patients=_patients(train_cases), val_patients=_patients(val_cases))
     with dir_lock(workdir) if is_primary() else contextlib.nullcontext():
         _check_resumable(workdir, config, chosen)
-        prepared = prepare_cases([*train_cases, *val_cases], config.preprocess, cache_dir, readers)
-        _check_data_unchanged(workdir, prepared)
+        prepared = prepare_cases([*train_cases, *val_cases], config.preprocess, cache_dir, readers, assumed=assumed)
+        digests = {one.case.id: one.digest for one in prepared}
+        check_data_unchanged(workdir, digests)
         train_set, val_set = prepared[: len(train_cases)], prepared[len(train_cases) :]
         train_source = SliceSource(train_set, task.target)
         val_source = SliceSource(val_set, task.target) if val_set else None
@@ -119,7 +122,7 @@ def train(
             logger.info("no validation cases: all epochs are trained, and the last is kept")
         barrier("settings checked")
         if is_primary():
-            _write_settings(workdir, config, chosen, prepared)
+            _write_settings(workdir, config, chosen, digests)
             _plot_inputs(workdir, config, train_set, train_source, task, augmentations, readers)
         history = fit(
             config,
@@ -243,28 +246,45 @@ def _check_resumable(workdir: Path, config: Config, split: Split) -> None:
             raise InputError(f"{workdir} holds a run on another split; choose a new `workdir`")
 
 
-def _check_data_unchanged(workdir: Path, prepared: Sequence[PreparedCase]) -> None:
-    """Refuses to resume over a scan or mask that has changed since the run began."""
-    file = workdir / _DATA_FILE
-    if not file.is_file():
-        return
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-        changed = [one.case.id for one in prepared if before.get(one.case.id) != one.digest]
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{file}: cannot be read ({error}); choose a new `workdir`") from error
+def check_data_unchanged(workdir: Path, digests: Mapping[str, str]) -> None:
+    """Refuses to resume a run or study over a scan or mask that has changed since it began.
+
+    Args:
+      workdir: of the run or study; nothing is compared where `write_data_record` has not written there yet.
+      digests: by case, of all that its slices come from; a case that the record lacks is new, not changed.
+
+    Raises:
+      InputError: one has changed, or the record cannot be read.
+    """
+    before = _read_data_record(workdir)
+    changed = [case_id for case_id, digest in digests.items() if before.get(case_id, digest) != digest]
     if changed:
         raise InputError(
-            f"{workdir}: a scan or mask of {', '.join(changed)} has changed since this run began; restore it, or "
-            "choose a new `workdir`"
+            f"{workdir}: a scan or mask of {', '.join(changed)} has changed since this run began, or `assume` "
+            "has; restore it, or choose a new `workdir`"
         )
 
 
-def _write_settings(workdir: Path, config: Config, split: Split, prepared: Sequence[PreparedCase]) -> None:
+def write_data_record(workdir: Path, digests: Mapping[str, str]) -> None:
+    """Adds digests to data.json, for `check_data_unchanged`; a study may get further cases."""
+    record = {**_read_data_record(workdir), **digests}
+    write_text(workdir / _DATA_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def _read_data_record(workdir: Path) -> dict[str, str]:
+    file = workdir / _DATA_FILE
+    try:
+        record: dict[str, str] = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); choose a new `workdir`") from error
+    return record
+
+
+def _write_settings(workdir: Path, config: Config, split: Split, digests: Mapping[str, str]) -> None:
     make_output_dir(workdir / "figures")
-    digests = {one.case.id: one.digest for one in prepared}
-    for name, values in (("config", to_dict(config)), ("versions", versions()), (_DATA_FILE[:-5], digests)):
+    for name, values in (("config", to_dict(config)), ("versions", versions())):
         write_text(workdir / f"{name}.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    write_data_record(workdir, digests)
     write_split(workdir / "split.json", split)
 
 
@@ -281,9 +301,10 @@ def _plot_inputs(
     roi_file, batch_file = workdir / "figures" / "roi_steps.png", workdir / "figures" / "augmented_batch.png"
     if roi_file.is_file() and batch_file.is_file():
         return
-    by_source = {prepared.case.source: prepared.case for prepared in reversed(train_set)}
+    by_source = {prepared.case.source: prepared for prepared in reversed(train_set)}
     volumes = {
-        case.id: read_volume(case.ct, readers, physical=config.preprocess.is_physical) for case in by_source.values()
+        one.case.id: read_volume(one.case.ct, readers, assumed=one.assumed, physical=config.preprocess.is_physical)
+        for one in by_source.values()
     }
     plots.save_roi_steps(roi_file, volumes, config.preprocess)
     picks = np.random.default_rng(config.train.seed).permutation(len(source))[:8]

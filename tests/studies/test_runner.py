@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +63,7 @@ class Calls:
             if next(self._numbers) == self.kill_at:
                 raise KilledError
             self.trained.append(workdir)
+            assert kwargs["assumed"] == self.arguments.setdefault("assumed", kwargs["assumed"])
             self.arguments |= kwargs
             return [{"step": 3, "steps_per_second": 2.0}]
 
@@ -100,10 +102,10 @@ def ablation(phantom: Path, tmp_path: Path) -> Ablation:
 
     def run(**kwargs: Any) -> dict:
         names = [field.name for field in dataclasses.fields(Study)]
-        study = {name: kwargs.pop(name) for name in names if name in kwargs}
+        study = {"data_dir": phantom, **{name: kwargs.pop(name) for name in names if name in kwargs}}
         values = {"changes": CHANGES, "seeds": [3], "splits": [SplitRequest(tmp_path / "split.json")], **kwargs}
         variants = values.pop("variants", LUNG_ALIKE)
-        return ablate(Study(phantom, tmp_path / "run", tmp_path / "cache", **study), variants, **values)
+        return ablate(Study(workdir=tmp_path / "run", cache_dir=tmp_path / "cache", **study), variants, **values)
 
     return run
 
@@ -268,6 +270,58 @@ def test_studies_of_older_versions_are_refused(
     with pytest.raises(InputError, match=r"begun by resunet_jax 0\.6\.0 or older"):
         cross_validate(study, LUNG_ALIKE[0], protocol="patient_five_fold", changes=CHANGES)
     assert calls.trained == []
+
+
+@pytest.mark.parametrize("changed", ["scan", "mask of a test case", "mask of a training case"])
+@pytest.mark.parametrize("kind", ["ablation", "cross-validation"])
+def test_a_study_whose_data_have_changed_is_not_resumed(
+    ablation: Ablation, calls: Calls, phantom: Path, tmp_path: Path, changed: str, kind: str
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(phantom, data)
+
+    def run() -> dict:
+        if kind == "ablation":
+            return ablation(data_dir=data)
+        study = Study(data, tmp_path / "run", tmp_path / "cache")
+        return cross_validate(study, LUNG_ALIKE[0], protocol="patient_five_fold", changes=CHANGES)
+
+    run()
+    run()  # as it is, it resumes
+    calls.trained.clear()
+    calls.evaluated.clear()
+    case = next(c for c in find_cases(data) if c.id == ("coronacases_003" if "test" in changed else "coronacases_001"))
+    file = case.ct if changed == "scan" else case.lung_mask
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=rf"run: a scan or mask of {case.id} has changed since .*`workdir`") as refused:
+        run()
+    assert "\n" not in str(refused.value)
+    assert (calls.trained, calls.evaluated) == ([], [])
+    content[-1] ^= 1
+    file.write_bytes(content)
+    run()
+
+
+def test_a_study_takes_what_is_assumed_of_its_scans(ablation: Ablation, calls: Calls) -> None:
+    ablation(assumed=(0.0, 255.0), variants=LUNG_ALIKE[:1])
+    assert calls.arguments["assumed"] == (0.0, 255.0)
+    with pytest.raises(InputError, match="has changed since this run began, or `assume` has; restore it"):
+        ablation(variants=LUNG_ALIKE[:1])
+
+
+def test_a_study_takes_further_cases_and_guards_them_too(
+    ablation: Ablation, calls: Calls, phantom: Path, tmp_path: Path
+) -> None:
+    ablation()
+    before = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert sorted(before) == ["coronacases_001", "coronacases_002", "coronacases_003"]
+    (tmp_path / "more.json").write_text(json.dumps({**SPLIT, "test": ["radiopaedia_14_85914_0"]}))
+    ablation(splits=[SplitRequest(tmp_path / "more.json")])
+    after = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert {**after, **before} == after
+    assert set(after) - set(before) == {"radiopaedia_14_85914_0"}
 
 
 def test_what_cannot_be_run_is_told_before_anything_is_trained(

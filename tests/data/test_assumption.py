@@ -1,0 +1,112 @@
+"""Scans in a window that only their owner knows: refused, unless `assume` says what it is, in every command."""
+
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from resunet_jax.config import Config, PreprocessConfig
+from resunet_jax.data.cases import find_cases
+from resunet_jax.data.intensity import parse_assumption
+from resunet_jax.data.slice_cache import prepare_cases
+from resunet_jax.data.splits import SplitRequest
+from resunet_jax.data.validate import check_data
+from resunet_jax.errors import InputError
+from resunet_jax.evaluation.evaluate import evaluate
+from resunet_jax.training.train import train
+from tests.conftest import COMPILE_FAST, TINY, TINY_FLAGS, Trained, run_script
+
+LOW, HIGH = -1000.0, 400.0
+ASSUME = f"window:{LOW:g},{HIGH:g}"
+ASSUMED = parse_assumption(ASSUME)
+CONFIG = PreprocessConfig(image_size=32, normalization="window")
+LEVEL = (HIGH - LOW) / 255 / 1500  # of such a scan, on the scale of the slices
+
+
+@pytest.fixture(scope="module")
+def exported(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The phantom with its scans in Hounsfield units exported to 0..255 over [-1000, 400]; the others are left out."""
+    folder = tmp_path_factory.mktemp("exported") / "data"
+    shutil.copytree(phantom, folder)
+    (folder / "metadata.csv").unlink()
+    for path in folder.rglob("radiopaedia*"):
+        path.unlink()
+    for path in (folder / "ct_scans").iterdir():
+        image = nib.load(path)
+        values = (np.clip(np.asarray(image.dataobj), LOW, HIGH) - LOW) / (HIGH - LOW) * 255
+        nib.save(nib.Nifti1Image(np.rint(values).astype(np.uint8), image.affine), path)
+    return folder
+
+
+def test_slices_are_those_of_the_scan_in_hounsfield_units(exported: Path, phantom: Path, tmp_path: Path) -> None:
+    cases = find_cases(exported)
+    with pytest.raises(InputError, match=r"but not over HU \[-1250, 250\].*`assume`"):
+        prepare_cases(cases, CONFIG, tmp_path)
+    originals = [case for case in find_cases(phantom) if case.source == "coronacases"]
+    expected, found = (
+        prepare_cases(group, CONFIG, tmp_path, assumed=assumed)
+        for group, assumed in ((originals, None), (cases, ASSUMED))
+    )
+    for one, other in zip(expected, found, strict=True):
+        inside = np.maximum(one.images, (LOW + 1250) / 1500)  # what is darker was clipped
+        assert np.abs(inside - other.images).mean() < 1.5 * LEVEL
+        np.testing.assert_array_equal(one.lung, other.lung)
+
+
+def test_slices_of_another_assumption_are_not_taken(exported: Path, tmp_path: Path) -> None:
+    case = find_cases(exported)[:1]
+    assumptions = [ASSUMED, parse_assumption("window:-1000,300"), parse_assumption("hu")]
+    prepared = [prepare_cases(case, CONFIG, tmp_path, assumed=assumed)[0] for assumed in assumptions]
+    assert len({one.digest for one in prepared}) == 3
+    assert not np.array_equal(prepared[0].images, prepared[1].images)
+
+
+def test_a_training_under_another_assumption_is_not_resumed(trained: Trained, tmp_path: Path) -> None:
+    shutil.copytree(trained.lung, tmp_path / "lung")
+    with pytest.raises(InputError, match="has changed since this run began, or `assume` has; restore it, or choose"):
+        train(
+            Config(**TINY),
+            trained.data,
+            tmp_path / "lung",
+            tmp_path / "cache",
+            split=SplitRequest(trained.split_file),
+            assumed=parse_assumption("hu"),
+        )
+
+
+def test_checks_and_evaluates_under_an_assumption(exported: Path, trained: Trained, tmp_path: Path) -> None:
+    assert not check_data(exported).can_train
+    check = check_data(exported, assumed=ASSUMED)
+    assert check.can_train
+    assert {fact.intensity_scale for fact in check.cases} == {"assumed"}
+    assert all(-1000 <= fact.lung_hu <= -700 for fact in check.cases)
+    dice = [
+        evaluate(
+            data, tmp_path / "cache", output_dir=tmp_path, lung_checkpoint=trained.lung, subset="all", assumed=assumed
+        )
+        for data, assumed in ((trained.data, None), (exported, ASSUMED))
+    ]
+    before, after = ({v["case"]: v["dice"] for v in one.volumes if v["structure"] == "lung"} for one in dice)
+    for case_id, value in after.items():
+        assert value == pytest.approx(before[case_id], abs=0.05)
+
+
+def test_each_script_hands_it_on(exported: Path, tmp_path: Path) -> None:
+    data = [f"--data_dir={exported}", f"--cache_dir={tmp_path / 'cache'}"]
+    lung = tmp_path / "lung"
+    runs = {
+        "check_data": data[:1],
+        "train_lung": [*data, *TINY_FLAGS, f"--workdir={lung}", "--epochs=1", "--split_seed=1"],
+        "evaluate": [*data, f"--lung_checkpoint={lung}", f"--output_dir={tmp_path / 'report'}"],
+    }
+    refused = run_script("train_lung", *runs["train_lung"], env=COMPILE_FAST)
+    assert refused.returncode == 2
+    assert "--assume" in refused.stderr
+    for script, flags in runs.items():
+        result = run_script(script, *flags, f"--assume={ASSUME}", env=COMPILE_FAST)
+        assert result.returncode == 0, (script, result.stderr)
+    wrong = run_script("evaluate", *runs["evaluate"], "--assume=window:1", env=COMPILE_FAST)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert wrong.stderr.startswith("error: --assume=window:1: it must be hu, or window:LOW,HIGH")
