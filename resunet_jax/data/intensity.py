@@ -15,8 +15,10 @@ from scipy import ndimage
 from resunet_jax.data.volume import HU_WINDOW, IntensityScale, Volume
 from resunet_jax.errors import InputError
 
-DARKEST_HU = (-1150.0, -720.0)
-"""Where the darkest of air and lung may lie in a scan in Hounsfield units."""
+AIR_HU = (-1100.0, -950.0)
+"""Where air around the patient may lie in a scan in Hounsfield units; it is not moved."""
+DARKEST_HU = (-1100.0, -720.0)
+"""Where the darkest of air and lung may lie in it, if air and lung cannot be told apart (a cropped field of view)."""
 TISSUE_HU = (-200.0, 200.0)
 """Where soft tissue may lie in it, from a patient who is mostly fat to contrast agent."""
 AIR_LEVEL = (17.0, 70.0)
@@ -25,6 +27,8 @@ TISSUE_LEVEL = (165.0, 255.0)
 """Where soft tissue may lie in it."""
 TISSUE_ABOVE_AIR = (138.0, 205.0)
 """By how many levels soft tissue may lie above air: windows of about 1,300 to 1,800 HU."""
+LUNG_LEVEL = (45.0, 140.0)
+"""Where lung may lie in it, if no air can be seen."""
 LUNG_FRACTION = (0.06, 0.6)
 """Where lung may lie between air (0) and soft tissue (1) in a scan in 0..255."""
 
@@ -60,6 +64,17 @@ class Levels(NamedTuple):
     def __str__(self) -> str:
         found = {"air": self.air, "lung": self.lung, "soft tissue": self.tissue}
         return ", ".join(f"{name} " + ("not seen" if x is None else f"at {x:.0f}") for name, x in found.items())
+
+
+def sees_air(levels: Levels) -> bool:
+    """Whether the level around the body is that of air: in a cropped field of view, lung reaches the border.
+
+    It is taken for air where no lung can be seen inside the body.
+    """
+    air, lung, tissue = levels.air, levels.lung, levels.tissue
+    if air is None or tissue is None:
+        return False
+    return lung is None or lung - air > LUNG_FRACTION[0] * (tissue - air)
 
 
 def measure_levels(volume: Volume) -> Levels:
@@ -188,25 +203,25 @@ _REMEDY = (
 
 
 def _require_hu(path: Path, levels: Levels) -> None:
-    dark = [level for level in (levels.air, levels.lung) if level is not None]
-    good = (
-        levels.tissue is not None
-        and TISSUE_HU[0] <= levels.tissue <= TISSUE_HU[1]
-        and dark
-        and DARKEST_HU[0] <= min(dark) <= DARKEST_HU[1]
-    )
-    if not good:
+    air, lung, tissue = levels.air, levels.lung, levels.tissue
+    dark = [level for level in (air, lung) if level is not None]
+    good = tissue is not None and _within(tissue, TISSUE_HU)
+    if not (good and dark and _within(min(dark), AIR_HU if lung is not None and sees_air(levels) else DARKEST_HU)):
         raise InputError(
             f"{path}: not a chest CT in Hounsfield units: {levels}, where air is at -1000, lung near -850 and soft "
             f"tissue near 40; {_REMEDY}"
         )
 
 
+def _within(level: float, bounds: tuple[float, float]) -> bool:
+    return bounds[0] <= level <= bounds[1]
+
+
 def _require_chest(path: Path, levels: Levels) -> None:
     air, lung, tissue = levels.air, levels.lung, levels.tissue
     good = tissue is not None and lung is not None
     if air is not None and lung is not None and tissue is not None:
-        good = LUNG_FRACTION[0] <= (lung - air) / (tissue - air) <= LUNG_FRACTION[1]
+        good = _within((lung - air) / (tissue - air), LUNG_FRACTION)
     if not good:
         raise InputError(f"{path}: no lungs in it: {levels}, and lung lies between the other two; give a chest CT")
 
@@ -214,11 +229,13 @@ def _require_chest(path: Path, levels: Levels) -> None:
 def _require_window(path: Path, levels: Levels) -> None:
     air, lung, tissue = levels.air, levels.lung, levels.tissue
     good = tissue is not None and lung is not None and not levels.clipped
-    good = good and tissue is not None and TISSUE_LEVEL[0] <= tissue <= TISSUE_LEVEL[1]
-    if air is not None and lung is not None and tissue is not None:
-        good = good and AIR_LEVEL[0] <= air <= AIR_LEVEL[1]
-        good = good and TISSUE_ABOVE_AIR[0] <= tissue - air <= TISSUE_ABOVE_AIR[1]
-        good = good and LUNG_FRACTION[0] <= (lung - air) / (tissue - air) <= LUNG_FRACTION[1]
+    good = good and tissue is not None and _within(tissue, TISSUE_LEVEL)
+    if air is not None and lung is not None and tissue is not None and sees_air(levels):
+        good = good and _within(air, AIR_LEVEL)
+        good = good and _within(tissue - air, TISSUE_ABOVE_AIR)
+        good = good and _within((lung - air) / (tissue - air), LUNG_FRACTION)
+    else:
+        good = good and lung is not None and _within(min(lung, lung if air is None else air), LUNG_LEVEL)
     if not good:
         raise InputError(
             f"{path}: 0..255, but not over HU [-1250, 250] or a window near it: {levels}, where air is near 42, lung "

@@ -129,8 +129,7 @@ def _write_case(root: Path, case_id: str, config: PhantomConfig) -> str:
     field_mm = scan.uniform(390, 430)
     spacing = np.array([field_mm / size, field_mm / size, _HEIGHT_MM / slices])
     nearly_free = order % 5 == 1
-    anatomy = _draw_anatomy(person, scan, nearly_free=nearly_free)
-    hu, lung, infection = _render(anatomy, (rows, size, slices), spacing, scan)
+    hu, lung, infection = draw_scan(person, scan, (rows, size, slices), spacing, nearly_free=nearly_free)
     if windowed:
         low, high = HU_WINDOW
         ct = np.rint((np.clip(hu, low, high) - low) / (high - low) * 255).astype(np.uint8)
@@ -225,6 +224,30 @@ def _draw_lesions(rng: np.random.Generator, anatomy: _Anatomy, nearly_free: bool
         hu = rng.uniform(-60, 40) if rng.random() < 0.35 else rng.uniform(-620, -380)
         lesions.append(_Lesion(np.array([x, y, z]), radii, hu))
     return tuple(lesions)
+
+
+def draw_scan(
+    person: np.random.Generator,
+    scan: np.random.Generator,
+    shape: tuple[int, int, int],
+    spacing_mm: Floats,
+    *,
+    nearly_free: bool = False,
+) -> tuple[FloatArray, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """Draws one scan in memory.
+
+    Args:
+      person: decides the anatomy.
+      scan: decides lesions, noise and blur.
+      shape: (rows, columns, slices) about the middle of the chest.
+      spacing_mm: (3,), of columns, rows and slices.
+      nearly_free: whether there is next to no infection.
+
+    Returns:
+      HU, lung labels (0, 1 left, 2 right) and infection (0 or 1), each of that shape, oriented (posterior, left,
+      superior).
+    """
+    return _render(_draw_anatomy(person, scan, nearly_free=nearly_free), shape, spacing_mm, scan)
 
 
 def _render(

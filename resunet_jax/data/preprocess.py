@@ -5,7 +5,7 @@ import numpy.typing as npt
 from scipy.ndimage import binary_fill_holes, gaussian_filter1d
 
 from resunet_jax.config import PreprocessConfig
-from resunet_jax.data.intensity import INSIDE_FIELD
+from resunet_jax.data.intensity import INSIDE_FIELD, measure_levels, sees_air
 from resunet_jax.data.roi import Box, body_mask, bounding_box, crop_resize
 from resunet_jax.data.volume import Array, FloatArray, Scan, Volume, hu_to_window
 
@@ -38,9 +38,11 @@ def air_level(scan: Scan | Volume, config: PreprocessConfig) -> float | None:
       config: separates body from air.
 
     Returns:
-      the level; None where under 1 % of the voxels lie around the body.
+      the level; None where under 1 % of the voxels lie around the body, or what lies there is lung.
     """
     some = scan.sample_slices(_AIR_SLICES)
+    if not sees_air(measure_levels(some)):
+        return None
     counts = np.zeros(round(255 * hu_to_window(config.body_threshold_hu)))
     total = 0
     for k in range(some.values.shape[-1]):

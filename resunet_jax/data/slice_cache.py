@@ -26,7 +26,7 @@ from resunet_jax.errors import InputError
 from resunet_jax.files import atomic_dir, make_output_dir
 from resunet_jax.progress import progress
 
-_FORMAT = 1  # raise it when the same files and settings would give other slices
+_FORMAT = 2  # raise it when the same files and settings would give other slices
 _MAX_WORKERS = 4  # each holds a volume in memory
 
 

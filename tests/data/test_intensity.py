@@ -76,6 +76,7 @@ REFUSED = {
     "[-1024, 600] in 0..255": (lambda hu: exported(hu, -1024, 600), "0..255"),
     "[-1000, 500] in 0..255": (lambda hu: exported(hu, -1000, 500), "0..255"),
     "[-1024, 3071] in 0..255": (lambda hu: exported(hu, -1024, 3071), "0..255"),
+    "[-900, 300] in 0..255": (lambda hu: exported(hu, -900, 300), "0..255"),
     "[-1400, -200] in 0..255": (lambda hu: exported(hu, -1400, -200), "0..255"),
     "a set in [0, 1.05]": (lambda hu: (np.clip(hu, -1250, 250) + 1250) / 1500 * 1.05, "0..255"),
     "a label map": (lambda hu: (hu > -500).astype(np.uint8) * 3, "label map"),
