@@ -9,9 +9,9 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -24,7 +24,9 @@ from resunet_jax.model.build import ARCHITECTURES, TASKS, Architecture, build_mo
 from resunet_jax.model.resunet import Variables
 from resunet_jax.progress import logger
 
-_ATTEMPTS = 5  # to load from a workdir whose training rotates its checkpoints
+_T = TypeVar("_T")
+
+_ATTEMPTS = 5  # to read from a workdir whose training rotates its checkpoints
 
 CHECKPOINTS = "checkpoints"
 """Folder of a workdir that holds its checkpoints, each in a folder with the number of its step."""
@@ -170,21 +172,41 @@ def load_model(path: str | Path, architectures: Mapping[str, Architecture] = ARC
     require_backend()
     if not path.is_dir():
         raise InputError(f"{path}: no such checkpoint folder; train first, or check the path")
-    for attempt in range(1, _ATTEMPTS + 1):
-        folder = path
+    folder = path
+
+    def load() -> LoadedModel:
+        nonlocal folder
+        if (path / CHECKPOINTS).is_dir():
+            folder = best_checkpoint(path)
+        elif not (path / VARIABLES).is_dir():
+            raise InputError(f"{path}: neither a training workdir nor a saved model; it has no {CHECKPOINTS}/")
+        return _load_folder(folder, architectures)
+
+    try:
+        return _read_rotating(path, load)
+    except InputError:
+        raise
+    except Exception as error:  # orbax has no common base for what a damaged folder makes it raise
+        raise _cannot_load(folder, error) from error
+
+
+def _read_rotating(workdir: Path, read: Callable[[], _T]) -> _T:
+    """What `read` returns; again where its training has meanwhile deleted a checkpoint, for it has better ones."""
+    folder = workdir / CHECKPOINTS
+
+    def steps() -> list[int]:
+        return checkpoint_steps(folder) if folder.is_dir() else []
+
+    for _ in range(_ATTEMPTS - 1):
+        before = steps()
         try:
-            if (path / CHECKPOINTS).is_dir():
-                folder = best_checkpoint(path)
-            elif not (path / VARIABLES).is_dir():
-                raise InputError(f"{path}: neither a training workdir nor a saved model; it has no {CHECKPOINTS}/")
-            return _load_folder(folder, architectures)
+            return read()
         except InputError:
             raise
-        except Exception as error:  # orbax has no common base for what a damaged folder makes it raise
-            if attempt < _ATTEMPTS and not folder.is_dir():
-                continue  # a training has just deleted it, for it has a better one
-            raise _cannot_load(folder, error) from error
-    raise AssertionError("unreachable")
+        except Exception:
+            if steps() == before:
+                raise
+    return read()
 
 
 def _cannot_load(folder: Path, error: Exception) -> InputError:
@@ -315,12 +337,19 @@ def load_threshold(path: str | Path) -> float:
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: holds no threshold in (0, 1) ({first_line(error)}); use 0.5") from error
-    if step is not None and (folder / CHECKPOINTS).is_dir() and best_checkpoint(folder).name != str(step):
+    if step is not None and (folder / CHECKPOINTS).is_dir() and _best_name(folder) != str(step):
         raise InputError(
             f"{file}: was chosen for the checkpoint of step {step}, which is not the best any more; resume the "
             "training, which chooses it anew, or use the threshold 0.5"
         )
     return threshold
+
+
+def _best_name(workdir: Path) -> str:
+    try:
+        return _read_rotating(workdir, lambda: best_checkpoint(workdir)).name
+    except (CorruptCheckpointError, OSError) as error:
+        raise _cannot_load(workdir, error) from error
 
 
 def fingerprint(variables: Variables) -> str:

@@ -4,9 +4,12 @@ import functools
 import itertools
 import json
 import shutil
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +19,14 @@ from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TrainConfi
 from resunet_jax.errors import InputError
 from resunet_jax.training.checkpoints import Checkpoints, RestoredState
 from resunet_jax.training.step import TrainState, create_state, make_optimizer
-from resunet_jax.weights.store import fingerprint, load_model, load_threshold, save_model, save_threshold
+from resunet_jax.weights import store
+from resunet_jax.weights.store import (
+    fingerprint,
+    load_model,
+    load_threshold,
+    save_model,
+    save_threshold,
+)
 from tests.conftest import REFERENCE
 
 CONFIG = Config(
@@ -197,6 +207,62 @@ def test_training_of_the_first_version_can_be_used_but_not_resumed(tmp_path: Pat
     assert np.isfinite(logits).all()
     with pytest.raises(InputError, match=r"was written by resunet_jax 0\.1\.0 .* choose a new `workdir`"):
         restore(tmp_path)
+
+
+class Rotating:
+    """A training whose every epoch is the best, and of which only the best and the two latest checkpoints are there."""
+
+    def __init__(self, workdir: Path) -> None:
+        self.workdir, self.history = workdir, []
+        for _ in range(3):
+            self.save()
+
+    def save(self) -> None:
+        number = len(self.history) + 1
+        self.history.append({"epoch": number, "step": number, "val_loss": 1 / number})
+        with Checkpoints(self.workdir) as checkpoints:
+            checkpoints.save(state(number), CONFIG, self.history, None)
+
+
+@pytest.mark.parametrize("moment", ["verify_folder", "_digests", "read_values", "_load_folder", "restore_tree"])
+def test_a_model_is_restored_while_its_training_rotates_the_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Whichever is the best at the moment; what has vanished under the reader is not "damaged"."""
+    training, real = Rotating(tmp_path / "run"), getattr(store, moment)
+    save_threshold(training.workdir, 0.4, 0.8, ["a"])
+
+    def rotate_first(*args: Any) -> Any:
+        with monkeypatch.context() as undisturbed:
+            undisturbed.setattr(store, moment, real)
+            if len(training.history) < 6:
+                for _ in range(3):
+                    training.save()
+        return real(*args)
+
+    monkeypatch.setattr(store, moment, rotate_first)
+    assert fingerprint(load_model(training.workdir).variables) == fingerprint(state(6).variables)
+    del training.history[3:]
+    if moment in ("verify_folder", "_digests", "read_values"):
+        with pytest.raises(InputError, match="which is not the best any more"):
+            load_threshold(training.workdir)
+
+
+def test_a_model_is_restored_again_and_again_beside_its_training(tmp_path: Path) -> None:
+    training, stop = Rotating(tmp_path / "run"), threading.Event()
+
+    def rotate() -> None:
+        while not stop.is_set():
+            training.save()
+
+    with ThreadPoolExecutor(1) as executor:
+        rotating = executor.submit(rotate)
+        try:
+            for _ in range(8):
+                load_model(training.workdir)
+        finally:
+            stop.set()
+        rotating.result()
 
 
 def test_threshold_belongs_to_the_checkpoint_that_it_was_chosen_for(workdir: Path, tmp_path: Path) -> None:
