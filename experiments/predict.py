@@ -35,7 +35,6 @@ flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 def main() -> None:
     """Segments by the flags; continues after a bad scan."""
-    from resunet_jax.data.intensity import parse_assumption
     from resunet_jax.data.readers import find_sources
     from resunet_jax.inference.batch import segment_scans
     from resunet_jax.inference.predictor import load_predictor
@@ -64,7 +63,7 @@ def main() -> None:
         predictor,
         save_probabilities=FLAGS.probabilities,
         readers=tables.readers,
-        assumed=parse_assumption(FLAGS.assume) if FLAGS.assume else None,
+        assumed=settings.assumption(),
         outputs=outputs,
     ):
         results.append(result)

@@ -9,7 +9,7 @@ from absl import flags
 from common import settings
 from common.run import run, stop_signals
 
-settings.define_data_flag()
+settings.define_data_flags()
 settings.define_path("workdir", "Folder of both runs; the same command resumes them.", required=True)
 settings.define_path("output_dir", "Gets the pair, as the package has it; by default pretrained/ in --workdir.")
 settings.define_cache_flags()
@@ -44,6 +44,7 @@ def main() -> None:
             split=SplitRequest(split_file),
             lung_checkpoint=workdir / "lung" if task == "infection" else None,
             should_stop=should_stop,
+            assumed=settings.assumption(),
         )
     folder = settings.optional_path("output_dir") or workdir / "pretrained"
     save_pair(folder, ModelPair(*(load_model(workdir / task) for task in tasks)))
