@@ -43,7 +43,7 @@ def main() -> None:
 
     tables = load_plugins()
     source, output_dir = settings.path("input"), settings.path("output_dir")
-    scans = find_sources(source, tables.readers)
+    scans = find_sources(source, tables.readers, FLAGS.series)
     if output_dir.resolve() == source.resolve():
         raise InputError(f"--output_dir={output_dir} is the input folder; choose another, or masks would become scans")
     check_output_dir(output_dir)

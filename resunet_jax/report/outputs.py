@@ -83,7 +83,7 @@ def _write_report(
     for slices in iter_slices(segmented):
         totals.add(slices, None if lobes is None else lobes[..., slices.start : slices.start + slices.hu.shape[-1]])
         shown.extend(encode_slices(slices.hu, slices.lung, slices.infection))
-    scan = {"name": source.name, "file": source.path.name, "format": "nifti"}
+    scan = {"name": source.name, "file": source.path.name, "format": source.format}
     report = measure(segmented, totals, scan, seconds, consolidation_hu=consolidation_hu)
     write_scan_page(folder / f"{source.name}{PAGE}", report, shown, segmented.scan.grid.spacing_mm)
     write_preview(folder / f"{source.name}{PREVIEW}", shown, segmented.scan.grid.spacing_mm)

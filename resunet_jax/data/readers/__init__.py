@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from resunet_jax.data.intensity import SAMPLED_SLICES, infer_scale
-from resunet_jax.data.readers import nifti
+from resunet_jax.data.readers import dicom, nifti
 from resunet_jax.data.readers.source import Source as Source
 from resunet_jax.data.readers.source import by_suffix, file_digest
 from resunet_jax.data.volume import Array, Grid, Scan, Volume, max_corner_distance_mm
@@ -35,20 +35,29 @@ class Reader(NamedTuple):
     digest: Callable[[Source], str]
 
 
-READERS: dict[str, Reader] = {"nifti": Reader(by_suffix(nifti.SUFFIXES), nifti.open_nifti, file_digest)}
+READERS: dict[str, Reader] = {
+    "nifti": Reader(by_suffix(nifti.SUFFIXES), nifti.open_nifti, file_digest),
+    "dicom": Reader(dicom.find_dicom, dicom.open_dicom, dicom.dicom_digest),
+}
 """By the name of the format."""
 
 
 def list_sources(path: Path, readers: Mapping[str, Reader] = READERS) -> list[Source]:
     """The scans of a file or folder, of any format, in the order of their names."""
-    return sorted((source for reader in readers.values() for source in reader.find(path)), key=lambda s: s.path)
+    found = [source._replace(format=name) for name, reader in readers.items() for source in reader.find(path)]
+    return sorted(found, key=lambda source: (source.path, source.name))
 
 
-def find_sources(path: Path, readers: Mapping[str, Reader] = READERS) -> list[Source]:
+def find_sources(path: Path, readers: Mapping[str, Reader] = READERS, series: str | None = None) -> list[Source]:
     """As `list_sources`, for scans that are to be segmented.
 
+    Args:
+      path: a file or folder.
+      readers: the table of formats.
+      series: name or UID of the only one that is wanted; None for all.
+
     Raises:
-      InputError: nothing there, no scan in it, or two scans of one name, in any case.
+      InputError: nothing there, no scan in it, no such series, or two scans of one name, in any case.
     """
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; check the path")
@@ -56,6 +65,11 @@ def find_sources(path: Path, readers: Mapping[str, Reader] = READERS) -> list[So
     if not sources:
         where = "no scan in it" if path.is_dir() else "not a scan"
         raise InputError(f"{path}: {where}; formats that are read: {', '.join(readers)}; convert it, or check the path")
+    if series is not None:
+        names = [source.name for source in sources]
+        sources = [source for source in sources if series in (source.name, source.series)]
+        if not sources:
+            raise InputError(f"{path}: no `series` {series} in it; there are {', '.join(names)}")
     names = [source.name.casefold() for source in sources]  # file names on macOS and Windows ignore case
     for name in names:
         if names.count(name) > 1:
@@ -79,6 +93,8 @@ def digest(scan: Path | Source, readers: Mapping[str, Reader] = READERS) -> str:
 
 def _resolve(scan: Path | Source, readers: Mapping[str, Reader]) -> tuple[Reader, Source]:
     """The one scan at a path, and its reader."""
+    if isinstance(scan, Source) and scan.format in readers:
+        return readers[scan.format], scan
     path = scan if isinstance(scan, Path) else scan.path
     found = [(reader, source) for reader in readers.values() for source in reader.find(path)]
     if isinstance(scan, Source):

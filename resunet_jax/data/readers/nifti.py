@@ -8,7 +8,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -19,6 +19,7 @@ from nibabel.orientations import OrientationError, io_orientation
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
+from resunet_jax.data.readers.disk import DiskArray
 from resunet_jax.data.readers.source import Source
 from resunet_jax.data.volume import Array, Grid, Scan, max_corner_distance_mm
 from resunet_jax.errors import InputError, first_line
@@ -104,7 +105,7 @@ def nifti_writer(path: Path, dtype: npt.DTypeLike, grid: Grid) -> Iterator[Calla
     header["cal_min"] = header["cal_max"] = header["vox_offset"] = 0
     header.set_slope_inter(1, 0)
     with atomic_file(path) as partial, tempfile.TemporaryFile() as file:
-        array = _DiskArray(file, 0, header.get_data_dtype(), grid.shape)
+        array = DiskArray(file, 0, header.get_data_dtype(), grid.shape)
         file.truncate(array.plane_bytes * grid.shape[2])
 
         def write(start: int, values: Array) -> None:
@@ -136,60 +137,6 @@ def _new_header(grid: Grid) -> Any:
     header = nib.Nifti1Image(np.broadcast_to(np.uint8(0), grid.shape), grid.affine).header
     header.set_xyzt_units("mm")
     return header
-
-
-@dataclasses.dataclass(frozen=True)
-class _DiskArray:
-    """An array in a file, its first axis the fastest, read and written some planes at a time.
-
-    Attributes:
-      file: open for reading, and for writing where it is written.
-      offset: of the first value, in bytes.
-      dtype: of the file.
-      shape: three axes.
-    """
-
-    file: BinaryIO
-    offset: int
-    dtype: np.dtype[Any]
-    shape: tuple[int, int, int]
-
-    @property
-    def plane_bytes(self) -> int:
-        """Of all values at one index of the last axis."""
-        return self.shape[0] * self.shape[1] * self.dtype.itemsize
-
-    def read(self, axis: int, start: int, stop: int) -> Array:
-        """The array from start to stop along an axis."""
-        values: Array = np.empty((*self.shape[:axis], stop - start, *self.shape[axis + 1 :]), self.dtype, order="F")
-        for first, planes, place in self._pieces(axis, start, stop):
-            piece = self._planes(first, planes)
-            values[place] = piece if axis == 2 else piece[(slice(None),) * axis + (slice(start, stop),)]
-        return values
-
-    def write(self, axis: int, start: int, values: Array) -> None:
-        """Overwrites the array from start along an axis."""
-        stop = start + values.shape[axis]
-        for first, planes, place in self._pieces(axis, start, stop):
-            piece = values[place]
-            if axis < 2:
-                piece, inserted = self._planes(first, planes), piece
-                piece[(slice(None),) * axis + (slice(start, stop),)] = inserted
-            self.file.seek(self.offset + first * self.plane_bytes)
-            np.asarray(piece, self.dtype).T.tofile(self.file)
-
-    def _planes(self, first: int, planes: int) -> Array:
-        self.file.seek(self.offset + first * self.plane_bytes)
-        values = np.fromfile(self.file, self.dtype, planes * self.shape[0] * self.shape[1])
-        return values.reshape((*self.shape[:2], planes), order="F")
-
-    def _pieces(self, axis: int, start: int, stop: int) -> Iterator[tuple[int, int, tuple[slice, ...]]]:
-        """Runs of planes of the last axis, by first and number, and their place in the values from start to stop."""
-        begin, end = (start, stop) if axis == 2 else (0, self.shape[2])
-        step = max(1, _CHUNK_BYTES // self.plane_bytes)
-        for first in range(begin, end, step):
-            planes = min(step, end - first)
-            yield first, planes, (slice(None), slice(None), slice(first - begin, first - begin + planes))
 
 
 def _open(path: Path) -> Any:
@@ -246,7 +193,7 @@ def _shape(image: Any) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def _voxels(path: Path, image: Any) -> Iterator[_DiskArray]:
+def _voxels(path: Path, image: Any) -> Iterator[DiskArray]:
     """The voxels as stored, all that the header promises; those of a .nii.gz are unpacked to a temporary file."""
     dtype, offset = image.get_data_dtype(), image.dataobj.offset
     shape: Any = _shape(image)
@@ -256,7 +203,7 @@ def _voxels(path: Path, image: Any) -> Iterator[_DiskArray]:
         raise InputError(f"{path}: its header promises {needed:,} bytes, so the file is cut off; copy it again")
     if not zipped:
         with path.open("rb") as file:
-            yield _DiskArray(file, offset, dtype, shape)
+            yield DiskArray(file, offset, dtype, shape)
         return
     with tempfile.TemporaryFile() as unpacked:
         try:
@@ -271,7 +218,7 @@ def _voxels(path: Path, image: Any) -> Iterator[_DiskArray]:
             raise InputError(f"{path}: its voxels cannot be read ({first_line(error)}); copy it again") from error
         if unpacked.tell() < needed:
             raise InputError(f"{path}: its header promises {needed:,} bytes, so the file is cut off; copy it again")
-        yield _DiskArray(unpacked, offset, dtype, shape)
+        yield DiskArray(unpacked, offset, dtype, shape)
 
 
 def _scaled(values: Array, image: Any) -> Array:

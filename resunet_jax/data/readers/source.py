@@ -13,11 +13,15 @@ class Source(NamedTuple):
       path: file or folder.
       name: without suffix; what is written for the scan is named after it.
       series: which of several scans at this path, or "".
+      members: the files at this path that the scan consists of, where it is not one file.
+      format: in the table of readers; filled in there.
     """
 
     path: Path
     name: str
     series: str = ""
+    members: tuple[str, ...] = ()
+    format: str = ""
 
 
 def by_suffix(suffixes: tuple[str, ...]) -> Callable[[Path], list[Source]]:

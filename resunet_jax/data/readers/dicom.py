@@ -1,0 +1,548 @@
+"""CT series in DICOM: a folder that is searched through, a zip, or a single file; multi-frame too.
+
+Nothing that identifies a patient is read but the pixel data and the geometry; no name, id or date reaches an output.
+"""
+
+import contextlib
+import hashlib
+import io
+import re
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pydicom
+from pydicom.uid import UID
+
+from resunet_jax.data.readers.disk import DiskArray, temporary_file
+from resunet_jax.data.readers.source import Source
+from resunet_jax.data.volume import Array, Grid, Scan
+from resunet_jax.errors import InputError, first_line
+from resunet_jax.progress import logger
+
+SYNTAXES = {
+    "1.2.840.10008.1.2",
+    "1.2.840.10008.1.2.1",
+    "1.2.840.10008.1.2.1.99",
+    "1.2.840.10008.1.2.2",
+    "1.2.840.10008.1.2.4.57",
+    "1.2.840.10008.1.2.4.70",
+    "1.2.840.10008.1.2.4.80",
+    "1.2.840.10008.1.2.4.81",
+    "1.2.840.10008.1.2.4.90",
+    "1.2.840.10008.1.2.4.91",
+    "1.2.840.10008.1.2.5",
+}
+"""Transfer syntaxes that are read: uncompressed, deflated, JPEG lossless, JPEG-LS, JPEG 2000, RLE."""
+
+_SUFFIXES = (".dcm", ".ima", ".dicom")
+_HEADER = [
+    "FrameOfReferenceUID",
+    "ImageOrientationPatient",
+    "ImagePositionPatient",
+    "ImageType",
+    "Modality",
+    "NumberOfFrames",
+    "PerFrameFunctionalGroupsSequence",
+    "PixelSpacing",
+    "BitsStored",
+    "BitsAllocated",
+    "PixelRepresentation",
+    "RescaleIntercept",
+    "RescaleSlope",
+    "Rows",
+    "Columns",
+    "SamplesPerPixel",
+    "SeriesInstanceUID",
+    "SeriesNumber",
+    "SharedFunctionalGroupsSequence",
+    "SliceThickness",
+    "SpacingBetweenSlices",
+]
+_LOCALIZERS = ("LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW")
+_IN_PLANE_MM, _STEP_TOLERANCE = 0.05, 0.02  # of positions: in mm, or as a fraction of the step, whichever is larger
+_LARGEST_SIDE = 8192  # pixels
+_MOST_FILES = 100_000
+_MAX_RATIO = 1032  # of deflate, see its documentation; a compressed slice of a CT is far below
+_LEAST_BYTES = 2**20
+
+
+class _Slice(NamedTuple):
+    """One slice, where it lies and how its values become HU; lengths in mm, in the patient's coordinates of DICOM."""
+
+    member: str
+    frame: int
+    shape: tuple[int, int]
+    position: tuple[float, ...]
+    orientation: tuple[float, ...]
+    spacing: tuple[float, float]
+    thickness: float
+    slope: float
+    intercept: float
+    stored: tuple[int, int]
+
+
+class _Header(NamedTuple):
+    """What is known of one file before its pixels are read."""
+
+    member: str
+    series: str
+    number: str
+    slices: tuple[_Slice, ...]
+
+
+def find_dicom(path: Path) -> list[Source]:
+    """The CT series of a folder, a zip or a file; what is left out is named in the log.
+
+    Raises:
+      InputError: a zip that is damaged or hostile.
+    """
+    container = _Container(path)
+    if not container.is_candidate:
+        return []
+    series: dict[tuple[Any, ...], list[_Header]] = {}
+    unreadable: list[str] = []
+    left_out: Counter[str] = Counter()
+    for member in container.members():
+        header = _read_header(container, member)
+        if isinstance(header, _Header):
+            series.setdefault(_series_key(header), []).append(header)
+        elif header == "unreadable":
+            unreadable.append(member)
+        else:
+            left_out[header] += 1
+    if left_out and (series or unreadable or path.is_file()):
+        what = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
+        logger.info("%s: left out: %s", path, what)
+    if not series:
+        return [Source(path, _stem(path), "", tuple(unreadable))] if unreadable else []
+    names = _names(path, list(series.values()))
+    return [
+        # A damaged file may belong to any series beside it: they are refused, rather than read without it.
+        Source(
+            path, name, headers[0].series, tuple(sorted([*(h.member for h in headers), *_beside(headers, unreadable)]))
+        )
+        for name, headers in zip(names, series.values(), strict=True)
+    ]
+
+
+def dicom_digest(source: Source) -> str:
+    """SHA-256 over the content of all files of a series, whatever they are called."""
+    container = _Container(source.path)
+    with container.opened():
+        parts = sorted(hashlib.sha256(container.read(member)).hexdigest() for member in source.members)
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def open_dicom(source: Source) -> Iterator[Scan]:
+    """Opens a series: values in HU, slices sorted along their normal, the affine from the first to the last position.
+
+    A gantry tilt gives a sheared affine. The voxels lie in a temporary file while the scan is open.
+
+    Raises:
+      InputError: a file is damaged, a slice is missing, doubled or at an uneven step, or its transfer syntax is not
+        read.
+    """
+    container = _Container(source.path)
+    slices: list[_Slice] = []
+    for member in source.members:
+        header = _read_header(container, member)
+        if not isinstance(header, _Header):
+            raise InputError(f"{container.label(member)}: a damaged DICOM file ({header}); export the series again")
+        slices += header.slices
+    slices, affine, notes = _arrange(source.path, slices)
+    dtype = _value_type(slices)
+    rows, columns = slices[0].shape
+    shape = (columns, rows, len(slices))
+    with temporary_file(int(np.prod(shape)) * dtype.itemsize, source.path) as file:
+        array = DiskArray(file, 0, dtype, shape)
+        _decode(container, slices, array)
+        yield Scan(Grid(shape, affine), array.read, array.plane_bytes, notes=notes)
+
+
+class _Container:
+    """The files of a folder, of a zip, or one file; a zip is never unpacked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.is_zip = path.is_file() and path.suffix.lower() == ".zip"
+        self._zip: zipfile.ZipFile | None = None
+
+    @property
+    def is_candidate(self) -> bool:
+        """Whether it may hold DICOM at all."""
+        return self.path.is_dir() or self.is_zip or (self.path.is_file() and _looks_like(self.path.name, self._start()))
+
+    def _start(self) -> bytes:
+        try:
+            with self.path.open("rb") as file:
+                return file.read(132)
+        except OSError:
+            return b""
+
+    def members(self) -> list[str]:
+        """Names of the files that look like DICOM, in order."""
+        if self.path.is_file() and not self.is_zip:
+            return [self.path.name]
+        with self.opened():
+            if self._zip is not None:
+                names = [info.filename for info in _checked(self.path, self._zip)]
+            else:
+                paths = [p for p in self.path.rglob("*") if p.is_file() and not p.name.startswith(".")]
+                names = [p.relative_to(self.path).as_posix() for p in sorted(paths)]
+            return [name for name in names if self._is_dicom(name)]
+
+    def _is_dicom(self, name: str) -> bool:
+        if name.lower().endswith((".nii", ".nii.gz", ".zip")) or Path(name).name.upper() == "DICOMDIR":
+            return False
+        try:
+            return _looks_like(name, self.read(name, 132))
+        except InputError:
+            return name.lower().endswith(_SUFFIXES)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Around several reads of a zip, which is opened once."""
+        if not self.is_zip or self._zip is not None:
+            yield
+            return
+        try:
+            self._zip = zipfile.ZipFile(self.path)
+        except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError, RecursionError) as error:
+            raise InputError(f"{self.path}: cannot be read as a zip ({first_line(error)}); pack it again") from error
+        try:
+            yield
+        finally:
+            self._zip.close()
+            self._zip = None
+
+    def read(self, member: str, size: int = -1) -> bytes:
+        """The first bytes of a file, by default all.
+
+        Raises:
+          InputError: it cannot be read, or is not what the zip says.
+        """
+        try:
+            if not self.is_zip:
+                with self._file(member).open("rb") as file:
+                    return file.read(size)
+            with self.opened():
+                assert self._zip is not None
+                info = self._zip.getinfo(member)
+                with self._zip.open(info) as entry:
+                    # One byte more than it says would be a size that lies.
+                    content = entry.read(info.file_size + 1 if size < 0 else size)
+            if size < 0 and len(content) != info.file_size:
+                raise zipfile.BadZipFile("its size is not what the zip says")
+            return content
+        except InputError:
+            raise
+        except Exception as error:  # zlib, lzma and zipfile raise what they like at damaged content
+            raise InputError(f"{self.label(member)}: cannot be read ({first_line(error)}); export it again") from error
+
+    def size(self, member: str) -> int:
+        """Of a file, in bytes."""
+        if not self.is_zip:
+            return self._file(member).stat().st_size
+        with self.opened():
+            assert self._zip is not None
+            return self._zip.getinfo(member).file_size
+
+    def _file(self, member: str) -> Path:
+        return self.path / member if self.path.is_dir() else self.path
+
+    def label(self, member: str) -> str:
+        """For messages."""
+        return f"{self.path}: {member}" if self.is_zip else str(self._file(member))
+
+
+def _looks_like(name: str, start: bytes) -> bool:
+    return start[128:132] == b"DICM" or (name.lower().endswith(_SUFFIXES) and not Path(name).name.startswith("."))
+
+
+def _checked(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """The files of a zip, after a look at what it says of them.
+
+    Raises:
+      InputError: names that lead out of it, links, encryption, or sizes that no compression reaches.
+    """
+    infos = [info for info in archive.infolist() if not info.is_dir()]
+    if len(infos) > _MOST_FILES:
+        raise InputError(f"{path}: {len(infos)} files in it, at most {_MOST_FILES} are read; give the folder instead")
+    total = path.stat().st_size
+    for info in infos:
+        pieces = re.split(r"[/\\]", info.filename)
+        problem = ""
+        if ".." in pieces or info.filename.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", info.filename):
+            problem = "its name leads out of the zip"
+        elif info.external_attr >> 28 == 0xA:
+            problem = "it is a link"
+        elif info.flag_bits & 1:
+            problem = "it is encrypted"
+        elif info.file_size > _LEAST_BYTES + _MAX_RATIO * info.compress_size or info.compress_size > total:
+            problem = f"{info.file_size} bytes are not in {info.compress_size} compressed ones"
+        if problem:
+            raise InputError(f"{path}: {info.filename!r}: {problem}; pack the series again")
+    if sum(info.compress_size for info in infos) > total:
+        raise InputError(f"{path}: its files overlap; pack the series again")
+    return infos
+
+
+def _dataset(content: bytes, **options: Any) -> pydicom.Dataset:
+    """Parses a file; raises whatever pydicom does at damaged ones. Its warnings are about values that we check."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dataset = pydicom.dcmread(io.BytesIO(content), force=True, **options)
+        list(dataset.iterall())  # values are converted when they are asked for
+        return dataset
+
+
+def _read_header(container: _Container, member: str) -> _Header | str:
+    """The header of a file, or why it is left out: "unreadable", or a kind of picture that is no slice."""
+    try:
+        content = container.read(member)
+        dataset = _dataset(content, stop_before_pixels=True, specific_tags=_HEADER)
+    except Exception:  # pydicom has no common base for what a damaged file makes it raise
+        return "unreadable"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return _header(member, dataset)
+        except Exception:
+            return "unreadable"
+
+
+def _header(member: str, dataset: pydicom.Dataset) -> _Header | str:
+    modality = str(dataset.get("Modality", "")).strip()
+    kinds = [str(kind).upper() for kind in dataset.get("ImageType") or ()]
+    if "Modality" not in dataset and "Rows" not in dataset:
+        return "unreadable" if member.lower().endswith(_SUFFIXES) else "without an image"
+    if modality != "CT":
+        return f"of modality {re.sub('[^A-Z]', '', modality)[:4] or 'unknown'}"
+    if "Rows" not in dataset or int(dataset.get("SamplesPerPixel", 1)) != 1:
+        return "without grey values"
+    if any(word in kind for kind in kinds for word in _LOCALIZERS):
+        return "localizer"
+    uid = str(dataset.get("SeriesInstanceUID") or "")
+    uid = uid if UID(uid).is_valid else ""
+    number = dataset.get("SeriesNumber")
+    slices = tuple(_frames(member, dataset))
+    return _Header(member, uid, "" if number is None else str(int(number)), slices)
+
+
+def _frames(member: str, dataset: pydicom.Dataset) -> Iterator[_Slice]:
+    """The slices of a file; those of a multi-frame file have their geometry in functional groups."""
+    count = int(dataset.get("NumberOfFrames") or 1)
+    groups = dataset.get("PerFrameFunctionalGroupsSequence") or []
+    shared = (dataset.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()])[0]
+    if count > 1 and len(groups) != count:
+        raise ValueError("frames without positions")
+    bits = int(dataset.get("BitsStored") or dataset.BitsAllocated)
+    if not 8 <= bits <= 32:
+        raise ValueError("bits")
+    is_signed = bool(int(dataset.get("PixelRepresentation") or 0))
+    stored = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if is_signed else (0, 2**bits - 1)
+    for frame in range(count):
+        own = groups[frame] if groups else pydicom.Dataset()
+
+        def value(group: str, name: str, own: pydicom.Dataset = own) -> Any:
+            for place in (own, shared):
+                if place.get(group):
+                    found = place[group][0].get(name)
+                    if found is not None:
+                        return found
+            return dataset.get(name)
+
+        spacing = tuple(float(x) for x in value("PixelMeasuresSequence", "PixelSpacing"))
+        thickness = value("PixelMeasuresSequence", "SliceThickness") or dataset.get("SpacingBetweenSlices") or 0
+        slope = value("PixelValueTransformationSequence", "RescaleSlope")
+        intercept = value("PixelValueTransformationSequence", "RescaleIntercept")
+        one = _Slice(
+            member,
+            frame,
+            (int(dataset.Rows), int(dataset.Columns)),
+            tuple(float(x) for x in value("PlanePositionSequence", "ImagePositionPatient")),
+            tuple(float(x) for x in value("PlaneOrientationSequence", "ImageOrientationPatient")),
+            (spacing[0], spacing[1]),
+            float(thickness),
+            1.0 if slope is None else float(slope),
+            0.0 if intercept is None else float(intercept),
+            stored,
+        )
+        numbers = (*one.position, *one.orientation, *one.spacing, one.thickness, one.slope, one.intercept)
+        is_sound = len(one.position) == 3 and len(one.orientation) == 6 and np.isfinite(numbers).all()
+        if (
+            not is_sound
+            or min(one.spacing) <= 0
+            or one.slope == 0
+            or not all(0 < n <= _LARGEST_SIDE for n in one.shape)
+        ):
+            raise ValueError("geometry")
+        yield one
+
+
+def _series_key(header: _Header) -> tuple[Any, ...]:
+    """Equal for the files of one series: its UID, or its folder where it has none, and the geometry of its slices."""
+    one = header.slices[0]
+    geometry = (one.shape, tuple(np.round([*one.orientation, *one.spacing], 3)))
+    # Enhanced files are whole series; two in a folder may only lack UIDs.
+    where = header.series or (f"in {Path(header.member).parent}" if len(header.slices) == 1 else header.member)
+    return (where, geometry)
+
+
+def _beside(headers: Sequence[_Header], unreadable: Iterable[str]) -> list[str]:
+    folders = {Path(header.member).parent for header in headers}
+    return [member for member in unreadable if Path(member).parent in folders]
+
+
+def _stem(path: Path) -> str:
+    return path.name if path.is_dir() else re.sub(r"(?i)\.(zip|dcm|ima|dicom)$", "", path.name)
+
+
+def _names(path: Path, series: Sequence[Sequence[_Header]]) -> list[str]:
+    """A name for each series: of the path, and where there are several, of its folder or its number."""
+    stem = _stem(path.absolute())
+    if len(series) == 1:
+        return [stem]
+    folders = [{Path(header.member).parent.as_posix() for header in headers} for headers in series]
+    alone = [len(f) == 1 and sum(f == other for other in folders) == 1 and f != {"."} for f in folders]
+    numbers = [headers[0].number for headers in series]
+    names = []
+    for headers, folder, is_alone in zip(series, folders, alone, strict=True):
+        number = headers[0].number
+        if is_alone:
+            names.append(re.sub(r"[/\\]", "_", next(iter(folder))))
+        elif number and numbers.count(number) == 1:
+            names.append(f"{stem}_series{number}")
+        else:
+            key = " ".join(sorted(header.member for header in headers)) + headers[0].series
+            names.append(f"{stem}_series{number}{hashlib.sha256(key.encode()).hexdigest()[:8]}")
+    return names
+
+
+def _arrange(path: Path, slices: Sequence[_Slice]) -> tuple[list[_Slice], npt.NDArray[np.float64], tuple[str, ...]]:
+    """Slices from one end to the other, the affine (voxel index to mm, RAS), and what to know about it."""
+    first = slices[0]
+    along_row, along_column = np.array(first.orientation[:3]), np.array(first.orientation[3:])
+    lengths = np.linalg.norm(along_row), np.linalg.norm(along_column)
+    if max(abs(lengths[0] - 1), abs(lengths[1] - 1), abs(along_row @ along_column)) > 1e-2:
+        raise InputError(
+            f"{path}: ImageOrientationPatient {first.orientation} is no pair of directions; export it again"
+        )
+    normal = np.cross(along_row, along_column)
+    ordered = sorted(slices, key=lambda one: float(np.dot(normal, one.position)))
+    positions = np.array([one.position for one in ordered])
+    notes: list[str] = []
+    if len(ordered) == 1:
+        if first.thickness <= 0:
+            raise InputError(
+                f"{path}: one slice without a SliceThickness, so its volume is not known; export it with one"
+            )
+        step = normal * first.thickness
+        notes.append(f"One slice of {first.thickness:g} mm: volumes are approximate.")
+    else:
+        _check_steps(path, positions @ normal, positions)
+        step = (positions[-1] - positions[0]) / (len(ordered) - 1)
+    if np.linalg.norm(np.cross(step, normal)) > 1e-3 * np.linalg.norm(step):
+        notes.append("The gantry was tilted: surface distances are undefined.")
+    affine = np.eye(4)
+    affine[:3, 0], affine[:3, 1] = along_row * first.spacing[1], along_column * first.spacing[0]
+    affine[:3, 2], affine[:3, 3] = step, positions[0]
+    return ordered, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, tuple(notes)
+
+
+def _check_steps(path: Path, heights: npt.NDArray[np.float64], positions: npt.NDArray[np.float64]) -> None:
+    """Refuses missing or doubled slices and uneven steps, with the positions along the normal, in mm."""
+    steps = np.diff(heights)
+    usual = float(np.median(steps))
+    tolerance = max(_IN_PLANE_MM, _STEP_TOLERANCE * usual)
+    pairs = [(f"{low:g}", f"{high:g}", gap) for low, high, gap in zip(heights[:-1], heights[1:], steps, strict=True)]
+    doubled = sorted({low for low, _, gap in pairs if gap < _IN_PLANE_MM})
+    if doubled:
+        raise InputError(
+            f"{path}: several slices at {_some(doubled)} mm: two acquisitions in one series; export one of them alone"
+        )
+    uneven = [f"{low} and {high}" for low, high, gap in pairs if abs(gap - usual) > tolerance]
+    if uneven:
+        raise InputError(
+            f"{path}: slices lie {usual:g} mm apart, but not between {_some(uneven)} mm: slices are missing, or their "
+            "steps are uneven; export the whole series, or resample it"
+        )
+    line = positions[0] + np.linspace(0, 1, len(positions))[:, None] * (positions[-1] - positions[0])
+    worst = int(np.argmax(np.linalg.norm(positions - line, axis=1)))
+    if np.linalg.norm(positions[worst] - line[worst]) > max(tolerance, 0.5):
+        raise InputError(
+            f"{path}: the slice at {heights[worst]:g} mm lies beside the line of the others; export it again"
+        )
+
+
+def _some(values: Sequence[str]) -> str:
+    return ", ".join(values[:4]) + (f" and {len(values) - 4} more" if len(values) > 4 else "")
+
+
+def _value_type(slices: Sequence[_Slice]) -> np.dtype[Any]:
+    """The smallest type that holds all values in HU exactly; float32 where they are not whole."""
+    is_whole = all(one.slope == int(one.slope) and one.intercept == int(one.intercept) for one in slices)
+    ends = [one.slope * end + one.intercept for one in slices for end in one.stored]
+    for kind in (np.int16, np.int32):
+        if is_whole and np.iinfo(kind).min <= min(ends) and max(ends) <= np.iinfo(kind).max:
+            return np.dtype(kind)
+    return np.dtype(np.float32)
+
+
+def _decode(container: _Container, slices: Sequence[_Slice], array: DiskArray) -> None:
+    """Writes all slices in HU, each file decoded once, two at a time."""
+    places: dict[str, list[tuple[int, _Slice]]] = {}
+    for place, one in enumerate(slices):
+        places.setdefault(one.member, []).append((place, one))
+
+    def decode(member: str) -> tuple[str, Array]:
+        return member, _pixels(container, member, [one for _, one in places[member]])
+
+    with container.opened(), ThreadPoolExecutor(1 if container.is_zip else 2) as executor:
+        pending = list(places)
+        for start in range(0, len(pending), 8):
+            for member, frames in executor.map(decode, pending[start : start + 8]):
+                for place, one in places[member]:
+                    values = frames[one.frame] * one.slope + one.intercept
+                    array.write(2, place, values.T[..., None].astype(array.dtype))
+
+
+def _pixels(container: _Container, member: str, slices: Sequence[_Slice]) -> Array:
+    """The stored values of a file, (frames, rows, columns)."""
+    label = container.label(member)
+    try:
+        dataset = _dataset(container.read(member))
+        syntax = UID(str(dataset.file_meta.get("TransferSyntaxUID", "1.2.840.10008.1.2")))
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{label}: a damaged DICOM file ({first_line(error)}); export the series again") from error
+    if str(syntax) not in SYNTAXES:
+        name = syntax.name if syntax.is_valid else "unknown"
+        raise InputError(
+            f"{label}: transfer syntax {name} ({str(syntax)[:64]}) is not read, or has too few bits for HU; export the "
+            "series uncompressed or as JPEG lossless"
+        )
+    rows, columns = slices[0].shape
+    expected = len(slices) * rows * columns
+    if expected > _LEAST_BYTES + _MAX_RATIO * container.size(member):
+        raise InputError(f"{label}: {expected} pixels are not in its {container.size(member)} bytes; export it again")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            values = np.asarray(dataset.pixel_array)
+    except Exception as error:  # each decoder has its own errors
+        raise InputError(
+            f"{label}: its pixels cannot be decoded as {syntax.name} ({first_line(error)}); export the series again"
+        ) from error
+    if values.size != expected or values.dtype.kind not in "iu":
+        raise InputError(f"{label}: its pixels are not the {len(slices)} × {rows} × {columns} of its header")
+    return values.reshape(len(slices), rows, columns)
