@@ -52,6 +52,7 @@ def main() -> None:
     outputs = make_outputs(
         report=FLAGS.report and with_both,
         multilabel=FLAGS.multilabel,
+        dicom_seg=FLAGS.dicom_seg,
         consolidation_hu=FLAGS.consolidation_hu,
         lobes=settings.optional_path("lobes"),
         readers=tables.readers,

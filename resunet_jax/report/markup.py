@@ -16,9 +16,14 @@ _SAFE = str.maketrans("&<>", ",.:")
 
 
 def number(value: object, digits: int = 0, unit: str = "") -> str:
-    """A number with so many decimals and its unit; a dash for None, NaN and what is no number."""
+    """A number with so many decimals and its unit; a dash for None, NaN and what is no number.
+
+    A small one that would round to 0 has as many decimals as show its first digit, up to six.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return DASH
+    if value and abs(value) < 0.5 * 10**-digits:
+        digits = min(6, -math.floor(math.log10(abs(value))))
     text = f"{value:,.{digits}f}".replace(",", "\N{NARROW NO-BREAK SPACE}").replace("-", "\N{MINUS SIGN}")
     return f"{text}\N{NO-BREAK SPACE}{unit}" if unit else text
 

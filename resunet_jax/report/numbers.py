@@ -135,7 +135,8 @@ def measure(
           "consolidation_ml" (below, and from "consolidation_above_hu"), "mean_hu", "lesions" and "lesion_volumes_ml"
           (connected components of at least 0.1 ml, largest first);
         "grade": of both lungs, see `grade`;
-        "involvement": of "left", "right", "upper", "middle", "lower": "percent", "grade", "lung_ml", "infection_ml";
+        "involvement": of "both" lungs, "left", "right", "upper", "middle", "lower" third: "percent", "grade",
+          "lung_ml", "infection_ml" (within the lung mask);
         "by_slice": "lung_ml", "infection_ml", from the lowest slice to the highest;
         "lobes": None, or by label as "involvement", and "score", the sum of the grades: for five lobes the CT severity
           score, 0 to 25;
@@ -222,7 +223,8 @@ def _lesions(segmented: SegmentedScan, voxel_ml: float) -> dict[str, Any]:
 
 def _involvement(totals: Totals, voxel_ml: float) -> dict[str, Any]:
     """Of each lung, and of the thirds of both by height."""
-    pairs = {side: (totals.lung[side], totals.infected[side]) for side in ("left", "right")}
+    pairs = {"both": (totals.lung_voxels, totals.infected_voxels)}
+    pairs |= {side: (totals.lung[side], totals.infected[side]) for side in ("left", "right")}
     for name, (start, stop) in thirds(totals.lung_voxels).items():
         pairs[name] = totals.lung_voxels[start:stop], totals.infected_voxels[start:stop]
     return {name: _region(int(lung.sum()), int(bad.sum()), voxel_ml) for name, (lung, bad) in pairs.items()}
@@ -247,7 +249,7 @@ def _region(lung_voxels: int, infected_voxels: int, voxel_ml: float) -> dict[str
 
 
 def _notes(segmented: SegmentedScan) -> list[str]:
-    notes = ["Left and right, front and back follow the header of the scan."]
+    notes = ["Left and right follow the header of the scan, and so do front and back."]
     lung = [k for k, packed in enumerate(segmented.packed.get("lung", [])) if packed.any()]
     ends = {0, len(segmented.boxes) - 1}
     if lung and ends & {lung[0], lung[-1]}:
@@ -284,7 +286,7 @@ def summary_line(report: Mapping[str, Any]) -> str:
     return ", ".join(
         [
             f"{lung['volume_ml'] / 1000:.2f} l lung",
-            f"{'–' if percent is None else f'{percent:.1f}'} % involved",
+            f"{'–' if percent is None else f'{percent:.1f}' if percent >= 0.1 else f'{percent:.2g}'} % involved",
             f"{infection['volume_ml']:.0f} ml",
             f"grade {'–' if report['grade'] is None else report['grade']}",
             f"{report['seconds']:.0f} s",

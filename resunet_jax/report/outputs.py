@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from resunet_jax.data.readers import READERS, Reader, Source, digest, read_mask
+from resunet_jax.data.readers.dicom_seg import write_dicom_seg
 from resunet_jax.data.readers.nifti import nifti_writer
 from resunet_jax.files import write_text
 from resunet_jax.inference.batch import Finding, Output
@@ -30,6 +31,7 @@ REPORT = "_report.json"
 PAGE = "_report.html"
 PREVIEW = "_preview.png"
 LABELS = "_labels.nii.gz"
+SEGMENTATION = "_seg.dcm"
 COHORT = "cohort.csv"
 INDEX = "index.html"
 
@@ -41,6 +43,7 @@ def make_outputs(
     *,
     report: bool = True,
     multilabel: bool = False,
+    dicom_seg: bool = False,
     consolidation_hu: float = CONSOLIDATION_HU,
     lobes: Path | None = None,
     readers: Mapping[str, Reader] = READERS,
@@ -50,6 +53,7 @@ def make_outputs(
     Args:
       report: numbers as JSON, a page to open in a browser, and a picture; without it, masks are checked all the same.
       multilabel: both lungs and the infection in one file of labels.
+      dicom_seg: the same as DICOM-SEG, for DICOM series.
       consolidation_hu: see `measure`.
       lobes: a mask whose labels are lobes, on the grid of the one scan; adds their numbers to the report.
       readers: the table of formats.
@@ -67,6 +71,7 @@ def make_outputs(
         "report": (report, Output((REPORT, PAGE, PREVIEW), write_report, settings)),
         "warnings": (not report, Output((), _check)),
         "multilabel": (multilabel, Output((LABELS,), _write_labels)),
+        "dicom_seg": (dicom_seg, Output((SEGMENTATION,), _write_segmentation)),
     }
     return {name: output for name, (is_asked_for, output) in table.items() if is_asked_for}
 
@@ -102,6 +107,15 @@ def _write_labels(source: Source, segmented: SegmentedScan, _: float, folder: Pa
     with nifti_writer(folder / f"{source.name}{LABELS}", np.uint8, segmented.scan.grid) as write:
         for slices in iter_slices(segmented):
             write(slices.start, np.where(slices.infection, INFECTION, slices.lung).astype(np.uint8))
+    return Finding()
+
+
+def _write_segmentation(source: Source, segmented: SegmentedScan, _: float, folder: Path) -> Finding:
+    chunks = list(iter_slices(segmented))
+    lung = np.concatenate([slices.lung for slices in chunks], axis=-1)
+    infection = np.concatenate([slices.infection for slices in chunks], axis=-1)
+    masks = {"left lung": lung == LEFT, "right lung": lung == RIGHT, "infection": infection}
+    write_dicom_seg(folder / f"{source.name}{SEGMENTATION}", source, segmented.scan.grid, masks)
     return Finding()
 
 

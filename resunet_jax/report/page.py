@@ -288,19 +288,14 @@ def _tile(one: EncodedSlice, thin: Sampling) -> Bytes2D:
 
 
 def _tables(report: Mapping[str, Any]) -> str:
-    lung, infection = report["lung"], report["infection"]
-    whole = {
-        "lung_ml": lung["volume_ml"],
-        "infection_ml": infection["volume_ml"],
-        "percent": infection["involvement_percent"],
-        "grade": report.get("grade"),
-    }
-    rows: list[tuple[str, Mapping[str, Any]]] = [("Both lungs", whole)]
-    rows += [(f"{key.capitalize()} {_kind(key)}", values) for key, values in report["involvement"].items()]
+    infection = report["infection"]
+    rows: list[tuple[str, Mapping[str, Any]]] = [
+        (f"{key.capitalize()} {_kind(key)}", values) for key, values in report["involvement"].items()
+    ]
     lobes = report.get("lobes") or {}
-    rows += [(str(key), values) for key, values in lobes.items() if isinstance(values, Mapping)]
+    rows += [(f"Lobe {key}", values) for key, values in lobes.items() if isinstance(values, Mapping)]
     body = "".join(_region_row(name, values) for name, values in rows)
-    titles = ("Region", "Lung, ml", "Infection, ml", "Involved, %", "Grade")
+    titles = ("Region", "Lung, ml", "Infection in it, ml", "Involved, %", "Grade")
     head = "".join(f'<th scope="col">{title}</th>' for title in titles)
     facts = [
         ("Ground glass", number(infection["ground_glass_ml"], 1, "ml")),
@@ -320,7 +315,7 @@ def _tables(report: Mapping[str, Any]) -> str:
 
 
 def _kind(key: str) -> str:
-    return {"left": "lung", "right": "lung"}.get(key, "third")
+    return {"both": "lungs", "left": "lung", "right": "lung"}.get(key, "third")
 
 
 def _region_row(name: str, values: Mapping[str, Any]) -> str:
@@ -339,7 +334,7 @@ def _lesions(volumes: Sequence[float]) -> str:
 
 
 def _notes(report: Mapping[str, Any]) -> str:
-    return items(list(dict.fromkeys([*report.get("notes", ()), "Left and right follow the header of the scan."])))
+    return items(report.get("notes", ()))
 
 
 def _details(report: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import re
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from pydicom import uid as uids
 
 from resunet_jax.data.readers import READERS, digest, find_sources, list_sources, open_scan
+from resunet_jax.data.readers.dicom import series_datasets
 from resunet_jax.data.readers.source import Source
 from resunet_jax.errors import InputError
 from tests.conftest import ROOT
@@ -372,3 +374,61 @@ def test_real_transfer_syntaxes() -> None:
         values, _ = read(find_sources(files[syntax])[0])
         assert np.abs(values - reference).max() <= (10 if syntax[-3:] in (".81", ".91") else 0), syntax
     assert (len(files), len(refused)) == (15, 4)
+
+
+def test_dicom_seg_reads_back_as_the_masks(hu: np.ndarray, tmp_path: Path, rng: np.random.Generator) -> None:
+    """On a tilted series too; an empty mask is left out."""
+    hd = pytest.importorskip("highdicom")
+    from resunet_jax.data.readers.dicom_seg import write_dicom_seg
+
+    for name, step in (("straight", (0.0, 0.0, 5.0)), ("tilted", (0.0, 1.3, 5.0)), ("down", (0.0, 0.0, -5.0))):
+        write_series(tmp_path / name, hu, step=step)
+        (source,) = find_sources(tmp_path / name)
+        with READERS["dicom"].open(source) as scan:
+            grid = scan.grid
+        masks = {kind: rng.random(grid.oriented_shape) < 0.2 for kind in ("left lung", "infection")}
+        path = tmp_path / f"{name}_seg.dcm"
+        write_dicom_seg(path, source, grid, {**masks, "right lung": np.zeros(grid.oriented_shape, bool)})
+        written = hd.seg.segread(path)
+        assert [segment.SegmentLabel for segment in written.SegmentSequence] == ["left lung", "infection"]
+        uids_in_order = [ds.SOPInstanceUID for ds in series_datasets(source)]
+        for number, mask in enumerate(masks.values(), 1):
+            frames = written.get_pixels_by_source_instance(uids_in_order, segment_numbers=[number])[..., 0]
+            np.testing.assert_array_equal(frames > 0, grid.from_pls(mask).T)
+    with pytest.raises(InputError, match="nothing was found"):
+        write_dicom_seg(path, source, grid, {"infection": np.zeros(grid.oriented_shape, bool)})
+    with pytest.raises(InputError, match="refers to a DICOM series"):
+        write_dicom_seg(path, source._replace(format="nifti"), grid, masks)
+
+
+@pytest.mark.parametrize("suffix", ["nrrd", "mha", "MHD"])
+def test_nrrd_and_metaimage_are_the_same_volume(hu: np.ndarray, tmp_path: Path, suffix: str) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    image = sitk.GetImageFromArray(np.moveaxis(hu, -1, 0).astype(np.int16))
+    image.SetSpacing((0.7, 0.8, 5.0))
+    image.SetOrigin((-20.0, -30.0, 100.0))
+    path = tmp_path / f"scan.{suffix.lower()}"
+    sitk.WriteImage(image, str(path))
+    if suffix == "MHD":
+        path = path.rename(tmp_path / "scan.MHD")
+    (source,) = find_sources(path)
+    with READERS["itk"].open(source) as scan:
+        np.testing.assert_array_equal(scan.read(2, 0, SHAPE[-1]), hu.swapaxes(0, 1))
+        np.testing.assert_allclose(scan.grid.affine, expected_affine(), atol=1e-6)
+    path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
+    refuse_file(path)
+    path.write_bytes(b"words")
+    refuse_file(path)
+
+
+def refuse_file(path: Path) -> None:
+    with pytest.raises(InputError, match=re.escape(path.name)) as caught, READERS["itk"].open(find_sources(path)[0]):
+        pass
+    assert "\n" not in str(caught.value)
+
+
+def test_without_simpleitk_one_line_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    (tmp_path / "scan.nrrd").touch()
+    with pytest.raises(InputError, match=r"resunet-jax\[itk\]"), READERS["itk"].open(find_sources(tmp_path)[0]):
+        pass

@@ -37,6 +37,7 @@ def example_report(name: str = "scan_1", slices: int = 12, **changes: Any) -> di
             "lesion_volumes_ml": [500.0, 40.0, 3.2],
         },
         "involvement": {
+            "both": part(12.5, 4000.0, 600.0),
             "left": part(15.0),
             "right": part(10.9),
             "upper": part(None),
@@ -47,7 +48,7 @@ def example_report(name: str = "scan_1", slices: int = 12, **changes: Any) -> di
         "by_slice": {"lung_ml": [300.0] * slices, "infection_ml": [float(k % 7) for k in range(slices)]},
         "lobes": None,
         "warnings": [],
-        "notes": ["A note."],
+        "notes": ["A note.", "Left and right follow the header of the scan."],
         "models": {"infection": {"folder": "runs/infection", "epoch": 30}},
         "settings": {"threshold": 0.5, "seed": None},
         "version": "0.9.0",

@@ -87,6 +87,7 @@ def test_volumes_and_involvement(monkeypatch: pytest.MonkeyPatch, chunk: int) ->
     by_region = {name: values["percent"] for name, values in report["involvement"].items()}
     assert by_region == pytest.approx(
         {
+            "both": 100 * 330 / (2 * lung),
             "left": 100 * 180 / lung,
             "right": 100 * 150 / lung,
             "upper": 100 * 180 / (2 * lung / 3),

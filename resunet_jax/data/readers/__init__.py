@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from resunet_jax.data.intensity import SAMPLED_SLICES, infer_scale
-from resunet_jax.data.readers import dicom, nifti
+from resunet_jax.data.readers import dicom, itk, nifti
 from resunet_jax.data.readers.source import Source as Source
 from resunet_jax.data.readers.source import by_suffix, file_digest
 from resunet_jax.data.volume import Array, Grid, Scan, Volume, max_corner_distance_mm
@@ -38,6 +38,7 @@ class Reader(NamedTuple):
 READERS: dict[str, Reader] = {
     "nifti": Reader(by_suffix(nifti.SUFFIXES), nifti.open_nifti, file_digest),
     "dicom": Reader(dicom.find_dicom, dicom.open_dicom, dicom.dicom_digest),
+    "itk": Reader(by_suffix(itk.SUFFIXES), itk.open_itk, file_digest),
 }
 """By the name of the format."""
 

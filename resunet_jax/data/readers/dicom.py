@@ -167,6 +167,20 @@ def open_dicom(source: Source) -> Iterator[Scan]:
         yield Scan(Grid(shape, affine), array.read, array.plane_bytes, notes=notes)
 
 
+def series_datasets(source: Source) -> list[pydicom.Dataset]:
+    """The files of a series without their pixels, in the order of its slices; of a multi-frame file, that file.
+
+    Raises:
+      InputError: as `open_dicom`.
+    """
+    container = _Container(source.path)
+    with container.opened():
+        headers = [_read_header(container, member) for member in source.members]
+        slices = [one for header in headers if isinstance(header, _Header) for one in header.slices]
+        members = dict.fromkeys(one.member for one in _arrange(source.path, slices)[0])
+        return [_dataset(container.read(member), stop_before_pixels=True) for member in members]
+
+
 class _Container:
     """The files of a folder, of a zip, or one file; a zip is never unpacked."""
 

@@ -1,0 +1,62 @@
+"""NRRD and MetaImage, by SimpleITK: the extra `itk`."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from resunet_jax.data.readers.disk import DiskArray, temporary_file
+from resunet_jax.data.readers.source import Source
+from resunet_jax.data.volume import Grid, Scan
+from resunet_jax.errors import InputError, first_line
+
+SUFFIXES = (".nrrd", ".mha", ".mhd")
+
+_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_LARGEST_BYTES = 2**36
+
+
+@contextlib.contextmanager
+def open_itk(source: Source) -> Iterator[Scan]:
+    """Opens a .nrrd, .mha or .mhd file; the voxels lie in a temporary file while the scan is open.
+
+    Raises:
+      InputError: SimpleITK is not installed, no such file, not three-dimensional, or not one real number per voxel.
+    """
+    try:
+        import SimpleITK as sitk  # noqa: N813, PLC0415 - an extra; its own customary name
+    except ImportError as error:
+        raise InputError(f'{source.path}: this format needs SimpleITK: pip install "resunet-jax[itk]"') from error
+    sitk.ProcessObject.GlobalWarningDisplayOff()
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(source.path))
+    reader.SetImageIO("NrrdImageIO" if source.path.suffix.lower() == ".nrrd" else "MetaImageIO")  # in any case
+    try:
+        reader.ReadImageInformation()
+        shape = tuple(int(n) for n in reader.GetSize())
+        _check(source, reader, shape)
+        image = sitk.GetArrayFromImage(reader.Execute())
+    except RuntimeError as error:
+        reason = first_line(Exception(str(error).strip().splitlines()[-1]))
+        raise InputError(f"{source.path}: cannot be read ({reason}); export it again") from error
+    affine = np.eye(4)
+    direction = np.array(reader.GetDirection()).reshape(3, 3)
+    affine[:3, :3], affine[:3, 3] = direction * np.array(reader.GetSpacing()), reader.GetOrigin()
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise InputError(f"{source.path}: its axes do not say how it lies in space; export it with valid ones")
+    with temporary_file(image.nbytes, source.path) as file:
+        array = DiskArray(file, 0, image.dtype, (shape[0], shape[1], shape[2]))
+        array.write(2, 0, image.T)
+        del image
+        yield Scan(Grid(array.shape, _LPS_TO_RAS @ affine), array.read, array.plane_bytes)
+
+
+def _check(source: Source, reader: Any, shape: tuple[int, ...]) -> None:
+    if len(shape) != 3 or min(shape) < 1:
+        raise InputError(f"{source.path}: shape {shape}; expected a volume of three dimensions")
+    kind = reader.GetPixelIDTypeAsString() if hasattr(reader, "GetPixelIDTypeAsString") else str(reader.GetPixelID())
+    if reader.GetNumberOfComponents() != 1 or "complex" in kind:
+        raise InputError(f"{source.path}: several numbers per voxel; expected one real number")
+    if 8 * int(np.prod([float(n) for n in shape])) > _LARGEST_BYTES:
+        raise InputError(f"{source.path}: shape {shape} is no scan; export it again")
