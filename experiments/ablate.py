@@ -6,14 +6,13 @@ python experiments/ablate.py --data_dir=DATA --workdir=runs/ablation --protocol=
 Started several times at once with the same --workdir, the processes share the runs.
 """
 
-from pathlib import Path
-
 from absl import flags
 from common import settings
 from common.run import run, stop_signals
 
 from resunet_jax.data.splits import FOLD_PROTOCOLS, NUM_FOLDS, SplitRequest
 from resunet_jax.errors import InputError
+from resunet_jax.files import expand_user
 
 FLAGS = flags.FLAGS
 settings.define_training_flags()
@@ -61,7 +60,7 @@ def _splits() -> list[SplitRequest]:
     if bool(FLAGS.protocol) == bool(FLAGS.split_files):
         raise InputError("give either --protocol or --split_files")
     if FLAGS.split_files:
-        return [SplitRequest(Path(file).expanduser()) for file in FLAGS.split_files]
+        return [SplitRequest(expand_user(file)) for file in FLAGS.split_files]
     return [
         SplitRequest(protocol=FLAGS.protocol, fold=fold, allow_missing=FLAGS.allow_missing) for fold in range(NUM_FOLDS)
     ]

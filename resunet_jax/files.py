@@ -41,10 +41,14 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_dir(path: Path) -> Iterator[Path]:
+def atomic_dir(path: Path, argument: str = "") -> Iterator[Path]:
     """A folder to fill; it gets its name, and is on disk, when the block ends well, and vanishes if not.
 
     If `path` has come into being in the meantime, it is left as it is.
+
+    Args:
+      path: of the folder.
+      argument: by which its place is chosen, for the message.
 
     Raises:
       InputError: it cannot be written.
@@ -62,7 +66,7 @@ def atomic_dir(path: Path) -> Iterator[Path]:
                 raise
         _sync(path.parent)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise _cannot_write(path, error, argument) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -177,8 +181,12 @@ def check_output_dir(path: Path) -> None:
         raise InputError(f"{path}: cannot be written (no permission in {ancestor}); choose another folder")
 
 
-def make_output_dir(path: Path) -> None:
+def make_output_dir(path: Path, argument: str = "") -> None:
     """Makes a folder, or takes the one that is there.
+
+    Args:
+      path: of the folder.
+      argument: by which it is chosen, for the message.
 
     Raises:
       InputError: it cannot be made.
@@ -186,11 +194,24 @@ def make_output_dir(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise _cannot_write(path, error, argument) from error
 
 
-def _cannot_write(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path}: cannot be written ({error.strerror or error}); choose another folder")
+def _cannot_write(path: Path, error: OSError, argument: str = "") -> InputError:
+    remedy = f"choose another folder with `{argument}`" if argument else "choose another folder"
+    return InputError(f"{path}: cannot be written ({error.strerror or error}); {remedy}")
+
+
+def expand_user(path: str | Path) -> Path:
+    """A path whose ~ is the home folder.
+
+    Raises:
+      InputError: nobody knows the home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{path}: the home folder is not known; set HOME, or give the whole path") from error
 
 
 def default_cache_dir() -> Path:

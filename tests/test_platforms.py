@@ -1,7 +1,7 @@
 """What other systems lack or do otherwise, simulated.
 
-macOS has no `posix_fallocate`; Windows has no `fcntl`, prints in a code page of its own, and refuses to rename over a
-file that somebody has open; on both, names ignore case.
+Some users have no home folder, or one that they cannot write. macOS has no `posix_fallocate`; Windows has no `fcntl`,
+prints in a code page of its own, and refuses to rename over a file that somebody has open; on both, names ignore case.
 """
 
 import os
@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 
 from resunet_jax import InputError, Predictor, load_predictor, segment_scan, segment_scans
+from resunet_jax.config import PreprocessConfig
+from resunet_jax.data.cases import find_cases
 from resunet_jax.data.readers import find_sources
+from resunet_jax.data.slice_cache import prepare_cases
 from resunet_jax.files import atomic_dir, write_text
-from tests.conftest import Trained, run_script
+from tests.conftest import ROOT, Trained, run_script
 
 OTHER_SYSTEM = """
 import os, sys
@@ -153,3 +156,112 @@ def test_scans_whose_names_differ_only_in_case_are_refused(tmp_path: Path) -> No
         find_sources(tmp_path)
     (tmp_path / "lung.nii").unlink()
     assert [source.name for source in find_sources(tmp_path)] == ["LUNG", "other"]
+
+
+NO_HOME = """
+import pwd
+def getpwuid(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+pwd.getpwuid = getpwuid
+"""
+
+
+@pytest.fixture
+def without_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The environment of a user without HOME and without an entry in the list of users, as in containers."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(NO_HOME, encoding="utf-8")
+    for name in ("HOME", "USERPROFILE", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
+    (tmp_path / "temporary").mkdir()
+    return {"PYTHONPATH": path, "TMPDIR": str(tmp_path / "temporary")}
+
+
+def assert_is_one_line(text: str, *parts: str) -> None:
+    assert text.count("\n") == 1, text
+    for part in parts:
+        assert part in text
+
+
+def test_works_without_a_home_folder(
+    trained: Trained, scan: Path, without_home: dict[str, str], tmp_path: Path
+) -> None:
+    flags = (f"--input={scan}", f"--lung_checkpoint={trained.lung}")
+    keep_all = {**without_home, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    result = run_script("predict", *flags, f"--output_dir={tmp_path / 'masks'}", env=keep_all)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert list((tmp_path / "temporary" / "resunet_jax" / "compiled").glob("*-atime"))  # so that it has a bound
+    result = run_script("predict", *flags, "--output_dir=~/masks", env=without_home)
+    assert result.returncode == 2
+    assert_is_one_line(result.stderr, "error: ~/masks: the home folder is not known; set HOME, or give the whole path")
+    result = run_script("predict", *flags[:1], "--lung_checkpoint=~/lung", "--output_dir=masks", env=without_home)
+    assert result.returncode == 2
+    assert_is_one_line(result.stderr, "error: ~/lung: the home folder is not known")
+
+
+def unwritable(tmp_path: Path) -> Path:
+    """A folder that nobody can make anything in, root included: it is a file."""
+    (tmp_path / "home").touch()
+    return tmp_path / "home"
+
+
+def test_a_home_that_cannot_be_written_is_named_with_the_flag_that_helps(
+    trained: Trained, scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    home = unwritable(tmp_path)
+    env = {"HOME": str(home), "USERPROFILE": str(home), "XDG_CACHE_HOME": ""}
+    flags = (f"--lung_checkpoint={trained.lung}", f"--output_dir={tmp_path / 'out'}")
+    result = run_script("predict", f"--input={scan}", *flags, env=env)
+    assert result.returncode == 0  # each time it compiles
+    cache = f"{home}/.cache/resunet_jax"
+    assert_is_one_line(result.stderr, f"{cache}/compiled: cannot be written", "--compilation_cache_dir")
+    data = f"--data_dir={trained.data}"
+    result = run_script("evaluate", data, *flags, "--compilation_cache_dir=", env=env)
+    assert result.returncode == 2
+    assert_is_one_line(result.stderr, f"error: {cache}: cannot be written", "with --cache_dir")
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_its_argument(trained: Trained, tmp_path: Path) -> None:
+    cases = find_cases(trained.data)[:1]
+    with pytest.raises(InputError, match=r"home/cache: cannot be written \(.*\); .* with `cache_dir`"):
+        prepare_cases(cases, PreprocessConfig(image_size=16), unwritable(tmp_path) / "cache")
+
+
+def test_a_cache_that_can_no_longer_be_written_is_named_with_its_argument(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("resunet_jax.data.slice_cache.np.save", full)
+    cases = find_cases(trained.data)[:1]
+    with pytest.raises(InputError, match=r"No space left on device\); choose another folder with `cache_dir`"):
+        prepare_cases(cases, PreprocessConfig(image_size=16), tmp_path / "cache")
+
+
+BOUND = """
+import os
+from absl import flags
+from common import run, settings
+settings.define_compilation_cache_flag()
+def main():
+    import jax
+    print(jax.config.jax_compilation_cache_max_size)
+run.run(main)
+"""
+
+
+@pytest.mark.parametrize("user", [None, "12345678"])
+def test_compiled_programs_have_a_bound_unless_the_user_sets_one(tmp_path: Path, user: str | None) -> None:
+    """Entries without a date, which older versions and killed processes leave, would end the keeping."""
+    (tmp_path / "jit_step-0-cache").write_bytes(b"program")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "experiments")])}
+    env.pop("JAX_COMPILATION_CACHE_MAX_SIZE", None)
+    env |= {} if user is None else {"JAX_COMPILATION_CACHE_MAX_SIZE": user}
+    command = [sys.executable, "-c", BOUND, f"--compilation_cache_dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.strip() == (user or str(2**30))
+    date = int.from_bytes((tmp_path / "jit_step-0-atime").read_bytes(), "little")
+    assert date == (tmp_path / "jit_step-0-cache").stat().st_mtime_ns

@@ -1,5 +1,6 @@
 """Starting a script, and ending it with one clear line: exit codes, signals, logging."""
 
+import contextlib
 import logging
 import os
 import re
@@ -13,6 +14,7 @@ from absl import app, flags
 
 from common import processes
 from resunet_jax.errors import InputError, StoppedError, first_line
+from resunet_jax.files import check_output_dir, expand_user, make_output_dir
 
 BAD_INPUT = 2
 """Exit code where a file or flag is wrong."""
@@ -21,6 +23,8 @@ STOPPED = 75
 """Exit code of a training that was asked to stop and saved its state (EX_TEMPFAIL: the same command resumes)."""
 
 _CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+_CACHE_SIZE_VARIABLE = "JAX_COMPILATION_CACHE_MAX_SIZE"
+_CACHE_BYTES = 2**30  # what has not been used for longest is deleted first
 _FLAG_OF_ARGUMENT = {"subset": "split", "validated_threshold": "threshold", "target": "task"}
 
 
@@ -32,6 +36,7 @@ def run(main: Callable[[], None]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.getLogger().setLevel(logging.WARNING)
             logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs every file, and what it raises
+            logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home folder it uses a temporary one
             logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # what matters comes as an `InputError`
         if len(argv) > 1:
             _fail(f"unexpected argument {argv[1]}; flags look like --name=value")
@@ -106,11 +111,37 @@ def _keep_compiled_programs() -> None:
     """So that the next run of a script that compiles need not; by the variable, which needs no JAX yet."""
     if "compilation_cache_dir" in flags.FLAGS:
         folder = flags.FLAGS.compilation_cache_dir
-        os.environ[_CACHE_VARIABLE] = str(Path(folder).expanduser()) if folder else ""
+        os.environ[_CACHE_VARIABLE] = _writable(expand_user(folder)) if folder else ""
+        os.environ.setdefault(_CACHE_SIZE_VARIABLE, str(_CACHE_BYTES))
         if "jax" in sys.modules:
             import jax
 
             jax.config.update("jax_compilation_cache_dir", os.environ[_CACHE_VARIABLE] or None)
+            jax.config.update("jax_compilation_cache_max_size", int(os.environ[_CACHE_SIZE_VARIABLE]))
+
+
+def _writable(folder: Path) -> str:
+    """The folder, or "" and a line where it cannot be written: the script works, and compiles each time."""
+    try:
+        make_output_dir(folder, "compilation_cache_dir")
+        check_output_dir(folder)
+        _date_entries(folder)
+    except InputError as error:
+        logging.getLogger("resunet_jax").warning("%s", with_flags(f"compiled programs are not kept: {error}"))
+        return ""
+    return str(folder)
+
+
+def _date_entries(folder: Path) -> None:
+    """Gives each entry the date of its last use that JAX wants for the bound; older JAX and killed processes gave none.
+
+    Without it nothing would be kept any more.
+    """
+    for entry in folder.glob("*-cache"):
+        date = entry.with_name(f"{entry.name.removesuffix('-cache')}-atime")
+        with contextlib.suppress(OSError):  # of another user, or just deleted by another process
+            if not date.exists():
+                date.write_bytes(entry.stat().st_mtime_ns.to_bytes(8, "little"))
 
 
 def stop_signals() -> Callable[[int], bool]:

@@ -12,7 +12,7 @@ from absl import flags
 from resunet_jax.config import SETTINGS, Config, TaskName, override
 from resunet_jax.data.splits import NUM_FOLDS, Protocol, SplitRequest
 from resunet_jax.errors import InputError
-from resunet_jax.files import default_cache_dir
+from resunet_jax.files import default_cache_dir, expand_user
 from resunet_jax.recipes import DEFAULT_RECIPE, RecipeName, recipe
 
 _FLAGGED = (
@@ -48,7 +48,7 @@ def define_path(name: str, description: str, *, required: bool = False, default:
 
 def path(name: str) -> Path:
     """The path of a flag that is required or has a default."""
-    return Path(getattr(flags.FLAGS, name)).expanduser()
+    return expand_user(getattr(flags.FLAGS, name))
 
 
 def optional_path(name: str) -> Path | None:

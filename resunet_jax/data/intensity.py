@@ -41,7 +41,7 @@ _MIN_VISIBLE = 0.005  # of the voxels: a level that fewer show is not judged
 _PADDING_BELOW = -1100.0  # values beyond the field of view, in HU
 INSIDE_FIELD = 0.2
 """Of the voxels around the body; fewer above 0 are the table and clothes, and air itself is at 0."""
-_CLIPPED = 0.6  # of the bright voxels at the largest value: soft tissue is cut off
+_CLIPPED = 0.45  # of the bright voxels at the largest value: soft tissue is cut off
 
 
 class Levels(NamedTuple):

@@ -73,7 +73,7 @@ def prepare_cases(
     Raises:
       InputError: a scan or mask is bad, or the cache cannot be written.
     """
-    make_output_dir(cache_dir)
+    make_output_dir(cache_dir, "cache_dir")
     with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1)) as executor:
         try:
             names = executor.map(lambda case: _digest(case, config, readers, assumed), cases)
@@ -126,7 +126,7 @@ def _build(
     # Masks are read before the slow part, so that a bad one is reported at once.
     labels = {name: read_mask(path, case.ct, volume.grid, readers) for name, path in masks.items() if path is not None}
     images, boxes = prepare_volume(volume, config)
-    with atomic_dir(folder) as partial:
+    with atomic_dir(folder, "cache_dir") as partial:
         np.save(partial / "images.npy", images)
         np.save(partial / "boxes.npy", boxes)
         for name, label in labels.items():

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 
 from resunet_jax.config import Config, Structure, from_dict, to_dict
 from resunet_jax.errors import InputError, first_line
-from resunet_jax.files import atomic_dir, reserve, write_text
+from resunet_jax.files import atomic_dir, expand_user, reserve, write_text
 from resunet_jax.model.build import ARCHITECTURES, TASKS, Architecture, build_model
 from resunet_jax.model.resunet import Variables
 from resunet_jax.progress import logger
@@ -168,7 +168,7 @@ def load_model(path: str | Path, architectures: Mapping[str, Architecture] = ARC
     Raises:
       InputError: no checkpoint there, or it does not fit its config.
     """
-    path = Path(path).expanduser()
+    path = expand_user(path)
     require_backend()
     if not path.is_dir():
         raise InputError(f"{path}: no such checkpoint folder; train first, or check the path")
@@ -323,7 +323,7 @@ def load_threshold(path: str | Path) -> float:
     Raises:
       InputError: there is none, it makes no sense, or it was chosen for another checkpoint than the best one.
     """
-    folder = Path(path).expanduser()
+    folder = expand_user(path)
     file = folder / THRESHOLD_FILE
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
