@@ -86,3 +86,25 @@ def temporary_file(size: int, scan: Path) -> Iterator[BinaryIO]:
                 "or set TMPDIR to another folder"
             ) from error
         yield file
+
+
+@contextlib.contextmanager
+def axis_last(voxels: DiskArray, axis: int, scan: Path) -> Iterator[DiskArray]:
+    """A copy, in a temporary file, whose last axis is `axis`, 0 or 1: each slice along it is read for itself.
+
+    The other axes keep their order. Each voxel is read once, and not more than a chunk is in memory.
+
+    Raises:
+      InputError: there is no room for it.
+    """
+    first, second = (voxels.shape[other] for other in range(3) if other != axis)
+    copied = DiskArray(voxels.file, 0, voxels.dtype, (first, second, voxels.shape[axis]))
+    with temporary_file(copied.plane_bytes * voxels.shape[axis], scan) as file:
+        copy = dataclasses.replace(copied, file=file)
+        step = max(1, _CHUNK_BYTES // voxels.plane_bytes)
+        for start in range(0, second, step):  # the last axis of the file is the second of the copy
+            values = np.moveaxis(voxels.read(2, start, min(start + step, second)), axis, 2)
+            for k in range(values.shape[2]):
+                file.seek(k * copy.plane_bytes + start * first * voxels.dtype.itemsize)
+                values[..., k].T.tofile(file)
+        yield copy

@@ -19,7 +19,7 @@ from nibabel.orientations import OrientationError, io_orientation
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
-from resunet_jax.data.readers.disk import DiskArray
+from resunet_jax.data.readers.disk import DiskArray, axis_last
 from resunet_jax.data.readers.source import Source
 from resunet_jax.data.volume import Array, Grid, Scan, max_corner_distance_mm
 from resunet_jax.errors import InputError, first_line
@@ -44,8 +44,10 @@ def open_nifti(source: Source) -> Iterator[Scan]:
     """
     path = source.path
     image = _open(path)
-    with _voxels(path, image) as voxels:
+    with contextlib.ExitStack() as stack:
+        voxels = stack.enter_context(_voxels(path, image))
         grid = _grid(path, image)
+        sliced: list[DiskArray] = []  # the same voxels, once slices along another axis than the last are asked for
         if image.header["sform_code"] == image.header["qform_code"] == 0:
             logger.warning(
                 "%s: its header does not say how it lies in space; taking its axes as %s",
@@ -54,7 +56,11 @@ def open_nifti(source: Source) -> Iterator[Scan]:
             )
 
         def read(axis: int, start: int, stop: int) -> Array:
-            return _scaled(voxels.read(axis, start, stop), image)
+            if axis == 2 or (start, stop) == (0, grid.shape[axis]):
+                return _scaled(voxels.read(axis, start, stop), image)
+            if not sliced:
+                sliced.append(stack.enter_context(axis_last(voxels, axis, path)))
+            return np.moveaxis(_scaled(sliced[0].read(2, start, stop), image), 2, axis)
 
         yield Scan(grid, read, voxels.plane_bytes)
 
