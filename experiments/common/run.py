@@ -37,7 +37,8 @@ def run(main: Callable[[], None]) -> None:
             logging.getLogger().setLevel(logging.WARNING)
             logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs every file, and what it raises
             logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home folder it uses a temporary one
-            logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # what matters comes as an `InputError`
+            for name in ("nibabel.global", "pydicom"):
+                logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters comes as an `InputError`
         if len(argv) > 1:
             _fail(f"unexpected argument {argv[1]}; flags look like --name=value")
         try:

@@ -54,10 +54,10 @@ def test_suffixes_are_known_in_any_case_and_hidden_files_are_left_out(tmp_path: 
     for name in ("b.NII", "a.Nii.Gz", "._c.nii", ".d.nii.gz", "e.txt", "nii", "f.nii.bak"):
         (tmp_path / name).touch()
     assert list_sources(tmp_path) == [
-        Source(tmp_path / "a.Nii.Gz", "a"),
-        Source(tmp_path / "b.NII", "b"),
+        Source(tmp_path / "a.Nii.Gz", "a", format="nifti"),
+        Source(tmp_path / "b.NII", "b", format="nifti"),
     ]
-    assert list_sources(tmp_path / "b.NII") == [Source(tmp_path / "b.NII", "b")]
+    assert list_sources(tmp_path / "b.NII") == [Source(tmp_path / "b.NII", "b", format="nifti")]
     assert (
         list_sources(tmp_path / "._c.nii") == list_sources(tmp_path / "e.txt") == list_sources(tmp_path / "none") == []
     )
@@ -78,9 +78,11 @@ def test_what_is_no_scan_is_refused_with_the_formats(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     with pytest.raises(InputError, match=r"none: no such file or folder"):
         find_sources(tmp_path / "none", readers)
-    with pytest.raises(InputError, match=r"no scan in it; formats that are read: nifti, npy; convert it"):
+    with pytest.raises(InputError, match=r"no scan in it; formats that are read: nifti, dicom, itk, npy; convert it"):
         find_sources(tmp_path, readers)
-    with pytest.raises(InputError, match=r"a\.txt: not a scan; formats that are read: nifti, npy; convert it"):
+    with pytest.raises(
+        InputError, match=r"a\.txt: not a scan; formats that are read: nifti, dicom, itk, npy; convert it"
+    ):
         find_sources(tmp_path / "a.txt", readers)
     (tmp_path / "a.nii").touch()
     (tmp_path / "A.npy").touch()

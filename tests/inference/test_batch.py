@@ -176,7 +176,7 @@ def test_find_sources(tmp_path: Path) -> None:
     for name in ("b.nii.gz", "a.nii", ".hidden.nii", "notes.txt"):
         (tmp_path / name).touch()
     assert [source.path.name for source in find_sources(tmp_path)] == ["a.nii", "b.nii.gz"]
-    assert find_sources(tmp_path / "a.nii") == [Source(tmp_path / "a.nii", "a")]
+    assert find_sources(tmp_path / "a.nii") == [Source(tmp_path / "a.nii", "a", format="nifti")]
     with pytest.raises(InputError, match=r"notes\.txt: not a scan"):
         find_sources(tmp_path / "notes.txt")
     (tmp_path / "a.nii.gz").touch()

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pydicom
+from pydicom.pixels import pixel_array
 from pydicom.uid import UID
 
 from resunet_jax.data.readers.disk import DiskArray, temporary_file
@@ -26,20 +27,21 @@ from resunet_jax.data.volume import Array, Grid, Scan
 from resunet_jax.errors import InputError, first_line
 from resunet_jax.progress import logger
 
-SYNTAXES = {
-    "1.2.840.10008.1.2",
-    "1.2.840.10008.1.2.1",
-    "1.2.840.10008.1.2.1.99",
-    "1.2.840.10008.1.2.2",
-    "1.2.840.10008.1.2.4.57",
-    "1.2.840.10008.1.2.4.70",
-    "1.2.840.10008.1.2.4.80",
-    "1.2.840.10008.1.2.4.81",
-    "1.2.840.10008.1.2.4.90",
-    "1.2.840.10008.1.2.4.91",
-    "1.2.840.10008.1.2.5",
+DECODERS = {
+    "1.2.840.10008.1.2": "",
+    "1.2.840.10008.1.2.1": "",
+    "1.2.840.10008.1.2.1.99": "",
+    "1.2.840.10008.1.2.2": "",
+    "1.2.840.10008.1.2.4.57": "gdcm",
+    "1.2.840.10008.1.2.4.70": "gdcm",
+    "1.2.840.10008.1.2.4.80": "gdcm",
+    "1.2.840.10008.1.2.4.81": "gdcm",
+    "1.2.840.10008.1.2.4.90": "gdcm",
+    "1.2.840.10008.1.2.4.91": "gdcm",
+    "1.2.840.10008.1.2.5": "pydicom",
 }
-"""Transfer syntaxes that are read: uncompressed, deflated, JPEG lossless, JPEG-LS, JPEG 2000, RLE."""
+"""Transfer syntaxes that are read, and pydicom's plugin for each, whatever else is installed: uncompressed, deflated,
+JPEG lossless, JPEG-LS, JPEG 2000, RLE."""
 
 _SUFFIXES = (".dcm", ".ima", ".dicom")
 _HEADER = [
@@ -539,7 +541,7 @@ def _pixels(container: _Container, member: str, slices: Sequence[_Slice]) -> Arr
         raise
     except Exception as error:
         raise InputError(f"{label}: a damaged DICOM file ({first_line(error)}); export the series again") from error
-    if str(syntax) not in SYNTAXES:
+    if str(syntax) not in DECODERS:
         name = syntax.name if syntax.is_valid else "unknown"
         raise InputError(
             f"{label}: transfer syntax {name} ({str(syntax)[:64]}) is not read, or has too few bits for HU; export the "
@@ -552,7 +554,7 @@ def _pixels(container: _Container, member: str, slices: Sequence[_Slice]) -> Arr
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            values = np.asarray(dataset.pixel_array)
+            values = np.asarray(pixel_array(dataset, decoding_plugin=DECODERS[str(syntax)]))
     except Exception as error:  # each decoder has its own errors
         raise InputError(
             f"{label}: its pixels cannot be decoded as {syntax.name} ({first_line(error)}); export the series again"
