@@ -12,7 +12,7 @@ from common.run import run
 
 from resunet_jax.files import write_text
 
-SUITES = ("train", "forward", "data", "predict", "memory", "startup")
+SUITES = ("train", "forward", "data", "predict", "evaluate", "memory", "startup")
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("suite", "all", [*SUITES, "all"], "What to measure.")
@@ -24,6 +24,7 @@ flags.adopt_module_key_flags(settings)  # so that --help shows them
 def main() -> None:
     """Measures by the flags."""
     from benchmarks.data import data_suite
+    from benchmarks.evaluation import evaluation_suite
     from benchmarks.measure import machine, print_rows
     from benchmarks.memory import memory_suite
     from benchmarks.prediction import predict_suite
@@ -36,6 +37,7 @@ def main() -> None:
         "forward": lambda: forward_suite(FLAGS.rounds),
         "data": lambda: data_suite(FLAGS.rounds),
         "predict": lambda: predict_suite(min(2, FLAGS.rounds)),
+        "evaluate": lambda: evaluation_suite(few),
         "memory": lambda: memory_suite(few),
         "startup": lambda: startup_suite(few, Path(__file__).parent),
     }

@@ -19,11 +19,13 @@ SCRIPTS = (
     "convert_torch",
     "cross_validate",
     "evaluate",
+    "info",
     "make_phantom",
     "predict",
     "quickstart",
     "train_infection",
     "train_lung",
+    "train_pretrained",
 )
 
 
@@ -94,9 +96,10 @@ def test_the_wheel_has_the_scripts_and_neither_benchmarks_nor_tests(wheel: Path)
     )
     library = {
         path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "resunet_jax").rglob("*.py*")
-        if "__pycache__" not in path.parts
+        for path in (ROOT / "resunet_jax").rglob("*")  # with the page's files and the shipped models
+        if path.is_file() and "__pycache__" not in path.parts
     }
+    assert wheel.stat().st_size < 10e6
     assert library <= set(names)
     top = {name.split("/")[0] for name in names}
     assert top == {"resunet_jax", "resunet_jax_scripts", f"resunet_jax-{__version__}.dist-info"}
@@ -118,6 +121,11 @@ def test_the_command_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     checked = command("check_data", "--data_dir=phantom")
     assert checked.stdout.endswith("training can start\n"), checked.stderr
     assert "--lung_checkpoint:" in command("predict", "--help").stdout
+    scan = next((tmp_path / "phantom" / "ct_scans").iterdir())
+    segmented = command("predict", f"--input={scan}", "--output_dir=out", "--compilation_cache_dir=")
+    assert segmented.returncode == 0, segmented.stderr
+    assert (tmp_path / "out" / f"{scan.stem}_report.html").is_file()
+    assert "For research, not for diagnosis" in command("info").stdout
     absent = command("predict", "--input=none.nii", "--output_dir=masks", "--lung_checkpoint=lung")
     assert absent.returncode == 2
     assert absent.stderr == "error: none.nii: no such file or folder; check the path\n"

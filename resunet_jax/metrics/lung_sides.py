@@ -37,8 +37,9 @@ def left_lung(mask: npt.NDArray[np.bool_], plane: int) -> npt.NDArray[np.bool_]:
       mask: bool (rows, columns, slices), oriented (posterior, left, superior).
       plane: from `sagittal_plane`.
     """
-    slices = np.ascontiguousarray(np.moveaxis(mask, -1, 0))
-    left: npt.NDArray[np.bool_] = np.stack([_left_of(one, plane) if one.any() else one for one in slices], axis=-1)
+    left = np.zeros_like(mask)
+    for k in np.flatnonzero(mask.any(axis=(0, 1))):
+        left[..., k] = _left_of(np.ascontiguousarray(mask[..., k]), plane)
     return left
 
 

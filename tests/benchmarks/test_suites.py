@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks import data, memory, prediction, training
+from benchmarks import data, evaluation, memory, prediction, training
 from benchmarks.measure import load_torch_baseline
 from benchmarks.training import config_of
 
@@ -114,3 +114,11 @@ def test_script_writes_one_record_per_figure(tmp_path: Path) -> None:
     assert record["jax"] > 0
     assert (record["ratio"] is not None) == (load_torch_baseline() is not None)
     assert "ratio ≤ 1.0" in result.stdout
+
+
+def test_evaluation_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "SHAPE", (64, 64, 40))
+    seconds, peak = evaluation.evaluation_suite(1)
+    assert (seconds.suite, seconds.unit, peak.unit) == ("evaluate", "s", "GB")
+    assert 0 < seconds.jax < 15
+    assert 0 < peak.jax < 1
