@@ -42,10 +42,12 @@ SMALL_SPLIT = Split(
 def main() -> None:
     """Runs all steps, each with the function that its own script calls."""
     from resunet_jax.data.phantom import SMALL, PhantomConfig, make_phantom
+    from resunet_jax.data.readers import find_sources
     from resunet_jax.evaluation.evaluate import evaluate
     from resunet_jax.evaluation.report import print_table, write_report
+    from resunet_jax.inference.batch import segment_scans
     from resunet_jax.inference.predictor import load_predictor
-    from resunet_jax.inference.scan import segment_scan
+    from resunet_jax.report.outputs import make_outputs, write_cohort
     from resunet_jax.training.train import train
 
     should_stop = stop_signals()
@@ -78,12 +80,15 @@ def main() -> None:
         data, cache, output_dir=report, lung_checkpoint=lung, infection_checkpoint=infection, split_file=split_file
     )
     write_report(evaluation, report)
-    predictor = load_predictor(lung, infection)
-    scan = next(case.ct for case in find_cases(data) if case.id == evaluation.volumes[0]["case"])
-    masks = segment_scan(scan, root / "masks", predictor)
+    tested = [case.ct for case in find_cases(data) if case.id in {row["case"] for row in evaluation.volumes}]
+    sources = [source for scan in tested for source in find_sources(scan)]
+    for result in segment_scans(sources, root / "masks", load_predictor(lung, infection), outputs=make_outputs()):
+        if result.error:
+            raise result.error
+    _, index = write_cohort(root / "masks")
     print_table(evaluation)
-    print("masks:", *masks, sep="\n  ")
-    print(f"report: {report.resolve()}")
+    print(f"evaluation: {report.resolve()}")
+    print(f"masks and reports of the test scans: {index.resolve()}")
 
 
 if __name__ == "__main__":

@@ -111,8 +111,11 @@ def test_quickstart(tmp_path: Path) -> None:
     result = run_script("quickstart", "--small", "--epochs=1", f"--output_dir={tmp_path / 'run'}", env=COMPILE_FAST)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "report" / "overlays.png").stat().st_size > 10_000
-    assert f"report: {tmp_path / 'run' / 'report'}" in result.stdout
-    assert result.stdout.count("radiopaedia_14_85914_0") >= 2
+    assert f"evaluation: {tmp_path / 'run' / 'report'}" in result.stdout
+    index = tmp_path / "run" / "masks" / "index.html"
+    assert f"reports of the test scans: {index}" in result.stdout
+    assert 'href="radiopaedia' in index.read_text(encoding="utf-8")
+    assert "radiopaedia_14_85914_0" in result.stdout
 
 
 def test_check_data(phantom: Path, tmp_path: Path) -> None:
