@@ -53,7 +53,7 @@ def segment_volume(hu: Array, affine: npt.NDArray[np.float64], model: Predictor 
         raise InputError(f"`model`: it segments {' and '.join(model.structures)} only; give both models")
     scan = judge_scan(scan_from_array(hu, affine), Path(_NAME), physical=model.preprocess.is_physical)
     segmented = segment_opened(scan, model, _NAME)
-    totals = Totals(len(segmented.boxes))
+    totals = Totals(segmented)
     lung, infection = [], []
     for slices in iter_slices(segmented):
         totals.add(slices)

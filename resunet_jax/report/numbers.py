@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from resunet_jax import __version__
+from resunet_jax.data.preprocess import prepare_volume
 from resunet_jax.data.volume import FloatArray
 from resunet_jax.inference.scan import SegmentedScan
 from resunet_jax.metrics.lesions import SMALLEST_LESION_ML
@@ -28,6 +29,11 @@ PLAUSIBLE_LUNG_ML = (500.0, 12_000.0)
 
 _BRIGHTEST_LUNG_HU = -250.0  # mean of the lung mask without infection
 _BONE_HU = 200.0
+_CENTRAL = 0.12  # of the body's width, to either side of its middle
+_LEAST_BONE = 20  # voxels a slice: fewer do not show a spine
+_CLEARLY_BEHIND = 0.04  # of the height of a slice: contrast agent in the heart is denser than bone, too
+_DOUBTFUL_SLICES = 12  # of a scan are segmented upside down
+_LESS_ENTROPY = 0.97
 _LEAST_OUTSIDE_ML = 1.0  # of infection that lies outside the lung mask, to be warned of
 
 Mask = npt.NDArray[np.bool_]
@@ -65,7 +71,11 @@ def iter_slices(segmented: SegmentedScan) -> Iterator[Slices]:
 class Totals:
     """Counts over the slices of a scan, added up a chunk at a time."""
 
-    def __init__(self, slices: int, consolidation_hu: float = CONSOLIDATION_HU) -> None:
+    def __init__(self, segmented: SegmentedScan, consolidation_hu: float = CONSOLIDATION_HU) -> None:
+        slices = len(segmented.boxes)
+        first, last = segmented.body_columns
+        reach = max(1, int(_CENTRAL * (last - first)))
+        self._central = slice(max(0, (first + last) // 2 - reach), (first + last) // 2 + reach + 1)
         # By slice: voxels of left and right lung, and of both that are infected; voxels of the infection.
         self.lung = {side: np.zeros(slices, np.int64) for side in ("left", "right")}
         self.infected = {side: np.zeros(slices, np.int64) for side in ("left", "right")}
@@ -73,7 +83,8 @@ class Totals:
         self.consolidation = 0
         self.infection_hu = 0.0
         self.healthy_hu = 0.0
-        self.rows = {name: np.zeros(2) for name in ("lung", "bone")}  # sum of row numbers, voxels
+        # Sum of row numbers and voxels: of both lungs, and of bone between them.
+        self.rows = {name: np.zeros(2) for name in ("lung", "bone")}
         self.lobes: dict[int, npt.NDArray[np.int64]] = {}  # by label: voxels of the lobe, and of those infected
         self._consolidation_hu = consolidation_hu
 
@@ -94,9 +105,16 @@ class Totals:
             lobe = lobes == label
             counts = np.array([np.count_nonzero(lobe), np.count_nonzero(lobe & infection)])
             self.lobes[int(label)] = self.lobes.get(int(label), 0) + counts
-        for name, mask in (("lung", lung), ("bone", slices.hu > _BONE_HU)):
+        bone = slices.hu[:, self._central] > _BONE_HU
+        for name, mask in (("lung", lung), ("bone", bone)):
             by_row = np.count_nonzero(mask, axis=(1, 2))
             self.rows[name] += (by_row @ np.arange(len(by_row)), by_row.sum())
+
+    @property
+    def bone_behind_lung(self) -> float:
+        """By how many rows bone near the middle, the spine and the breastbone, lies behind the lungs; NaN without."""
+        (lung_rows, lung), (bone_rows, bone) = self.rows["lung"], self.rows["bone"]
+        return bone_rows / bone - lung_rows / lung if min(lung, bone) > _LEAST_BONE * len(self.infection) else math.nan
 
     @property
     def lung_voxels(self) -> npt.NDArray[np.int64]:
@@ -174,15 +192,23 @@ def measure(
         "involvement": _involvement(totals, ml),
         "by_slice": {"lung_ml": (totals.lung_voxels * ml).tolist(), "infection_ml": (totals.infection * ml).tolist()},
         "lobes": _lobes(totals, ml),
-        "warnings": implausible(totals, ml),
+        "warnings": warnings_of(segmented, totals),
         "notes": _notes(segmented),
         "models": _models(segmented),
         "settings": _settings(segmented),
     }
 
 
+def warnings_of(segmented: SegmentedScan, totals: Totals) -> list[str]:
+    """All that makes the masks of a scan doubtful."""
+    warnings = implausible(totals, segmented.scan.grid.voxel_ml)
+    if is_upside_down(segmented, totals):
+        warnings.append("front and back seem to be exchanged in the header, and the masks are worse for it; correct it")
+    return warnings
+
+
 def implausible(totals: Totals, voxel_ml: float) -> list[str]:
-    """What makes the masks of a scan doubtful."""
+    """What of the counts makes the masks of a scan doubtful."""
     lung, infection = int(totals.lung_voxels.sum()), int(totals.infection.sum())
     if lung == 0:
         return ["no lung was found; is it a chest CT, and are front and back, left and right as the header says?"]
@@ -203,10 +229,35 @@ def implausible(totals: Totals, voxel_ml: float) -> list[str]:
     outside = infection - int(totals.infected_voxels.sum())
     if outside > infection / 2 and outside * voxel_ml >= _LEAST_OUTSIDE_ML:
         warnings.append(f"{100 * outside / infection:.0f} % of the infection lies outside the lung mask; check both")
-    (lung_rows, _), (bone_rows, bone) = totals.rows["lung"], totals.rows["bone"]
-    if bone and bone_rows / bone < lung_rows / lung:
-        warnings.append("the bones lie mostly in front of the lungs; front and back may be exchanged in the header")
     return warnings
+
+
+def is_upside_down(segmented: SegmentedScan, totals: Totals) -> bool:
+    """Whether front and back seem to be exchanged in the header.
+
+    The spine tells, where bone is not cut off by a window. Otherwise both models are asked: they are more certain, by
+    the mean entropy of their probabilities, of some slices as they should be than of the same ones upside down.
+    """
+    rows, *_ = segmented.scan.grid.oriented_shape
+    if abs(totals.bone_behind_lung) > _CLEARLY_BEHIND * rows:
+        return bool(totals.bone_behind_lung < 0)
+    with_lung = np.flatnonzero(totals.lung_voxels)
+    if segmented.predictor.structures != ("lung", "infection") or not len(with_lung):
+        return False
+    picks = with_lung[np.linspace(0, len(with_lung) - 1, _DOUBTFUL_SLICES + 2).round().astype(int)][1:-1]
+    preprocess = segmented.predictor.preprocess
+    chunks = [segmented.scan.read_slices(k, k + 1) for k in sorted({int(pick) for pick in picks})]
+    images = np.concatenate([prepare_volume(chunk, preprocess, segmented.offset)[0] for chunk in chunks])
+    as_it_is, turned = (
+        {name: _entropy(p) for name, p in segmented.predictor.slice_probabilities(some).items()}
+        for some in (images, np.ascontiguousarray(images[:, ::-1]))
+    )
+    return all(turned[name] < _LESS_ENTROPY * as_it_is[name] for name in as_it_is)
+
+
+def _entropy(probability: FloatArray) -> float:
+    p = np.clip(probability.astype(np.float64), 1e-6, 1 - 1e-6)
+    return float(-(p * np.log(p) + (1 - p) * np.log1p(-p)).mean())
 
 
 def _lesions(segmented: SegmentedScan, voxel_ml: float) -> dict[str, Any]:

@@ -20,10 +20,10 @@ from resunet_jax.report.numbers import (
     CONSOLIDATION_HU,
     SCHEMA_VERSION,
     Totals,
-    implausible,
     iter_slices,
     measure,
     summary_line,
+    warnings_of,
 )
 from resunet_jax.report.page import encode_slices, write_preview, write_scan_page
 
@@ -84,7 +84,7 @@ def _write_report(
     consolidation_hu: float,
     lobes: npt.NDArray[np.uint8] | None,
 ) -> Finding:
-    totals, shown = Totals(len(segmented.boxes), consolidation_hu), []
+    totals, shown = Totals(segmented, consolidation_hu), []
     for slices in iter_slices(segmented):
         totals.add(slices, None if lobes is None else lobes[..., slices.start : slices.start + slices.hu.shape[-1]])
         shown.extend(encode_slices(slices.hu, slices.lung, slices.infection))
@@ -97,10 +97,10 @@ def _write_report(
 
 
 def _check(_: Source, segmented: SegmentedScan, __: float, ___: Path) -> Finding:
-    totals = Totals(len(segmented.boxes))
+    totals = Totals(segmented)
     for slices in iter_slices(segmented):
         totals.add(slices)
-    return Finding("", tuple(implausible(totals, segmented.scan.grid.voxel_ml)))
+    return Finding("", tuple(warnings_of(segmented, totals)))
 
 
 def _write_labels(source: Source, segmented: SegmentedScan, _: float, folder: Path) -> Finding:

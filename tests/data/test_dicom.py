@@ -13,7 +13,7 @@ import pydicom
 import pytest
 from pydicom import uid as uids
 
-from resunet_jax.data.readers import READERS, digest, find_sources, list_sources, open_scan
+from resunet_jax.data.readers import READERS, decode_worker, digest, find_sources, list_sources, open_scan
 from resunet_jax.data.readers.dicom import series_datasets
 from resunet_jax.data.readers.source import Source
 from resunet_jax.errors import InputError
@@ -374,6 +374,18 @@ def test_real_transfer_syntaxes() -> None:
         values, _ = read(find_sources(files[syntax])[0])
         assert np.abs(values - reference).max() <= (10 if syntax[-3:] in (".81", ".91") else 0), syntax
     assert (len(files), len(refused)) == (15, 4)
+
+
+def test_a_decoder_that_dies_or_hangs_is_one_line(
+    hu: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in write_series(tmp_path / "scan", hu):
+        compress(path, uids.JPEG2000Lossless)
+    for worker in ("import os; os.abort()", "import time; time.sleep(600)"):
+        (tmp_path / "worker.py").write_text(worker)
+        monkeypatch.setattr(decode_worker, "__file__", str(tmp_path / "worker.py"))
+        monkeypatch.setattr(decode_worker, "_SECONDS", 1)
+        refuse(tmp_path / "scan", "the decoder gave up on it")
 
 
 def test_dicom_seg_reads_back_as_the_masks(hu: np.ndarray, tmp_path: Path, rng: np.random.Generator) -> None:

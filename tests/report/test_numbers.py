@@ -8,7 +8,7 @@ import pytest
 from resunet_jax.data.volume import Grid, Scan, Volume
 from resunet_jax.inference.scan import SegmentedScan
 from resunet_jax.report import numbers as module
-from resunet_jax.report.numbers import Totals, implausible, iter_slices, measure, summary_line
+from resunet_jax.report.numbers import Totals, implausible, is_upside_down, iter_slices, measure, summary_line
 
 ROWS, COLUMNS, SLICES = 60, 80, 12
 SPACING = (4.0, 3.0, 5.0)
@@ -56,7 +56,7 @@ def segmented(
 
 
 def totals_of(scan: SegmentedScan, lobes: np.ndarray | None = None) -> Totals:
-    totals = Totals(SLICES)
+    totals = Totals(scan)
     for slices in iter_slices(scan):
         some = slice(slices.start, slices.start + slices.hu.shape[-1])
         totals.add(slices, None if lobes is None else lobes[..., some])
@@ -122,7 +122,8 @@ def test_nothing_found_is_undefined_not_zero_percent() -> None:
 
 
 def warnings_of(scan: SegmentedScan, ml: float = 2 * ML) -> str:
-    return " ".join(implausible(totals_of(scan), ml))
+    totals = totals_of(scan)
+    return " ".join([*implausible(totals, ml), *["upside down"] * bool(is_upside_down(scan, totals))])
 
 
 def test_impossible_masks_are_warned_of_and_possible_ones_are_not() -> None:
@@ -136,8 +137,8 @@ def test_impossible_masks_are_warned_of_and_possible_ones_are_not() -> None:
     away = box((50, 55), (30, 45), (2, 9))
     assert "% of the infection lies outside" in warnings_of(segmented(infection=away))
     front = np.where(RIGHT_LUNG | LEFT_LUNG, -850.0, 40.0)
-    front[5:10, 38:42] = 700.0
-    assert "front and back" in warnings_of(segmented(hu=front))
+    front[3:10, 36:44] = 700.0
+    assert warnings_of(segmented(hu=front)) == "upside down"
 
 
 def test_a_structure_without_a_model_is_empty() -> None:

@@ -6,6 +6,7 @@ Nothing that identifies a patient is read but the pixel data and the geometry; n
 import contextlib
 import hashlib
 import io
+import queue
 import re
 import warnings
 import zipfile
@@ -18,9 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pydicom
-from pydicom.pixels import pixel_array
+from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID
 
+from resunet_jax.data.readers.decode_worker import Decoder
 from resunet_jax.data.readers.disk import DiskArray, temporary_file
 from resunet_jax.data.readers.source import Source
 from resunet_jax.data.volume import Array, Grid, Scan
@@ -519,10 +521,21 @@ def _decode(container: _Container, slices: Sequence[_Slice], array: DiskArray) -
     for place, one in enumerate(slices):
         places.setdefault(one.member, []).append((place, one))
 
-    def decode(member: str) -> tuple[str, Array]:
-        return member, _pixels(container, member, [one for _, one in places[member]])
+    free: queue.SimpleQueue[Decoder] = queue.SimpleQueue()
 
-    with container.opened(), ThreadPoolExecutor(1 if container.is_zip else 2) as executor:
+    def decode(member: str) -> tuple[str, Array]:
+        decoder = free.get()
+        try:
+            return member, _pixels(container, member, [one for _, one in places[member]], decoder)
+        finally:
+            free.put(decoder)
+
+    threads = 1 if container.is_zip else 2
+    with container.opened(), contextlib.ExitStack() as stack, ThreadPoolExecutor(threads) as executor:
+        for _ in range(threads):
+            decoder = Decoder()
+            stack.callback(decoder.close)
+            free.put(decoder)
         pending = list(places)
         for start in range(0, len(pending), 8):
             for member, frames in executor.map(decode, pending[start : start + 8]):
@@ -531,11 +544,12 @@ def _decode(container: _Container, slices: Sequence[_Slice], array: DiskArray) -
                     array.write(2, place, values.T[..., None].astype(array.dtype))
 
 
-def _pixels(container: _Container, member: str, slices: Sequence[_Slice]) -> Array:
+def _pixels(container: _Container, member: str, slices: Sequence[_Slice], decoder: Decoder) -> Array:
     """The stored values of a file, (frames, rows, columns)."""
     label = container.label(member)
     try:
-        dataset = _dataset(container.read(member))
+        content = container.read(member)
+        dataset = _dataset(content)
         syntax = UID(str(dataset.file_meta.get("TransferSyntaxUID", "1.2.840.10008.1.2")))
     except InputError:
         raise
@@ -554,7 +568,9 @@ def _pixels(container: _Container, member: str, slices: Sequence[_Slice]) -> Arr
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            values = np.asarray(pixel_array(dataset, decoding_plugin=DECODERS[str(syntax)]))
+            plugin = DECODERS[str(syntax)]
+            is_apart = plugin == "gdcm"
+            values = decoder.decode(content) if is_apart else np.asarray(pixel_array(dataset, decoding_plugin=plugin))
     except Exception as error:  # each decoder has its own errors
         raise InputError(
             f"{label}: its pixels cannot be decoded as {syntax.name} ({first_line(error)}); export the series again"
