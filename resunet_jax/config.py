@@ -95,7 +95,7 @@ class PostprocessConfig:
         "closed_lung", "where infection may lie: closed_lung, near the lung mask, or none, anywhere"
     )
     gate_closing_mm: float = setting(
-        15.0, "radius of the closing of each lung that makes its gate", unit="mm", low=0, high=100
+        20.0, "radius of the closing of each lung that makes its gate", unit="mm", low=0, high=100
     )
 
 
