@@ -1,4 +1,4 @@
-"""Exceptions for input that a person can mend, and for a training that was asked to stop."""
+"""Exceptions for input that a person can fix, and for a training that was asked to stop."""
 
 
 class InputError(Exception):

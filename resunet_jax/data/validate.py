@@ -128,7 +128,7 @@ class DataCheck:
     can_train: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, with the keys of 0.6.0 beside those that have changed since."""
+        """For JSON, with the keys of 0.6.0 next to those that have changed since."""
         values = dataclasses.asdict(self)
         cases = [{**case, "encoding": case["intensity_scale"]} for case in values["cases"]]
         return {**values, "cases": cases, "whole": self.is_complete}

@@ -41,7 +41,7 @@ class Finding(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Something that is written for each scan, beside its masks.
+    """Something that is written for each scan in addition to its masks.
 
     Attributes:
       suffixes: of its files, which are named `<scan><suffix>`.
@@ -96,7 +96,7 @@ def segment_scans(
       save_probabilities: see `segment_scan`.
       readers: the table of formats.
       assumed: see `open_scan`.
-      outputs: what is written beside the masks, by name.
+      outputs: what else is written, by name.
 
     Raises:
       InputError: the manifest of an earlier run cannot be replaced. What concerns one scan is in its `ScanResult`.
@@ -207,12 +207,12 @@ class _Batch:
 
 
 def _warn_of_others(scan: Source, masks: Sequence[Path]) -> None:
-    """Names masks of the same scan name that stay beside the new ones, and are by other models or settings."""
+    """Names masks of the same scan name that stay next to the new ones, and are by other models or settings."""
     for path in sorted(masks[0].parent.glob(f"{glob.escape(scan.name)}_*.nii.gz")) if masks else ():
         kind = path.name[len(scan.name) + 1 :].removesuffix(".nii.gz")
         if kind in _KINDS and path not in masks:
             logger.warning(
-                "%s: stays beside the new masks, and is of an earlier prediction; remove it if not needed", path
+                "%s: stays next to the new masks, and is of an earlier prediction; remove it if not needed", path
             )
 
 

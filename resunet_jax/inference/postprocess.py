@@ -74,7 +74,7 @@ def gate_infection(
     grid: Grid,
     closing_mm: float,
 ) -> None:
-    """Removes, in place, infection that does not lie in or beside the lungs.
+    """Removes, in place, infection that does not lie in or next to the lungs.
 
     Dense infection is often missed by the lung mask, but lies within the outline of the lung: the gate is the mask of
     each lung, closed in three dimensions, on voxels of up to 2 mm.

@@ -1,4 +1,4 @@
-"""What is written for a scan beside its masks: one function and one row of `make_outputs` for each."""
+"""What is written for a scan in addition to its masks: one function and one row of `make_outputs` for each."""
 
 import json
 from collections.abc import Mapping

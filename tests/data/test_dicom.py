@@ -202,7 +202,7 @@ def test_missing_doubled_and_uneven_slices_are_refused_with_their_positions(hu: 
         dataset.ImagePositionPatient[0] += 9 * (k == 3)
 
     write_series(tmp_path / "aside", hu, change=aside)
-    refuse(tmp_path / "aside", "the slice at 115 mm lies beside the line")
+    refuse(tmp_path / "aside", "the slice at 115 mm lies off the line")
 
     def thin(dataset: pydicom.Dataset, k: int) -> None:
         del dataset.SliceThickness

@@ -70,5 +70,5 @@ def test_masks_of_another_prediction_beside_the_new_ones_are_named(
     scans = find_sources(copies(trained, tmp_path / "scans", 1))
     list(segment_scans(scans, tmp_path / "masks", predictor))
     list(segment_scans(scans, tmp_path / "masks", load_predictor(trained.lung, None)))
-    assert "scan_0_infection.nii.gz: stays beside the new masks" in caplog.text
+    assert "scan_0_infection.nii.gz: stays next to the new masks" in caplog.text
     assert "scan_0_lung.nii.gz" not in caplog.text

@@ -128,9 +128,12 @@ def find_dicom(path: Path) -> list[Source]:
         return [Source(path, _stem(path), "", tuple(unreadable))] if unreadable else []
     names = _names(path, list(series.values()))
     return [
-        # A damaged file may belong to any series beside it: they are refused, rather than read without it.
+        # A damaged file may belong to any series of its folder: they are refused, rather than read without it.
         Source(
-            path, name, headers[0].series, tuple(sorted([*(h.member for h in headers), *_beside(headers, unreadable)]))
+            path,
+            name,
+            headers[0].series,
+            tuple(sorted([*(h.member for h in headers), *_in_same_folder(headers, unreadable)])),
         )
         for name, headers in zip(names, series.values(), strict=True)
     ]
@@ -415,7 +418,7 @@ def _series_key(header: _Header) -> tuple[Any, ...]:
     return (where, geometry)
 
 
-def _beside(headers: Sequence[_Header], unreadable: Iterable[str]) -> list[str]:
+def _in_same_folder(headers: Sequence[_Header], unreadable: Iterable[str]) -> list[str]:
     folders = {Path(header.member).parent for header in headers}
     return [member for member in unreadable if Path(member).parent in folders]
 
@@ -496,9 +499,7 @@ def _check_steps(path: Path, heights: npt.NDArray[np.float64], positions: npt.ND
     line = positions[0] + np.linspace(0, 1, len(positions))[:, None] * (positions[-1] - positions[0])
     worst = int(np.argmax(np.linalg.norm(positions - line, axis=1)))
     if np.linalg.norm(positions[worst] - line[worst]) > max(tolerance, 0.5):
-        raise InputError(
-            f"{path}: the slice at {heights[worst]:g} mm lies beside the line of the others; export it again"
-        )
+        raise InputError(f"{path}: the slice at {heights[worst]:g} mm lies off the line of the others; export it again")
 
 
 def _some(values: Sequence[str]) -> str:

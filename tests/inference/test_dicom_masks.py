@@ -1,0 +1,49 @@
+"""A phantom as DICOM and as NIfTI: the same masks, voxel for voxel, and a page for each."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from resunet_jax import Predictor, load_predictor
+from resunet_jax.data.readers import find_sources, open_scan
+from resunet_jax.data.readers.nifti import write_nifti
+from resunet_jax.data.volume import Grid
+from resunet_jax.inference.batch import segment_scans
+from resunet_jax.report.outputs import make_outputs
+from tests.conftest import Trained
+from tests.dicom_files import SPACING, pack, write_series
+
+
+@pytest.fixture(scope="module")
+def predictor(trained: Trained) -> Predictor:
+    return load_predictor(trained.lung, trained.infection)
+
+
+@pytest.mark.parametrize("step", [(0.0, 0.0, 5.0), (0.0, 1.3, 5.0)], ids=["straight", "tilted"])
+def test_masks_are_those_of_the_same_volume_as_nifti(
+    trained: Trained, predictor: Predictor, tmp_path: Path, step: tuple[float, ...]
+) -> None:
+    case = next((trained.data / "ct_scans").glob("coronacases*"))
+    with open_scan(case) as scan:
+        hu = scan.read_slices(0, scan.grid.oriented_shape[-1]).values.astype(int)
+    write_series(tmp_path / "dicom", hu, step=step)
+    archive = pack(tmp_path / "dicom", tmp_path / "zipped.zip")
+    affine = np.eye(4)
+    affine[:3, 0], affine[:3, 1], affine[:3, 2] = (-SPACING[1], 0, 0), (0, -SPACING[0], 0), np.array(step) * (-1, -1, 1)
+    affine[:3, 3] = (20, 30, 100)
+    grid = Grid((hu.shape[1], hu.shape[0], hu.shape[2]), affine)
+    write_nifti(tmp_path / "plain.nii.gz", hu.astype(np.int16), grid)
+
+    sources = [find_sources(path)[0] for path in (tmp_path / "plain.nii.gz", tmp_path / "dicom", archive)]
+    outputs = make_outputs(dicom_seg=False)
+    results = list(segment_scans(sources, tmp_path / "out", predictor, outputs=outputs))
+    assert [result.error for result in results] == [None] * 3
+    for structure in ("lung", "infection"):
+        masks = [nib.load(tmp_path / "out" / f"{source.name}_{structure}.nii.gz") for source in sources]
+        plain, *others = (np.asarray(mask.dataobj) for mask in masks)
+        for other, mask in zip(others, masks[1:], strict=True):
+            np.testing.assert_array_equal(other, plain)
+            np.testing.assert_allclose(mask.affine, masks[0].affine, atol=1e-5)
+    assert all((tmp_path / "out" / f"{source.name}_report.html").is_file() for source in sources)
