@@ -427,6 +427,10 @@ def test_nrrd_and_metaimage_are_the_same_volume(hu: np.ndarray, tmp_path: Path, 
     with READERS["itk"].open(source) as scan:
         np.testing.assert_array_equal(scan.read(2, 0, SHAPE[-1]), hu.swapaxes(0, 1))
         np.testing.assert_allclose(scan.grid.affine, expected_affine(), atol=1e-6)
+    before = digest(source)
+    voxels = tmp_path / "scan.raw" if suffix == "MHD" else path
+    voxels.write_bytes(voxels.read_bytes()[:-2] + b"\x07\x00") if suffix == "MHD" else None
+    assert (digest(source) != before) == (suffix == "MHD")
     path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
     refuse_file(path)
     path.write_bytes(b"words")

@@ -38,7 +38,7 @@ class Reader(NamedTuple):
 READERS: dict[str, Reader] = {
     "nifti": Reader(by_suffix(nifti.SUFFIXES), nifti.open_nifti, file_digest),
     "dicom": Reader(dicom.find_dicom, dicom.open_dicom, dicom.dicom_digest),
-    "itk": Reader(by_suffix(itk.SUFFIXES), itk.open_itk, file_digest),
+    "itk": Reader(by_suffix(itk.SUFFIXES), itk.open_itk, itk.itk_digest),
 }
 """By the name of the format."""
 

@@ -1,6 +1,7 @@
 """NRRD and MetaImage, by SimpleITK: the extra `itk`."""
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from resunet_jax.data.readers.disk import DiskArray, temporary_file
 from resunet_jax.data.readers.source import Source
-from resunet_jax.data.volume import Grid, Scan
+from resunet_jax.data.volume import Array, Grid, Scan
 from resunet_jax.errors import InputError, first_line
 
 SUFFIXES = (".nrrd", ".mha", ".mhd")
@@ -24,22 +25,8 @@ def open_itk(source: Source) -> Iterator[Scan]:
     Raises:
       InputError: SimpleITK is not installed, no such file, not three-dimensional, or not one real number per voxel.
     """
-    try:
-        import SimpleITK as sitk  # noqa: N813, PLC0415 - an extra; its own customary name
-    except ImportError as error:
-        raise InputError(f'{source.path}: this format needs SimpleITK: pip install "resunet-jax[itk]"') from error
-    sitk.ProcessObject.GlobalWarningDisplayOff()
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(source.path))
-    reader.SetImageIO("NrrdImageIO" if source.path.suffix.lower() == ".nrrd" else "MetaImageIO")  # in any case
-    try:
-        reader.ReadImageInformation()
-        shape = tuple(int(n) for n in reader.GetSize())
-        _check(source, reader, shape)
-        image = sitk.GetArrayFromImage(reader.Execute())
-    except RuntimeError as error:
-        reason = first_line(Exception(str(error).strip().splitlines()[-1]))
-        raise InputError(f"{source.path}: cannot be read ({reason}); export it again") from error
+    reader, image = _read(source)
+    shape = tuple(int(n) for n in reader.GetSize())
     affine = np.eye(4)
     direction = np.array(reader.GetDirection()).reshape(3, 3)
     affine[:3, :3], affine[:3, 3] = direction * np.array(reader.GetSpacing()), reader.GetOrigin()
@@ -50,6 +37,31 @@ def open_itk(source: Source) -> Iterator[Scan]:
         array.write(2, 0, image.T)
         del image
         yield Scan(Grid(array.shape, _LPS_TO_RAS @ affine), array.read, array.plane_bytes)
+
+
+def itk_digest(source: Source) -> str:
+    """SHA-256 of header and voxels, which may lie in files of their own."""
+    _, image = _read(source)
+    return hashlib.sha256(source.path.read_bytes() + image.tobytes()).hexdigest()
+
+
+def _read(source: Source) -> tuple[Any, Array]:
+    """The reader, which knows the geometry, and the voxels (slices, rows, columns)."""
+    try:
+        import SimpleITK as sitk  # noqa: N813, PLC0415 - an extra; its own customary name
+    except ImportError as error:
+        raise InputError(f'{source.path}: this format needs SimpleITK: pip install "resunet-jax[itk]"') from error
+    sitk.ProcessObject.GlobalWarningDisplayOff()
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(source.path))
+    reader.SetImageIO("NrrdImageIO" if source.path.suffix.lower() == ".nrrd" else "MetaImageIO")  # in any case
+    try:
+        reader.ReadImageInformation()
+        _check(source, reader, tuple(int(n) for n in reader.GetSize()))
+        return reader, sitk.GetArrayFromImage(reader.Execute())
+    except RuntimeError as error:
+        reason = first_line(Exception(str(error).strip().splitlines()[-1]))
+        raise InputError(f"{source.path}: cannot be read ({reason}); export it again") from error
 
 
 def _check(source: Source, reader: Any, shape: tuple[int, ...]) -> None:
