@@ -143,10 +143,25 @@ def test_series_are_told_apart_by_uid_folder_and_geometry(hu: np.ndarray, tmp_pa
 
     for name in ("x", "y"):  # no UID, or free text in its place
         write_series(tmp_path / "people" / name, hu, uid="" if name == "x" else "my own series")
-    assert [source.name for source in find_sources(tmp_path / "people")] == ["x", "y"]
+    people = find_sources(tmp_path / "people")
+    assert [(source.name, source.path) for source in people] == [(n, tmp_path / "people" / n) for n in ("x", "y")]
+    check(people[0], hu)
+    assert find_sources(people[1].path) == [people[1]]  # a path alone tells it
     write_series(tmp_path / "mixed", hu, uid="")
     write_series(tmp_path / "mixed", hu[:-2], uid="", number=2)
     assert len(find_sources(tmp_path / "mixed")) == 2
+
+
+def test_a_folder_of_zips_continues_after_a_bad_one(hu: np.ndarray, tmp_path: Path) -> None:
+    write_series(tmp_path / "scan", hu)
+    (tmp_path / "zips").mkdir()
+    pack(tmp_path / "scan", tmp_path / "zips" / "good.zip")
+    (tmp_path / "zips" / "bad.zip").write_bytes(b"not a zip")
+    bad, good = find_sources(tmp_path / "zips")
+    assert (bad.name, good.name) == ("bad", "good")
+    check(good, hu)
+    with pytest.raises(InputError, match="cannot be read as a zip"):
+        read(bad)
 
 
 def test_what_is_no_ct_slice_is_left_out_by_name(

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from resunet_jax import Predictor, load_predictor
-from resunet_jax.data.readers import find_sources, open_scan
+from resunet_jax.data.cases import find_cases
+from resunet_jax.data.readers import READERS, find_sources, open_scan, read_grid, read_mask
 from resunet_jax.data.readers.nifti import write_nifti
 from resunet_jax.data.volume import Grid
 from resunet_jax.inference.batch import segment_scans
@@ -47,3 +48,21 @@ def test_masks_are_those_of_the_same_volume_as_nifti(
             np.testing.assert_array_equal(other, plain)
             np.testing.assert_allclose(mask.affine, masks[0].affine, atol=1e-5)
     assert all((tmp_path / "out" / f"{source.name}_report.html").is_file() for source in sources)
+
+
+def test_a_data_set_of_dicom_folders_and_nifti_masks(tmp_path: Path) -> None:
+    hu = np.random.default_rng(0).integers(-1000, 100, (40, 36, 6))
+    hu[10:30, 10:26] = 40
+    for name in ("a", "b"):
+        write_series(tmp_path / "ct_scans" / name, hu, uid="")
+        (source,) = find_sources(tmp_path / "ct_scans" / name)
+        with READERS["dicom"].open(source) as scan:
+            grid = scan.grid
+        for folder in ("lung_mask", "infection_mask"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            write_nifti(tmp_path / folder / f"{name}.nii.gz", (hu > 0).astype(np.uint8), grid)
+    cases = find_cases(tmp_path)
+    assert [case.id for case in cases] == ["a", "b"]
+    for case in cases:
+        assert read_grid(case.ct).shape == (36, 40, 6)
+        np.testing.assert_array_equal(read_mask(case.lung_mask, case.ct, read_grid(case.ct)), hu > 0)

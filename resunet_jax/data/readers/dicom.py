@@ -124,19 +124,41 @@ def find_dicom(path: Path) -> list[Source]:
     if left_out and (series or unreadable or path.is_file()):
         what = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
         logger.info("%s: left out: %s", path, what)
+    sources = _sources(path, list(series.values()), unreadable)
+    return sources + [source for archive in container.archives() for source in _find_archive(archive)]
+
+
+def _find_archive(path: Path) -> list[Source]:
+    """The series of a zip among other files; of a bad one, a source whose opening says why."""
+    try:
+        return find_dicom(path)
+    except InputError:
+        return [Source(path, _stem(path))]
+
+
+def _sources(path: Path, series: Sequence[Sequence[_Header]], unreadable: Sequence[str]) -> list[Source]:
+    """A source for each series; one that has a subfolder to itself lies there, and is named after it."""
     if not series:
         return [Source(path, _stem(path), "", tuple(unreadable))] if unreadable else []
-    names = _names(path, list(series.values()))
-    return [
+    sources = []
+    for name, headers in zip(_names(path, series), series, strict=True):
         # A damaged file may belong to any series of its folder: they are refused, rather than read without it.
-        Source(
-            path,
-            name,
-            headers[0].series,
-            tuple(sorted([*(h.member for h in headers), *_in_same_folder(headers, unreadable)])),
-        )
-        for name, headers in zip(names, series.values(), strict=True)
-    ]
+        members = sorted([*(header.member for header in headers), *_in_same_folder(headers, unreadable)])
+        folder = _own_folder(headers, series) if path.is_dir() else ""
+        if folder:
+            members = [member.removeprefix(f"{folder}/") for member in members]
+        sources.append(Source(path / folder, name, headers[0].series, tuple(members)))
+    return sources
+
+
+def _own_folder(headers: Sequence[_Header], series: Sequence[Sequence[_Header]]) -> str:
+    """The subfolder that holds all files of this series, and of no other; "" where there is none."""
+    folders = {Path(header.member).parent.as_posix() for header in headers}
+    folder = next(iter(folders))
+    others = [Path(header.member) for other in series if other is not headers for header in other]
+    if len(folders) > 1 or folder == "." or any(Path(folder) in member.parents for member in others):
+        return ""
+    return folder
 
 
 def dicom_digest(source: Source) -> str:
@@ -159,6 +181,9 @@ def open_dicom(source: Source) -> Iterator[Scan]:
     """
     container = _Container(source.path)
     slices: list[_Slice] = []
+    if not source.members:
+        container.members()  # says what is wrong with a zip
+        raise InputError(f"{source.path}: no CT slices in it; give the folder of one series")
     for member in source.members:
         header = _read_header(container, member)
         if not isinstance(header, _Header):
@@ -219,6 +244,10 @@ class _Container:
                 paths = [p for p in self.path.rglob("*") if p.is_file() and not p.name.startswith(".")]
                 names = [p.relative_to(self.path).as_posix() for p in sorted(paths)]
             return [name for name in names if self._is_dicom(name)]
+
+    def archives(self) -> list[Path]:
+        """The zips of a folder."""
+        return sorted(p for p in self.path.glob("*.[zZ][iI][pP]") if p.is_file()) if self.path.is_dir() else []
 
     def _is_dicom(self, name: str) -> bool:
         if name.lower().endswith((".nii", ".nii.gz", ".zip")) or Path(name).name.upper() == "DICOMDIR":
@@ -430,16 +459,14 @@ def _stem(path: Path) -> str:
 def _names(path: Path, series: Sequence[Sequence[_Header]]) -> list[str]:
     """A name for each series: of the path, and where there are several, of its folder or its number."""
     stem = _stem(path.absolute())
-    if len(series) == 1:
-        return [stem]
-    folders = [{Path(header.member).parent.as_posix() for header in headers} for headers in series]
-    alone = [len(f) == 1 and sum(f == other for other in folders) == 1 and f != {"."} for f in folders]
     numbers = [headers[0].number for headers in series]
     names = []
-    for headers, folder, is_alone in zip(series, folders, alone, strict=True):
-        number = headers[0].number
-        if is_alone:
-            names.append(re.sub(r"[/\\]", "_", next(iter(folder))))
+    for headers in series:
+        number, folder = headers[0].number, _own_folder(headers, series)
+        if folder and (path.is_dir() or len(series) > 1):
+            names.append(folder.replace("/", "_"))
+        elif len(series) == 1:
+            names.append(stem)
         elif number and numbers.count(number) == 1:
             names.append(f"{stem}_series{number}")
         else:
