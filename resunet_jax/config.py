@@ -97,6 +97,12 @@ class PostprocessConfig:
     gate_closing_mm: float = setting(
         20.0, "radius of the closing of each lung that makes its gate", unit="mm", low=0, high=100
     )
+    min_lesion_ml: float = setting(
+        1.0, "connected components of the infection below this are removed", unit="ml", low=0
+    )
+    min_lesion_probability: float = setting(
+        0.9, "components that nowhere reach this probability are removed (hysteresis thresholding)", low=0, high=1
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +231,11 @@ DEFAULTS_BY_VERSION: dict[str, dict[str, Any]] = {
         "postprocess.min_component_fraction": 0.0,
     },
     "0.7.0": {"augment.fill": 0.0},
-    "0.8.0": {"postprocess.gate": "none"},
+    "0.8.0": {
+        "postprocess.gate": "none",
+        "postprocess.min_lesion_ml": 0.0,
+        "postprocess.min_lesion_probability": 0.0,
+    },
 }
 """By version, oldest first: what a field that a file of that version or an older one lacks meant, where it is not
 today's default. Before 0.7.0 files did not say their version."""

@@ -43,7 +43,7 @@ TINY = {
     "preprocess": PreprocessConfig(image_size=32, normalization="air"),
     "model": ModelConfig(filters=(4, 8, 16, 32)),
     "cascade": CascadeConfig(closing_fraction=0.125),
-    "postprocess": PostprocessConfig(min_component_fraction=0.0, gate="none"),
+    "postprocess": PostprocessConfig(0.0, "none", min_lesion_ml=0.0, min_lesion_probability=0.0),
     "augment": recipe("original", "lung").augment,
     # By steps, not by one cycle: such a run may grow.
     "train": TrainConfig(

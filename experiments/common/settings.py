@@ -34,6 +34,9 @@ _FLAGGED = (
 )
 """Fields of a config with a flag of their own; the others are set by --set."""
 
+_POSTPROCESS = ("gate", "gate_closing_mm", "min_lesion_ml", "min_lesion_probability")
+"""Fields of a config, as the infection model was trained, that prediction and evaluation can change."""
+
 _ALIASES = {"patch_grid": "patch_factor", "min_component_fraction": "smallest_region"}
 """Flags and what they were called in 0.6.0, which still works."""
 
@@ -164,8 +167,13 @@ def define_model_flags() -> None:
     name = "min_component_fraction"
     flags.DEFINE_float(name, None, f"{SETTINGS[f'postprocess.{name}'].help}; by default as the lung model was trained.")
     flags.DEFINE_alias(_ALIASES[name], name)
-    gate = SETTINGS["postprocess.gate"]
-    flags.DEFINE_enum("gate", None, gate.choices, f"{gate.help}; by default as the infection model was trained.")
+    for name in _POSTPROCESS:
+        setting = SETTINGS[f"postprocess.{name}"]
+        text = f"{setting.help}; by default as the infection model was trained."
+        if setting.choices:
+            flags.DEFINE_enum(name, None, setting.choices, text)
+        else:
+            flags.DEFINE_float(name, None, text)
 
 
 def model_arguments() -> dict[str, Any]:
@@ -176,7 +184,7 @@ def model_arguments() -> dict[str, Any]:
         "batch_size": flags.FLAGS.batch_size,
         "validated_threshold": flags.FLAGS.threshold == "validated",
         "min_component_fraction": flags.FLAGS.min_component_fraction,
-        "gate": flags.FLAGS.gate,
+        "infection_postprocess": {n: flags.FLAGS[n].value for n in _POSTPROCESS if flags.FLAGS[n].value is not None},
     }
 
 

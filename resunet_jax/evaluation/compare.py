@@ -59,7 +59,7 @@ class Evaluation:
       calibration: {structure: over all pixels of the model grid}.
       overlays: (Dice, slice) of each case: the slice with most of the reference.
       settings: what the numbers depend on: "protocol", "seen_patients", "threshold",
-        "min_component_fraction", "tolerance_mm".
+        "min_component_fraction", "infection_postprocess", "tolerance_mm".
       metrics: the table that the rows have columns of.
     """
 
@@ -166,7 +166,7 @@ def evaluate_cases(
         "seen_patients": leaked,
         "threshold": {s: predictor.threshold(s) for s in predictor.structures},
         "min_component_fraction": predictor.min_component_fraction,
-        "gate": predictor.gate,
+        "infection_postprocess": predictor.infection_postprocess,
         "tolerance_mm": dict(tolerance_mm),
     }
     soft_batch = {s: batches.mean() for s, batches in soft.items()}

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from resunet_jax.config import GateName
 from resunet_jax.data.cases import find_cases, require_infection_masks
 from resunet_jax.data.readers import READERS, Reader
 from resunet_jax.data.slice_cache import prepare_cases
@@ -30,7 +30,7 @@ def evaluate(
     batch_size: int = 8,
     validated_threshold: bool = False,
     min_component_fraction: float | None = None,
-    gate: GateName | None = None,
+    infection_postprocess: Mapping[str, Any] | None = None,
     tolerance_mm: Mapping[str, float] = TOLERANCE_MM,
     metrics: Mapping[str, Metric] = METRICS,
     architectures: Mapping[str, Architecture] = ARCHITECTURES,
@@ -50,7 +50,7 @@ def evaluate(
       batch_size: slices at a time.
       validated_threshold: see `load_predictor`.
       min_component_fraction: see `load_predictor`.
-      gate: see `load_predictor`.
+      infection_postprocess: see `load_predictor`.
       tolerance_mm: see `evaluate_cases`.
       metrics: the table of metrics.
       architectures: the table of models.
@@ -70,7 +70,7 @@ def evaluate(
         batch_size,
         validated_threshold=validated_threshold,
         min_component_fraction=min_component_fraction,
-        gate=gate,
+        infection_postprocess=infection_postprocess,
         architectures=architectures,
     )
     cases = find_cases(data_dir, readers)

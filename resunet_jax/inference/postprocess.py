@@ -7,7 +7,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from resunet_jax.data.roi import body_columns
-from resunet_jax.data.volume import FloatArray, Grid
+from resunet_jax.data.volume import Array, FloatArray, Grid
 from resunet_jax.metrics.lung_sides import left_lung, sagittal_plane
 
 _FINEST = 128  # pixels on a side on which components are labelled: labels take four bytes a pixel
@@ -30,12 +30,7 @@ def large_components(mask: npt.NDArray[np.bool_], min_fraction: float) -> npt.ND
     """
     if min_fraction == 0 or not mask.any():
         return mask
-    slices, size, _ = mask.shape
-    block = max(1, size // _FINEST)
-    while size % block:
-        block -= 1
-    coarse = mask.reshape(slices, size // block, block, size // block, block).any(axis=(2, 4))
-    components, count = ndimage.label(coarse)
+    components, count, block = _label(mask)
     # Slice by slice: `bincount` makes a copy of eight bytes a pixel.
     sizes = np.zeros(count + 1, np.int64)
     for labels in components:
@@ -45,6 +40,21 @@ def large_components(mask: npt.NDArray[np.bool_], min_fraction: float) -> npt.ND
     stays[0] = False
     kept: npt.NDArray[np.bool_] = mask & stays[components].repeat(block, axis=1).repeat(block, axis=2)
     return kept
+
+
+def _label(mask: npt.NDArray[np.bool_], structure: npt.NDArray[np.bool_] | None = None) -> tuple[Array, int, int]:
+    """Components on blocks of at most 128 × 128 a slice, of which one is inside where any of its pixels is.
+
+    Returns:
+      labels (slices, blocks, blocks), how many there are, and pixels along a side of a block.
+    """
+    slices, size, _ = mask.shape
+    block = max(1, size // _FINEST)
+    while size % block:
+        block -= 1
+    coarse = mask.reshape(slices, size // block, block, size // block, block).any(axis=(2, 4))
+    labels, count = ndimage.label(coarse, structure)
+    return labels, count, block
 
 
 def remove_small_components(
@@ -123,6 +133,44 @@ def _model_pixels(native: npt.NDArray[np.int_], first: int, length: int, size: i
 def _coarse_columns(boxes: npt.NDArray[np.int32], step: int) -> tuple[int, int]:
     first, last = body_columns(boxes)
     return first // step, last // step
+
+
+def remove_doubtful_lesions(
+    infection: FloatArray,
+    threshold: float,
+    boxes: npt.NDArray[np.int32],
+    grid: Grid,
+    min_ml: float,
+    min_probability: float,
+) -> None:
+    """Removes, in place, lesions that are small or that nowhere are likely (hysteresis thresholding, Canny, 1986).
+
+    Lesions are the connected components (26 neighbours) of the mask.
+
+    Args:
+      infection: float32 (slices, S, S) of a whole scan; what is removed becomes 0.
+      threshold: a voxel is infected where its probability is above it.
+      boxes: (slices, 4), see `prepare_volume`.
+      grid: of the scan.
+      min_ml: smallest volume of a lesion that stays.
+      min_probability: that a lesion has to reach in one of its voxels.
+    """
+    mask = infection > threshold
+    if not (min_ml or min_probability) or not mask.any():
+        return
+    labels, count, block = _label(mask, np.ones((3, 3, 3), bool))
+    size = infection.shape[1]
+    ml, highest = np.zeros(count + 1), np.zeros(count + 1, np.float32)
+    for k, one in enumerate(labels):
+        if one.any():
+            fine = one.repeat(block, axis=0).repeat(block, axis=1)[mask[k]]
+            pixel_ml = grid.voxel_ml * float(boxes[k, 2]) * float(boxes[k, 3]) / size**2
+            ml += pixel_ml * np.bincount(fine, minlength=count + 1)
+            np.maximum.at(highest, fine, infection[k][mask[k]])
+    stays = (ml >= min_ml) & (highest >= min_probability)
+    for k, one in enumerate(labels):
+        if one.any():
+            infection[k][mask[k] & ~stays[one].repeat(block, axis=0).repeat(block, axis=1)] = 0
 
 
 def close_mask(mask: npt.NDArray[np.bool_], spacing_mm: tuple[float, ...], radius_mm: float) -> npt.NDArray[np.bool_]:

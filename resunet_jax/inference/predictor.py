@@ -19,7 +19,7 @@ from resunet_jax.data.roi import Box, resize_paste
 from resunet_jax.data.slice_cache import PreparedCase
 from resunet_jax.data.volume import Array, FloatArray, Grid
 from resunet_jax.errors import InputError
-from resunet_jax.inference.postprocess import gate_infection, remove_small_components
+from resunet_jax.inference.postprocess import gate_infection, remove_doubtful_lesions, remove_small_components
 from resunet_jax.metrics.overlap import confusion_counts, hard_metrics
 from resunet_jax.model.build import ARCHITECTURES, Architecture
 from resunet_jax.model.cascade import infection_input, predict_probability
@@ -34,6 +34,9 @@ THRESHOLD = 0.5
 
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 """Those that `choose_threshold` chooses from."""
+
+INFECTION_FIELDS = ("gate", "gate_closing_mm", "min_lesion_ml", "min_lesion_probability")
+"""Of `PostprocessConfig`, what concerns the infection."""
 
 _CHUNK_SLICES = 64  # pasted at a time: a scan may have any number of slices
 
@@ -93,6 +96,14 @@ class Predictor:
             return "none"
         return self.infection.config.postprocess.gate
 
+    @property
+    def infection_postprocess(self) -> dict[str, Any]:
+        """How the infection's mask is made of its probabilities, see `PostprocessConfig`; {} without a model of it."""
+        if self.infection is None:
+            return {}
+        config = dataclasses.asdict(self.infection.config.postprocess)
+        return {**{name: config[name] for name in INFECTION_FIELDS}, "gate": self.gate}
+
     def slice_probabilities(self, images: FloatArray) -> dict[str, FloatArray]:
         """Runs the models over prepared slices; after a lung model, the infection model only where it found lung.
 
@@ -124,9 +135,13 @@ class Predictor:
           grid: of the scan.
         """
         remove_small_components(probabilities, self.threshold("lung"), self.min_component_fraction)
-        if self.infection is not None and self.gate == "closed_lung":
-            closing_mm = self.infection.config.postprocess.gate_closing_mm
-            gate_infection(probabilities, self.threshold("lung"), boxes, grid, closing_mm)
+        if self.infection is None or "infection" not in probabilities:
+            return
+        config = self.infection.config.postprocess
+        if self.gate == "closed_lung":
+            gate_infection(probabilities, self.threshold("lung"), boxes, grid, config.gate_closing_mm)
+        lesions = config.min_lesion_ml, config.min_lesion_probability
+        remove_doubtful_lesions(probabilities["infection"], self.threshold("infection"), boxes, grid, *lesions)
 
     def scan_probabilities(self, images: FloatArray, boxes: npt.NDArray[np.int32], grid: Grid) -> dict[str, FloatArray]:
         """Both stages for a whole scan in memory; for arguments and result see the stages."""
@@ -179,13 +194,13 @@ class Predictor:
         return {name: jitted(getattr(self, name)) for name in self.structures}
 
 
-def load_pretrained(batch_size: int = 8, *, gate: GateName | None = None) -> Predictor:
+def load_pretrained(batch_size: int = 8, *, infection_postprocess: Mapping[str, Any] | None = None) -> Predictor:
     """The pair of models that the package ships; for arguments see `load_predictor`.
 
     Raises:
       InputError: their files are damaged.
     """
-    return load_predictor(batch_size=batch_size, gate=gate)
+    return load_predictor(batch_size=batch_size, infection_postprocess=infection_postprocess)
 
 
 def load_predictor(
@@ -195,7 +210,7 @@ def load_predictor(
     *,
     validated_threshold: bool = False,
     min_component_fraction: float | None = None,
-    gate: GateName | None = None,
+    infection_postprocess: Mapping[str, Any] | None = None,
     architectures: Mapping[str, Architecture] = ARCHITECTURES,
 ) -> Predictor:
     """Restores one or both models of the cascade; with neither path, the pair that the package ships.
@@ -206,7 +221,7 @@ def load_predictor(
       batch_size: slices at a time.
       validated_threshold: takes the thresholds that the trainings chose on their validation cases, instead of 0.5.
       min_component_fraction: in [0, 1], instead of the lung model's own; see `PostprocessConfig`.
-      gate: instead of the infection model's own; see `PostprocessConfig`.
+      infection_postprocess: fields of `PostprocessConfig` instead of the infection model's own.
       architectures: the table of models.
 
     Raises:
@@ -227,10 +242,11 @@ def load_predictor(
                 "`min_component_fraction`: components are of the lung mask; give `lung_checkpoint` too, or leave it out"
             )
         lung = _with_postprocess(lung, min_component_fraction=min_component_fraction)
-    if gate is not None:
-        if lung is None or infection is None:
-            raise InputError("`gate`: it needs the masks of both models; give both, or leave it out")
-        infection = _with_postprocess(infection, gate=gate)
+    if infection_postprocess:
+        if infection is None:
+            names = ", ".join(f"`{name}`" for name in infection_postprocess)
+            raise InputError(f"{names}: of the infection; give `infection_checkpoint` too, or leave it out")
+        infection = _with_postprocess(infection, **infection_postprocess)
     paths = {"lung": lung_checkpoint, "infection": infection_checkpoint}
     chosen = {name: load_threshold(path) for name, path in paths.items() if path} if validated_threshold else {}
     return Predictor(lung, infection, batch_size, chosen)

@@ -319,7 +319,7 @@ def _models(segmented: SegmentedScan) -> dict[str, Any]:
 def _settings(segmented: SegmentedScan) -> dict[str, Any]:
     predictor, scan = segmented.predictor, segmented.scan
     return {
-        "gate": predictor.gate,
+        **predictor.infection_postprocess,
         "min_component_fraction": predictor.min_component_fraction,
         "image_size": predictor.preprocess.image_size,
         "intensity_scale": scan.intensity_scale if scan.stored_window is None else list(scan.stored_window),

@@ -163,7 +163,12 @@ def test_report_files(evaluation: Evaluation, tmp_path: Path, capsys: pytest.Cap
         "threshold": {"lung": 0.5, "infection": 0.5},
         "min_component_fraction": 0.0,
         "smallest_region": 0.0,
-        "gate": "none",
+        "infection_postprocess": {
+            "gate": "none",
+            "gate_closing_mm": 20.0,
+            "min_lesion_ml": 0.0,
+            "min_lesion_probability": 0.0,
+        },
         "tolerance_mm": {"lung": 1.0, "infection": 3.0},
     }
     assert {(r["case"], r["structure"]) for r in values["volumes"]} == {

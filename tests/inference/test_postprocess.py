@@ -131,3 +131,31 @@ def test_gate_keeps_infection_in_the_outline_of_a_lung_and_nothing_else(spacing:
 def axes_of_pls() -> np.ndarray:
     """An affine whose axes are (posterior, left, superior)."""
     return np.array([[0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], float)
+
+
+@pytest.mark.parametrize("size", [16, 256])
+@pytest.mark.parametrize(
+    ("min_ml", "min_probability", "stays"),
+    [(0.0, 0.0, "abc"), (0.3, 0.0, "ac"), (0.0, 0.9, "bc"), (0.3, 0.9, "c"), (1.0, 0.0, "c"), (9.0, 0.0, "")],
+)
+def test_lesions_stay_by_volume_and_highest_probability(
+    size: int, min_ml: float, min_probability: float, stays: str
+) -> None:
+    """a: 0.5 ml and unlikely; b: 0.125 ml and likely; c: 2 ml, likely in one voxel; two of them touch at no corner."""
+    unit = size // 16
+    infection = np.zeros((4, size, size), np.float32)
+    lesions = {"a": (1, 1, 2), "b": (1, 6, 1), "c": (2, 10, 4)}  # slice, first row and column, side: ml by area
+    for name, (k, first, side) in lesions.items():
+        rows = slice(first * unit, (first + side) * unit)
+        infection[k, rows, rows] = 0.95 if name == "b" else 0.6
+    infection[2, 10 * unit, 10 * unit] = 0.97
+    box = np.tile(np.array([0, 0, 32, 32], np.int32), (4, 1))
+    # A pixel of 2 × 2 native ones at 16: 0.5 ml for side 2, 0.125 for side 1, 2 ml for side 4.
+    grid = Grid((32, 32, 4), np.diag([2.5, 2.5, 5.0, 1.0]) @ axes_of_pls())
+    before = infection.copy()
+    module.remove_doubtful_lesions(infection, 0.5, box, grid, min_ml, min_probability)
+    for name, (k, first, side) in lesions.items():
+        rows = slice(first * unit, (first + side) * unit)
+        assert infection[k, rows, rows].any() == (name in stays), name
+        if name in stays:
+            np.testing.assert_array_equal(infection[k, rows, rows], before[k, rows, rows])

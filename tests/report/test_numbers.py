@@ -14,7 +14,10 @@ ROWS, COLUMNS, SLICES = 60, 80, 12
 SPACING = (4.0, 3.0, 5.0)
 ML = 4.0 * 3.0 * 5.0 / 1000
 PREDICTOR = SimpleNamespace(
-    structures=(), gate="none", min_component_fraction=0.1, preprocess=SimpleNamespace(image_size=128)
+    structures=(),
+    infection_postprocess={"gate": "none"},
+    min_component_fraction=0.1,
+    preprocess=SimpleNamespace(image_size=128),
 )
 
 
