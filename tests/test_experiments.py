@@ -32,6 +32,7 @@ FLAGS_OF = {
     "train_infection": f"{TRAINING} lung_checkpoint ct_only",
     "evaluate": f"{MODELS} data_dir assume output_dir split split_file cache_dir infection_tolerance_mm",
     "predict": f"{MODELS} input output_dir probabilities report multilabel lobes gate assume compilation_cache_dir",
+    "export": "output lung_checkpoint infection_checkpoint threshold from_hu",
     "train_pretrained": "data_dir workdir output_dir cache_dir",
     "info": "",
     "cross_validate": "data_dir assume workdir cache_dir protocol allow_missing filters epochs",

@@ -19,6 +19,7 @@ SCRIPTS = (
     "convert_torch",
     "cross_validate",
     "evaluate",
+    "export",
     "info",
     "make_phantom",
     "predict",

@@ -153,17 +153,31 @@ def split_request() -> SplitRequest:
     )
 
 
-def define_model_flags() -> None:
-    """Flags of every script that makes masks by trained models."""
+def define_checkpoint_flags() -> None:
+    """Flags of every script that uses trained models."""
     define_path(
         "lung_checkpoint",
         "Lung model: a training workdir (its best checkpoint) or a saved model; with neither model, the shipped pair.",
     )
     define_path("infection_checkpoint", "Infection model, the same.")
-    flags.DEFINE_integer("batch_size", 8, "Slices at a time; it does not change the result.", lower_bound=1)
     flags.DEFINE_enum(
         "threshold", "0.5", ["0.5", "validated"], "Of the masks: 0.5, or what each training chose on validation cases."
     )
+
+
+def checkpoint_arguments() -> dict[str, Any]:
+    """What the checkpoint flags ask for, as keywords of `load_predictor` and `evaluate`."""
+    return {
+        "lung_checkpoint": optional_path("lung_checkpoint"),
+        "infection_checkpoint": optional_path("infection_checkpoint"),
+        "validated_threshold": flags.FLAGS.threshold == "validated",
+    }
+
+
+def define_model_flags() -> None:
+    """Flags of every script that makes masks by trained models."""
+    define_checkpoint_flags()
+    flags.DEFINE_integer("batch_size", 8, "Slices at a time; it does not change the result.", lower_bound=1)
     name = "min_component_fraction"
     flags.DEFINE_float(name, None, f"{SETTINGS[f'postprocess.{name}'].help}; by default as the lung model was trained.")
     flags.DEFINE_alias(_ALIASES[name], name)
@@ -179,10 +193,8 @@ def define_model_flags() -> None:
 def model_arguments() -> dict[str, Any]:
     """What the model flags ask for, as keywords of `load_predictor` and `evaluate`."""
     return {
-        "lung_checkpoint": optional_path("lung_checkpoint"),
-        "infection_checkpoint": optional_path("infection_checkpoint"),
+        **checkpoint_arguments(),
         "batch_size": flags.FLAGS.batch_size,
-        "validated_threshold": flags.FLAGS.threshold == "validated",
         "min_component_fraction": flags.FLAGS.min_component_fraction,
         "infection_postprocess": {n: flags.FLAGS[n].value for n in _POSTPROCESS if flags.FLAGS[n].value is not None},
     }

@@ -1,0 +1,36 @@
+"""Exports the cascade as one file that runs without this package, on CPUs, CUDA GPUs and TPUs.
+
+python experiments/export.py --output=cascade.jaxexport
+"""
+
+from absl import flags
+from common import settings
+from common.run import run
+
+from resunet_jax.errors import InputError
+
+FLAGS = flags.FLAGS
+settings.define_path("output", "New file; FILE.json next to it says what goes in and comes out.", required=True)
+settings.define_checkpoint_flags()
+flags.DEFINE_bool("from_hu", False, "Takes slices in HU and the body's boxes, instead of prepared slices.")
+flags.adopt_module_key_flags(settings)  # so that --help shows them
+
+
+def main() -> None:
+    """Exports by the flags."""
+    from resunet_jax.inference.predictor import load_predictor
+    from resunet_jax.plugins import load_plugins
+    from resunet_jax.weights.export import write_export
+
+    output = settings.path("output")
+    predictor = load_predictor(**settings.checkpoint_arguments(), architectures=load_plugins().architectures)
+    if predictor.lung is None or predictor.infection is None:
+        raise InputError("a cascade is exported: give --lung_checkpoint and --infection_checkpoint, or neither")
+    thresholds = {name: predictor.threshold(name) for name in predictor.structures}
+    metadata = write_export(output, predictor.lung, predictor.infection, thresholds=thresholds, from_hu=FLAGS.from_hu)
+    inputs = [f"{one['name']} {one['dtype']} ({', '.join(map(str, one['shape']))})" for one in metadata["inputs"]]
+    print(f"{output.resolve()}: {', '.join(inputs)}; for {', '.join(metadata['platforms'])}; readable for six months")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,350 @@
+"""The cascade as one file that needs this package no more: a StableHLO program with the weights inside.
+
+`jax.export` keeps a compiled-to-be program for CPUs, CUDA GPUs and TPUs. JAX reads such a file for six months after the
+version that wrote it: it is for delivery, and the models' folders are for keeping. These lines load one, and need jax
+and flatbuffers only:
+
+    import jax
+    import numpy as np
+    from jax import export
+
+    with open("cascade.jaxexport", "rb") as file:
+        cascade = export.deserialize(bytearray(file.read()))
+    run = jax.jit(cascade.call)
+    images = np.load("images.npy")  # float32 (slices, S, S, 1) in [0, 1]; S stands in cascade.jaxexport.json
+    lung, infection = run(images)
+    np.savez("probabilities.npz", lung=lung, infection=infection)
+"""
+
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from resunet_jax import __version__
+from resunet_jax.data.volume import HU_WINDOW
+from resunet_jax.errors import InputError
+from resunet_jax.files import atomic_file, make_output_dir, write_text
+from resunet_jax.model.build import TASKS
+from resunet_jax.model.cascade import cascade
+from resunet_jax.weights.store import LoadedModel, fingerprint
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+"""What an export runs on."""
+
+READABLE_DAYS = 180
+"""For how long JAX promises to read an export, counted from the release of the version that wrote it."""
+
+_SOURCE_FILES = "jax_hlo_source_file_canonicalization_regex"
+_SIX_MONTHS = (
+    "by JAX's policy for six months after the release of the version that wrote it, and by versions up to three weeks "
+    "older; export again from the models' folders after that"
+)
+_NOT_INSIDE = (
+    "the body's box in each slice",
+    "removal of small components of the lung mask, in three dimensions",
+    "the gate that removes infection outside the closed lungs, in three dimensions",
+    "pasting back to the scan's own grid",
+)
+
+
+def export_cascade(
+    lung: LoadedModel, infection: LoadedModel, *, thresholds: Mapping[str, float]
+) -> jax.export.Exported:
+    """The cascade from prepared slices to both probabilities, for `PLATFORMS`, with any number of slices.
+
+    It computes what `Predictor.slice_probabilities` does, by XLA's own convolution: equal to `cascade` with that
+    convolution to 1e-6, and to the one for CPUs to 1e-5.
+
+    Its input is float32 (b, S, S, 1) in [0, 1], as `prepare_volume` makes it; its outputs are lung and infection
+    probability, each float32 (b, S, S, 1) in [0, 1]. The infection's is 0 in slices without lung. Weights and the
+    closing of the lung probability are inside; both models evaluate by their running statistics.
+
+    Args:
+      lung: on CT.
+      infection: on CT or on [CT, lung probability].
+      thresholds: of "lung" and "infection", in (0, 1); that of the lung decides which slices have any.
+
+    Returns:
+      the program; `.call` runs it, `.serialize()` gives the bytes of a file.
+
+    Raises:
+      InputError: the models do not belong together, or a threshold is missing or makes no sense.
+
+    Example:
+      >>> import jax, numpy as np
+      >>> from resunet_jax.weights.export import export_cascade
+      >>> from resunet_jax.weights.pretrained import load_pair
+      >>> exported = export_cascade(*load_pair(), thresholds={"lung": 0.5, "infection": 0.5})
+      >>> exported.platforms
+      ('cpu', 'cuda', 'tpu')
+      >>> lung, infection = jax.jit(exported.call)(np.zeros((2, 128, 128, 1), np.float32))
+      >>> lung.shape
+      (2, 128, 128, 1)
+    """
+    _check(lung, infection, thresholds)
+    size = lung.config.preprocess.image_size
+    (b,) = jax.export.symbolic_shape("b")
+    images = jax.ShapeDtypeStruct((b, size, size, 1), jnp.float32)
+    return _export(_cascade(lung, infection, thresholds), images)
+
+
+def export_cascade_from_hu(
+    lung: LoadedModel, infection: LoadedModel, *, thresholds: Mapping[str, float]
+) -> jax.export.Exported:
+    """`export_cascade` with the preparation of slices inside, but for the choice of the body's boxes.
+
+    Its inputs are slices in Hounsfield units, float32 (b, H, W) of any size, oriented (posterior, left), and their
+    boxes, int32 (b, 4): row, column, height and width, at least 1 and within the slice. HU are mapped to [0, 1] over
+    `HU_WINDOW`, cropped, and resized with antialiasing by `resize_matrix`: equal to `prepare_volume` to 1e-6.
+
+    Args:
+      lung: on CT.
+      infection: on CT or on [CT, lung probability].
+      thresholds: see `export_cascade`, and there for outputs.
+
+    Raises:
+      InputError: see `export_cascade`; or the models see each slice's own range, not Hounsfield units.
+    """
+    _check(lung, infection, thresholds)
+    preprocess = lung.config.preprocess
+    if not preprocess.is_physical:
+        raise InputError(
+            "`from_hu`: these models see each slice's own range (normalization minmax), not Hounsfield units; export "
+            "them for prepared slices, or train with another `normalization`"
+        )
+    run = _cascade(lung, infection, thresholds)
+
+    def from_hu(hu: jax.Array, boxes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return run(prepare_hu(hu, boxes, preprocess.image_size)[..., None])
+
+    b, height, width = jax.export.symbolic_shape("b, h, w")
+    hu = jax.ShapeDtypeStruct((b, height, width), jnp.float32)
+    return _export(from_hu, hu, jax.ShapeDtypeStruct((b, 4), jnp.int32))
+
+
+def prepare_hu(hu: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
+    """What `prepare_volume` does with slices in Hounsfield units, where their boxes are known; in JAX, to 1e-6.
+
+    Args:
+      hu: float32 (N, H, W).
+      boxes: int32 (N, 4): row, column, height, width.
+      size: S.
+
+    Returns:
+      float32 (N, S, S) in [0, 1].
+    """
+    low, high = HU_WINDOW
+    windowed = jnp.clip((hu - low) / (high - low), 0, 1)
+    rows = jax.vmap(lambda box: resize_matrix(box[0], box[2], hu.shape[1], size))(boxes)
+    columns = jax.vmap(lambda box: resize_matrix(box[1], box[3], hu.shape[2], size))(boxes)
+    narrow = jnp.einsum("nhw,ntw->nht", windowed, columns, precision=lax.Precision.HIGHEST)
+    return jnp.einsum("nsh,nht->nst", rows, narrow, precision=lax.Precision.HIGHEST)
+
+
+def resize_matrix(first: jax.Array, length: jax.Array, total: Any, size: int) -> jax.Array:
+    """The weights by which PIL's antialiased BILINEAR resizes an interval of a row of pixels.
+
+    They are a triangle around each output pixel's centre, as wide as two pixels of the coarser side. Its heights times
+    2·max(size, length) are whole numbers, so that only their sum rounds.
+
+    Args:
+      first: int32 scalar, the interval's first pixel.
+      length: int32 scalar, its pixels, at least 1.
+      total: pixels of the row; a dimension of an array, perhaps symbolic.
+      size: of the output, in pixels.
+
+    Returns:
+      float32 (size, total), each row of sum 1.
+    """
+    pixel = jnp.arange(total, dtype=jnp.int32)[None, :] - first
+    target = jnp.arange(size, dtype=jnp.int32)[:, None]
+    apart = jnp.abs((2 * pixel + 1) * size - (2 * target + 1) * length)
+    weight = jnp.maximum(0, 2 * jnp.maximum(size, length) - apart)
+    weight = jnp.where((pixel >= 0) & (pixel < length), weight, 0).astype(jnp.float32)
+    return weight / weight.sum(axis=1, keepdims=True)
+
+
+def write_export(
+    path: str | Path,
+    lung: LoadedModel,
+    infection: LoadedModel,
+    *,
+    thresholds: Mapping[str, float],
+    from_hu: bool = False,
+) -> dict[str, Any]:
+    """Exports the cascade to a file, and writes what to know of it to `<path>.json`; each appears atomically.
+
+    Args:
+      path: must not exist, nor the other file.
+      lung: see `export_cascade`.
+      infection: see `export_cascade`.
+      thresholds: see `export_cascade`.
+      from_hu: exports `export_cascade_from_hu` instead.
+
+    Returns:
+      what the JSON file holds.
+
+    Raises:
+      InputError: see the functions; or a file exists or cannot be written.
+    """
+    path = Path(path)
+    metadata_path = path.with_name(f"{path.name}.json")
+    for file in (path, metadata_path):
+        if file.exists():
+            raise InputError(f"{file}: exists already; choose a new file")
+    make_output_dir(path.absolute().parent)
+    make = export_cascade_from_hu if from_hu else export_cascade
+    exported = make(lung, infection, thresholds=thresholds)
+    content = bytes(exported.serialize())
+    metadata = {
+        "file": path.name,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        **_describe(exported, lung, infection, thresholds, from_hu),
+    }
+    with atomic_file(path) as partial:
+        partial.write_bytes(content)
+    write_text(metadata_path, json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
+    return metadata
+
+
+def _check(lung: LoadedModel, infection: LoadedModel, thresholds: Mapping[str, float]) -> None:
+    for name, model in (("lung", lung), ("infection", infection)):
+        if (found := TASKS[model.config.task].target) != name:
+            raise InputError(f"`{name}`: expected a {name} model, this one segments {found}; give the other model")
+        if not 0 < thresholds.get(name, 0) < 1:
+            raise InputError(f"`thresholds`: that of {name} is {thresholds.get(name)}; it must be in (0, 1)")
+    if lung.config.preprocess != infection.config.preprocess:
+        raise InputError(
+            f"the models were trained on slices prepared differently ({lung.config.preprocess}, "
+            f"{infection.config.preprocess}); use models trained alike"
+        )
+
+
+def _cascade(
+    lung: LoadedModel, infection: LoadedModel, thresholds: Mapping[str, float]
+) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    """Prepared slices to both probabilities, by a convolution that every platform has."""
+    lung_model, infection_model = (one.model.clone(convolution=lax.conv_general_dilated) for one in (lung, infection))
+    lung_variables, infection_variables = (jax.tree.map(np.asarray, one.variables) for one in (lung, infection))
+
+    def run(images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        lung_probability, infection_probability = cascade(
+            lung_model,
+            infection_model,
+            lung_variables,
+            infection_variables,
+            images,
+            lung_patch_grid=lung.config.model.patch_grid,
+            infection_patch_grid=infection.config.model.patch_grid,
+        )
+        with_lung = (lung_probability > thresholds["lung"]).any(axis=(1, 2, 3), keepdims=True)
+        return lung_probability, jnp.where(with_lung, infection_probability, 0)
+
+    return run
+
+
+def _export(function: Callable[..., Any], *arguments: jax.ShapeDtypeStruct) -> jax.export.Exported:
+    with _without_folders():
+        return jax.export.export(jax.jit(function), platforms=PLATFORMS)(*arguments)
+
+
+@contextlib.contextmanager
+def _without_folders() -> Iterator[None]:
+    """Programs made within name the source files of their lines without the folders of this machine."""
+    before = getattr(jax.config, _SOURCE_FILES)
+    jax.config.update(_SOURCE_FILES, r".*[\\/]")  # what matches is removed
+    try:
+        yield
+    finally:
+        jax.config.update(_SOURCE_FILES, before)
+
+
+def _describe(
+    exported: jax.export.Exported,
+    lung: LoadedModel,
+    infection: LoadedModel,
+    thresholds: Mapping[str, float],
+    from_hu: bool,
+) -> dict[str, Any]:
+    """What somebody without this package has to know of an export."""
+    size, postprocess = lung.config.preprocess.image_size, infection.config.postprocess
+    fraction = infection.model.closing_fraction if infection.model.in_channels > 1 else 0.0
+    probability = {"shape": ["b", size, size, 1], "dtype": "float32", "range": [0, 1]}
+    return {
+        "format": "jax.export (StableHLO), for jax.export.deserialize",
+        "calling_convention_version": exported.calling_convention_version,
+        "platforms": list(exported.platforms),
+        "written_on": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "readable": _SIX_MONTHS,
+        "readable_days": READABLE_DAYS,
+        "inputs": _inputs(size, from_hu),
+        "outputs": [{"name": name, **probability} for name in ("lung probability", "infection probability")],
+        "preprocessing": _preprocessing(lung, from_hu),
+        "thresholds": {name: thresholds[name] for name in ("lung", "infection")},
+        "threshold_rule": "a voxel belongs to a mask where its probability is above the threshold; in slices without "
+        "lung above its threshold the infection probability is 0",
+        "lung_closing": {"fraction": fraction, "pixels": 2 * round(fraction * size / 2) + 1},
+        "models": {
+            name: {
+                "fingerprint": fingerprint(model.variables),
+                "task": model.config.task,
+                "architecture": model.config.model.architecture,
+                "filters": list(model.config.model.filters),
+                "dtype": model.config.model.dtype,
+                "patch_grid": model.config.model.patch_grid,
+            }
+            for name, model in (("lung", lung), ("infection", infection))
+        },
+        "not_inside": list(_NOT_INSIDE),
+        "postprocessing_of_the_package": {
+            "min_component_fraction": lung.config.postprocess.min_component_fraction,
+            "gate": postprocess.gate,
+            "gate_closing_mm": postprocess.gate_closing_mm,
+        },
+        "versions": {
+            "resunet-jax": __version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+        },
+    }
+
+
+def _inputs(size: int, from_hu: bool) -> list[dict[str, Any]]:
+    if not from_hu:
+        return [{"name": "images", "shape": ["b", size, size, 1], "dtype": "float32", "range": [0, 1]}]
+    return [
+        {"name": "hu", "shape": ["b", "h", "w"], "dtype": "float32", "unit": "HU"},
+        {"name": "boxes", "shape": ["b", 4], "dtype": "int32", "unit": "pixels: row, column, height, width"},
+    ]
+
+
+def _preprocessing(lung: LoadedModel, from_hu: bool) -> dict[str, Any]:
+    config = lung.config.preprocess
+    if config.is_physical:
+        window: dict[str, Any] = {"hu_window": list(HU_WINDOW), "range": [0, 1], "outside": "clipped"}
+    else:
+        window = {"own_range": "each slice's own minimum is 0, its maximum 1"}
+    return {
+        "orientation": "axial slices: rows towards the back, columns towards the patient's left",
+        "normalization": config.normalization,
+        **window,
+        "box": "bounding box of the largest component (eight neighbours) of what is above body_threshold_hu, dilated "
+        "body_dilation times by the four neighbours",
+        "body_threshold_hu": config.body_threshold_hu,
+        "body_thresholds_minmax": list(config.body_thresholds_minmax),
+        "body_dilation": config.body_dilation,
+        "resize": "the box to image_size × image_size, bilinear with antialiasing (as PIL's BILINEAR)",
+        "image_size": config.image_size,
+        "inside": ["window", "crop", "resize"] if from_hu else [],
+    }
