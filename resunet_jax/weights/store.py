@@ -26,6 +26,7 @@ from resunet_jax.progress import logger
 
 _T = TypeVar("_T")
 
+_COMMIT_FILE = "commit_success.txt"  # of orbax, which names the folder of this machine; local disks need none
 _ATTEMPTS = 5  # to read from a workdir whose training rotates its checkpoints
 
 CHECKPOINTS = "checkpoints"
@@ -92,8 +93,11 @@ def write_folder(
         for name, text in (texts or {}).items():
             write_text(partial / name, text)
         for name, tree in trees.items():
+            # Arrays of the host: of others orbax notes the devices, which the next machine may lack.
+            host = jax.tree.map(np.asarray, jax.device_get(tree))
             with _checkpointer() as checkpointer:
-                checkpointer.save((partial / name).absolute(), tree)
+                checkpointer.save((partial / name).absolute(), args=ocp.args.StandardSave(host))
+            (partial / name / _COMMIT_FILE).unlink(missing_ok=True)
         write_text(partial / DIGESTS_FILE, json.dumps(_digests(partial), indent=2) + "\n")
 
 
@@ -145,7 +149,8 @@ def read_values(folder: Path, name: str) -> dict[str, Any]:
 def restore_tree(folder: Path, tree: Any) -> Any:
     """A pytree of NumPy arrays of the shapes in `tree`, whatever devices it was on."""
     with _checkpointer() as checkpointer:
-        return checkpointer.restore(folder.absolute(), jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree))
+        host = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
+        return checkpointer.restore(folder.absolute(), args=ocp.args.StandardRestore(host))
 
 
 def _checkpointer() -> ocp.Checkpointer:

@@ -1,0 +1,102 @@
+"""Model folders as plain orbax sees them: restored by both of its APIs, and of no machine."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from resunet_jax import LoadedModel, create_state, load_model, make_optimizer, save_model
+from resunet_jax.config import Config
+from resunet_jax.model.build import build_model
+from resunet_jax.model.resunet import init_variables
+from resunet_jax.training.checkpoints import Checkpoints
+from tests.conftest import TINY
+
+CONFIG = Config(task="infection", **TINY)
+RECORD = {"epoch": 1, "step": 0, "val_loss": 1.0}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    model = build_model(CONFIG)
+    return LoadedModel(model, init_variables(model, jax.random.key(0)), CONFIG)
+
+
+@pytest.fixture(scope="module")
+def folder(saved: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "infection"
+    save_model(path, saved.variables, saved.config)  # of device arrays, as a training has them
+    return path
+
+
+def check(restored: object, saved: LoadedModel, images: np.ndarray) -> None:
+    jax.tree.map(np.testing.assert_array_equal, restored, saved.variables)
+    logits = saved.model.apply(restored, images, train=False)
+    np.testing.assert_array_equal(logits, saved.model.apply(saved.variables, images, train=False))
+
+
+@pytest.fixture
+def images(rng: np.random.Generator) -> np.ndarray:
+    return rng.random((1, 32, 32, 2), np.float32)
+
+
+def test_plain_orbax_restores_a_model(folder: Path, saved: LoadedModel, images: np.ndarray) -> None:
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        variables = checkpointer.restore(folder.absolute() / "variables")
+    check(variables, saved, images)
+
+
+def test_plain_orbax_v1_restores_a_model(folder: Path, saved: LoadedModel, images: np.ndarray) -> None:
+    from orbax.checkpoint import v1 as ocp
+
+    variables = ocp.load(folder.absolute() / "variables")
+    check(variables, saved, images)
+
+
+def save_checkpoint(workdir: Path) -> None:
+    state = create_state(CONFIG, make_optimizer(CONFIG, 1))
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.save(state, CONFIG, [RECORD], None)
+    with Checkpoints(workdir) as checkpoints:
+        assert checkpoints.restore_latest(state) is not None
+    load_model(workdir)
+
+
+def test_no_folder_names_where_it_was_made(saved: LoadedModel, tmp_path: Path) -> None:
+    save_model(tmp_path / "model", saved.variables, saved.config)
+    save_checkpoint(tmp_path / "run")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"config.json", "history.json", "manifest.ocdbt"} <= {path.name for path in files}
+    for path in files:
+        assert str(tmp_path).encode() not in path.read_bytes(), path
+        assert tmp_path.name.encode() not in path.read_bytes(), path
+    (tmp_path / "model").rename(tmp_path / "elsewhere")
+    load_model(tmp_path / "elsewhere")
+
+
+def test_no_deprecated_call_of_orbax_is_left(saved: LoadedModel, tmp_path: Path) -> None:
+    """Orbax reports them as events of JAX's monitoring, not as warnings."""
+    events: list[str] = []
+
+    def listen(event: str, **_: object) -> None:
+        events.append(event)
+
+    def deprecated() -> list[str]:
+        return [event for event in events if "/deprecation/" in event]
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        save_model(tmp_path / "model", saved.variables, saved.config)
+        load_model(tmp_path / "model")
+        save_checkpoint(tmp_path / "run")
+        assert deprecated() == []
+        import orbax.checkpoint as ocp
+
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            checkpointer.save(tmp_path / "old", {"x": np.zeros(1)})
+        assert deprecated()  # the trap works
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
