@@ -22,17 +22,19 @@ def main() -> None:
     from resunet_jax.training.train import train
 
     devices = processes.init_distributed()
-    train(
-        config,
-        settings.path("data_dir"),
-        settings.path("workdir"),
-        settings.path("cache_dir"),
-        split=settings.split_request(),
-        devices=devices,
-        should_stop=stop_signals(),
-        assumed=settings.assumption(),
-        **load_plugins().for_training,
-    )
+    with settings.epoch_writer() as on_epoch:
+        train(
+            config,
+            settings.path("data_dir"),
+            settings.path("workdir"),
+            settings.path("cache_dir"),
+            split=settings.split_request(),
+            devices=devices,
+            should_stop=stop_signals(),
+            on_epoch=on_epoch,
+            assumed=settings.assumption(),
+            **load_plugins().for_training,
+        )
 
 
 if __name__ == "__main__":

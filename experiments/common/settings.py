@@ -1,5 +1,6 @@
 """Flags, most of them made from the fields of a config, and what they ask for."""
 
+import contextlib
 import json
 import os
 import typing
@@ -111,7 +112,16 @@ def define_recipe_flags() -> None:
         "recipe", DEFAULT_RECIPE, typing.get_args(RecipeName), "What the flags below are where they are not given."
     )
     _define_field("train.seed")
+    flags.DEFINE_bool("tensorboard", False, "Also writes metrics and figures for TensorBoard, in WORKDIR/tensorboard.")
     define_training_flags()
+
+
+def epoch_writer() -> contextlib.AbstractContextManager[Callable[[dict[str, Any]], None]]:
+    """What --tensorboard asks for, for `train`'s `on_epoch`."""
+    from resunet_jax.training.loop import ignore_epoch
+    from resunet_jax.training.tensorboard import tensorboard_writer
+
+    return tensorboard_writer(path("workdir")) if flags.FLAGS.tensorboard else contextlib.nullcontext(ignore_epoch)
 
 
 def define_training_flags() -> None:

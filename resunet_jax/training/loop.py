@@ -78,6 +78,11 @@ def never_stop(step: int) -> bool:
     return False
 
 
+def ignore_epoch(record: dict[str, Any]) -> None:
+    """Does nothing with an epoch's record."""
+    del record
+
+
 def fit(
     config: Config,
     train: SliceSource,
@@ -87,6 +92,7 @@ def fit(
     *,
     mesh: Mesh | None = None,
     should_stop: Callable[[int], bool] = never_stop,
+    on_epoch: Callable[[dict[str, Any]], None] = ignore_epoch,
     losses: Mapping[str, Loss] = LOSSES,
     augmentations: Mapping[str, Augmentation] = AUGMENTATIONS,
     architectures: Mapping[str, Architecture] = ARCHITECTURES,
@@ -102,6 +108,7 @@ def fit(
       lung: the frozen lung model, for task "infection".
       mesh: the devices, see `make_mesh`; by default one.
       should_stop: asked after each step with its number; True saves the state and ends the training.
+      on_epoch: called with each epoch's record, those from before a resumption first; of several processes, by one.
       losses: the table of loss terms.
       augmentations: the table of transforms.
       architectures: the table of models.
@@ -135,6 +142,9 @@ def fit(
             totals = EpochTotals(**saved.partial_epoch) if saved.partial_epoch else totals
             logger.info("resuming after epoch %d%s", len(history), f", step {state.step}" if totals.losses else "")
         write_history(workdir, history)
+        report = on_epoch if is_primary() else ignore_epoch
+        for record in history:
+            report(record)
         # Committed to the devices like the batches; otherwise the second step would compile again.
         state = replicate(state, mesh)
         batches = train_batches(train, config.train.batch_size, config.train.seed, share, int(state.step))
@@ -148,6 +158,7 @@ def fit(
                 history.append(run.record(state, totals, validate(state.variables)))
                 checkpoints.save(state, config, history, None)
                 write_history(workdir, history)
+                report(history[-1])
                 logger.info(_summary(config, history[-1]))
                 totals = EpochTotals()
         finally:

@@ -28,7 +28,7 @@ from resunet_jax.model.build import ARCHITECTURES, TASKS, Architecture, Task, bu
 from resunet_jax.progress import logger
 from resunet_jax.training.augment import AUGMENTATIONS, Augmentation, augment, check_transforms
 from resunet_jax.training.devices import barrier, is_primary, make_mesh
-from resunet_jax.training.loop import fit, never_stop
+from resunet_jax.training.loop import fit, ignore_epoch, never_stop
 from resunet_jax.training.losses import LOSSES, Loss, make_loss
 from resunet_jax.weights.store import (
     CHECKPOINTS,
@@ -65,6 +65,7 @@ def train(
     lung_checkpoint: Path | None = None,
     devices: int | None = 1,
     should_stop: Callable[[int], bool] = never_stop,
+    on_epoch: Callable[[dict[str, Any]], None] = ignore_epoch,
     losses: Mapping[str, Loss] = LOSSES,
     augmentations: Mapping[str, Augmentation] = AUGMENTATIONS,
     architectures: Mapping[str, Architecture] = ARCHITECTURES,
@@ -82,6 +83,7 @@ def train(
       lung_checkpoint: for task "infection", the lung model that feeds it.
       devices: how many share a batch, None for all; see `make_mesh`.
       should_stop: see `fit`.
+      on_epoch: see `fit`.
       losses: the table of loss terms.
       augmentations: the table of transforms.
       architectures: the table of models.
@@ -132,6 +134,7 @@ def train(
             lung,
             mesh=mesh,
             should_stop=should_stop,
+            on_epoch=on_epoch,
             losses=losses,
             augmentations=augmentations,
             architectures=architectures,
