@@ -24,7 +24,7 @@ from tests.conftest import COMPILE_FAST, ROOT, TINY, TINY_FLAGS, Trained, run_sc
 TRAINING = (
     "recipe set image_size batch_size filters epochs learning_rate seed loss split_seed split_file normalization "
     "patience patch_grid patch_factor data_dir assume workdir cache_dir protocol fold allow_missing dtype remat "
-    "accumulate_steps compilation_cache_dir"
+    "accumulate_steps compilation_cache_dir tensorboard"
 )
 MODELS = "lung_checkpoint infection_checkpoint threshold min_component_fraction smallest_region"
 FLAGS_OF = {
@@ -33,6 +33,7 @@ FLAGS_OF = {
     "evaluate": f"{MODELS} data_dir assume output_dir split split_file cache_dir infection_tolerance_mm",
     "predict": f"{MODELS} input output_dir probabilities report multilabel lobes gate assume compilation_cache_dir",
     "export": "output lung_checkpoint infection_checkpoint threshold from_hu",
+    "export_onnx": "output lung_checkpoint infection_checkpoint threshold",
     "train_pretrained": "data_dir workdir output_dir cache_dir",
     "info": "",
     "cross_validate": "data_dir assume workdir cache_dir protocol allow_missing filters epochs",

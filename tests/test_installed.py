@@ -20,6 +20,7 @@ SCRIPTS = (
     "cross_validate",
     "evaluate",
     "export",
+    "export_onnx",
     "info",
     "make_phantom",
     "predict",

@@ -10,7 +10,13 @@ from resunet_jax.model.resunet import ResUnet, Variables
 
 
 def split_patches(x: jax.Array, factor: int) -> jax.Array:
-    """Cuts (N, H, W, C) into (N·factor², H/factor, W/factor, C), row by row; exact inverse of `join_patches`."""
+    """Cuts (N, H, W, C) into (N·factor², H/factor, W/factor, C), row by row; exact inverse of `join_patches`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> split_patches(jnp.arange(4).reshape(1, 2, 2, 1), factor=2).ravel().tolist()
+      [0, 1, 2, 3]
+    """
     n, h, w, c = x.shape
     x = x.reshape(n, factor, h // factor, factor, w // factor, c)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(n * factor**2, h // factor, w // factor, c)
@@ -65,11 +71,20 @@ def close_lung_probability(probability: jax.Array, fraction: float) -> jax.Array
 
     Returns:
       the same shape, nowhere lower, and with no value that is not in `probability`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> row = jnp.array([1.0, 1, 0, 1, 1, 0, 0, 0])
+      >>> square = jnp.broadcast_to(row[None, None, :, None], (1, 8, 8, 1))
+      >>> close_lung_probability(square, fraction=0.25)[0, 4, :, 0].tolist()
+      [1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
     """
     width = 2 * round(fraction * probability.shape[2] / 2) + 1
 
     def highest(x: jax.Array) -> jax.Array:  # in a square around each pixel; by rows, then by columns, which is faster
-        return nn.max_pool(nn.max_pool(x, (width, 1), padding="SAME"), (1, width), padding="SAME")
+        for window in ((width, 1), (1, width)):  # by keywords with strides: the terms that jax2onnx knows
+            x = nn.max_pool(x, window_shape=window, strides=(1, 1), padding="SAME")
+        return x
 
     return -highest(-highest(probability)) if width > 1 else probability
 
@@ -112,6 +127,16 @@ def cascade(
 
     Returns:
       lung probability and infection probability, each float32 (N, H, W, 1) in [0, 1].
+
+    Example:
+      >>> import jax
+      >>> from resunet_jax import ResUnet, cascade, init_variables
+      >>> lung, infection = (ResUnet(in_channels=n, filters=(4, 8, 16, 32)) for n in (1, 2))
+      >>> variables = [init_variables(model, jax.random.key(0)) for model in (lung, infection)]
+      >>> image = jax.random.uniform(jax.random.key(1), (2, 32, 32, 1))
+      >>> probabilities = cascade(lung, infection, *variables, image)
+      >>> [one.shape for one in probabilities]
+      [(2, 32, 32, 1), (2, 32, 32, 1)]
     """
     lung = predict_probability(lung_model, lung_variables, image, patch_grid=lung_patch_grid)
     stacked = infection_input(infection_model, image, lung)

@@ -58,6 +58,34 @@ _NOT_INSIDE = (
 )
 
 
+def cascade_program(
+    lung: LoadedModel, infection: LoadedModel, *, thresholds: Mapping[str, float]
+) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    """The pure function that `export_cascade` exports, for other converters; for arguments and errors see there.
+
+    Returns:
+      float32 (N, S, S, 1) in [0, 1] to lung and infection probability, each of the same shape.
+    """
+    _check(lung, infection, thresholds)
+    lung_model, infection_model = (one.model.clone(convolution=lax.conv_general_dilated) for one in (lung, infection))
+    lung_variables, infection_variables = (jax.tree.map(np.asarray, one.variables) for one in (lung, infection))
+
+    def run(images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        lung_probability, infection_probability = cascade(
+            lung_model,
+            infection_model,
+            lung_variables,
+            infection_variables,
+            images,
+            lung_patch_grid=lung.config.model.patch_grid,
+            infection_patch_grid=infection.config.model.patch_grid,
+        )
+        with_lung = (lung_probability > thresholds["lung"]).any(axis=(1, 2, 3), keepdims=True)
+        return lung_probability, jnp.where(with_lung, infection_probability, 0)
+
+    return run
+
+
 def export_cascade(
     lung: LoadedModel, infection: LoadedModel, *, thresholds: Mapping[str, float]
 ) -> jax.export.Exported:
@@ -92,11 +120,11 @@ def export_cascade(
       >>> lung.shape
       (2, 128, 128, 1)
     """
-    _check(lung, infection, thresholds)
+    run = cascade_program(lung, infection, thresholds=thresholds)
     size = lung.config.preprocess.image_size
     (b,) = jax.export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((b, size, size, 1), jnp.float32)
-    return _export(_cascade(lung, infection, thresholds), images)
+    return _export(run, images)
 
 
 def export_cascade_from_hu(
@@ -116,14 +144,13 @@ def export_cascade_from_hu(
     Raises:
       InputError: see `export_cascade`; or the models see each slice's own range, not Hounsfield units.
     """
-    _check(lung, infection, thresholds)
+    run = cascade_program(lung, infection, thresholds=thresholds)
     preprocess = lung.config.preprocess
     if not preprocess.is_physical:
         raise InputError(
             "`from_hu`: these models see each slice's own range (normalization minmax), not Hounsfield units; export "
             "them for prepared slices, or train with another `normalization`"
         )
-    run = _cascade(lung, infection, thresholds)
 
     def from_hu(hu: jax.Array, boxes: jax.Array) -> tuple[jax.Array, jax.Array]:
         return run(prepare_hu(hu, boxes, preprocess.image_size)[..., None])
@@ -166,6 +193,14 @@ def resize_matrix(first: jax.Array, length: jax.Array, total: Any, size: int) ->
 
     Returns:
       float32 (size, total), each row of sum 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(resize_matrix(jnp.int32(1), jnp.int32(2), 3, size=4))
+      [[0.   1.   0.  ]
+       [0.   0.75 0.25]
+       [0.   0.25 0.75]
+       [0.   0.   1.  ]]
     """
     pixel = jnp.arange(total, dtype=jnp.int32)[None, :] - first
     target = jnp.arange(size, dtype=jnp.int32)[:, None]
@@ -198,96 +233,29 @@ def write_export(
     Raises:
       InputError: see the functions; or a file exists or cannot be written.
     """
-    path = Path(path)
-    metadata_path = path.with_name(f"{path.name}.json")
-    for file in (path, metadata_path):
-        if file.exists():
-            raise InputError(f"{file}: exists already; choose a new file")
-    make_output_dir(path.absolute().parent)
+    check_new_files(path)
     make = export_cascade_from_hu if from_hu else export_cascade
     exported = make(lung, infection, thresholds=thresholds)
-    content = bytes(exported.serialize())
-    metadata = {
-        "file": path.name,
-        "sha256": hashlib.sha256(content).hexdigest(),
-        **_describe(exported, lung, infection, thresholds, from_hu),
+    form = {
+        "format": "jax.export (StableHLO), for jax.export.deserialize",
+        "calling_convention_version": exported.calling_convention_version,
+        "platforms": list(exported.platforms),
+        "readable": _SIX_MONTHS,
+        "readable_days": READABLE_DAYS,
     }
-    with atomic_file(path) as partial:
-        partial.write_bytes(content)
-    write_text(metadata_path, json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
-    return metadata
+    description = describe_cascade(lung, infection, thresholds=thresholds, from_hu=from_hu)
+    return write_files(path, bytes(exported.serialize()), {**form, **description})
 
 
-def _check(lung: LoadedModel, infection: LoadedModel, thresholds: Mapping[str, float]) -> None:
-    for name, model in (("lung", lung), ("infection", infection)):
-        if (found := TASKS[model.config.task].target) != name:
-            raise InputError(f"`{name}`: expected a {name} model, this one segments {found}; give the other model")
-        if not 0 < thresholds.get(name, 0) < 1:
-            raise InputError(f"`thresholds`: that of {name} is {thresholds.get(name)}; it must be in (0, 1)")
-    if lung.config.preprocess != infection.config.preprocess:
-        raise InputError(
-            f"the models were trained on slices prepared differently ({lung.config.preprocess}, "
-            f"{infection.config.preprocess}); use models trained alike"
-        )
-
-
-def _cascade(
-    lung: LoadedModel, infection: LoadedModel, thresholds: Mapping[str, float]
-) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-    """Prepared slices to both probabilities, by a convolution that every platform has."""
-    lung_model, infection_model = (one.model.clone(convolution=lax.conv_general_dilated) for one in (lung, infection))
-    lung_variables, infection_variables = (jax.tree.map(np.asarray, one.variables) for one in (lung, infection))
-
-    def run(images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        lung_probability, infection_probability = cascade(
-            lung_model,
-            infection_model,
-            lung_variables,
-            infection_variables,
-            images,
-            lung_patch_grid=lung.config.model.patch_grid,
-            infection_patch_grid=infection.config.model.patch_grid,
-        )
-        with_lung = (lung_probability > thresholds["lung"]).any(axis=(1, 2, 3), keepdims=True)
-        return lung_probability, jnp.where(with_lung, infection_probability, 0)
-
-    return run
-
-
-def _export(function: Callable[..., Any], *arguments: jax.ShapeDtypeStruct) -> jax.export.Exported:
-    with _without_folders():
-        return jax.export.export(jax.jit(function), platforms=PLATFORMS)(*arguments)
-
-
-@contextlib.contextmanager
-def _without_folders() -> Iterator[None]:
-    """Programs made within name the source files of their lines without the folders of this machine."""
-    before = getattr(jax.config, _SOURCE_FILES)
-    jax.config.update(_SOURCE_FILES, r".*[\\/]")  # what matches is removed
-    try:
-        yield
-    finally:
-        jax.config.update(_SOURCE_FILES, before)
-
-
-def _describe(
-    exported: jax.export.Exported,
-    lung: LoadedModel,
-    infection: LoadedModel,
-    thresholds: Mapping[str, float],
-    from_hu: bool,
+def describe_cascade(
+    lung: LoadedModel, infection: LoadedModel, *, thresholds: Mapping[str, float], from_hu: bool = False
 ) -> dict[str, Any]:
-    """What somebody without this package has to know of an export."""
+    """What somebody without this package has to know of an export, in JSON values; for arguments see `write_export`."""
     size, postprocess = lung.config.preprocess.image_size, infection.config.postprocess
     fraction = infection.model.closing_fraction if infection.model.in_channels > 1 else 0.0
     probability = {"shape": ["b", size, size, 1], "dtype": "float32", "range": [0, 1]}
     return {
-        "format": "jax.export (StableHLO), for jax.export.deserialize",
-        "calling_convention_version": exported.calling_convention_version,
-        "platforms": list(exported.platforms),
         "written_on": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "readable": _SIX_MONTHS,
-        "readable_days": READABLE_DAYS,
         "inputs": _inputs(size, from_hu),
         "outputs": [{"name": name, **probability} for name in ("lung probability", "infection probability")],
         "preprocessing": _preprocessing(lung, from_hu),
@@ -318,6 +286,65 @@ def _describe(
             **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
         },
     }
+
+
+def check_new_files(path: str | Path) -> None:
+    """Raises `InputError` where `path` or `<path>.json` exists."""
+    for file in (Path(path), _metadata_path(Path(path))):
+        if file.exists():
+            raise InputError(f"{file}: exists already; choose a new file")
+
+
+def write_files(path: str | Path, content: bytes, description: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes a program, and to `<path>.json` its name, SHA-256 and description; each appears atomically.
+
+    Returns:
+      what the JSON file holds.
+
+    Raises:
+      InputError: a file exists or cannot be written.
+    """
+    path = Path(path).absolute()
+    check_new_files(path)
+    make_output_dir(path.parent)
+    metadata = {"file": path.name, "sha256": hashlib.sha256(content).hexdigest(), **description}
+    with atomic_file(path) as partial:
+        partial.write_bytes(content)
+    write_text(_metadata_path(path), json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
+    return metadata
+
+
+def _metadata_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _check(lung: LoadedModel, infection: LoadedModel, thresholds: Mapping[str, float]) -> None:
+    for name, model in (("lung", lung), ("infection", infection)):
+        if (found := TASKS[model.config.task].target) != name:
+            raise InputError(f"`{name}`: expected a {name} model, this one segments {found}; give the other model")
+        if not 0 < thresholds.get(name, 0) < 1:
+            raise InputError(f"`thresholds`: that of {name} is {thresholds.get(name)}; it must be in (0, 1)")
+    if lung.config.preprocess != infection.config.preprocess:
+        raise InputError(
+            f"the models were trained on slices prepared differently ({lung.config.preprocess}, "
+            f"{infection.config.preprocess}); use models trained alike"
+        )
+
+
+def _export(function: Callable[..., Any], *arguments: jax.ShapeDtypeStruct) -> jax.export.Exported:
+    with _without_folders():
+        return jax.export.export(jax.jit(function), platforms=PLATFORMS)(*arguments)
+
+
+@contextlib.contextmanager
+def _without_folders() -> Iterator[None]:
+    """Programs made within name the source files of their lines without the folders of this machine."""
+    before = getattr(jax.config, _SOURCE_FILES)
+    jax.config.update(_SOURCE_FILES, r".*[\\/]")  # what matches is removed
+    try:
+        yield
+    finally:
+        jax.config.update(_SOURCE_FILES, before)
 
 
 def _inputs(size: int, from_hu: bool) -> list[dict[str, Any]]:

@@ -1,0 +1,57 @@
+"""Exports the cascade as one ONNX file, in an environment of its own: its converter wants an older orbax than we do.
+
+python -m venv onnx
+onnx/bin/pip install jax2onnx onnxruntime filelock lazy_loader nibabel pillow pydicom rich surface-distance
+onnx/bin/pip install --no-deps .
+onnx/bin/python experiments/export_onnx.py --output=cascade.onnx
+"""
+
+import logging
+
+from absl import flags
+from common import settings
+from common.run import run
+
+from resunet_jax.errors import InputError
+
+FLAGS = flags.FLAGS
+settings.define_path("output", "New file; FILE.json next to it says what goes in and comes out.", required=True)
+settings.define_checkpoint_flags()
+flags.adopt_module_key_flags(settings)  # so that --help shows them
+
+
+def main() -> None:
+    """Exports by the flags."""
+    try:
+        import jax2onnx
+    except ImportError as error:
+        raise InputError(
+            f"jax2onnx cannot be imported ({error}); it needs an environment of its own: see --help"
+        ) from error
+    from resunet_jax.inference.predictor import load_predictor
+    from resunet_jax.weights.export import cascade_program, check_new_files, describe_cascade, write_files
+
+    output = settings.path("output")
+    check_new_files(output)
+    predictor = load_predictor(**settings.checkpoint_arguments())
+    if predictor.lung is None or predictor.infection is None:
+        raise InputError("a cascade is exported: give --lung_checkpoint and --infection_checkpoint, or neither")
+    pair = predictor.lung, predictor.infection
+    thresholds = {name: predictor.threshold(name) for name in predictor.structures}
+    size = predictor.preprocess.image_size
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of every shape that it leaves out
+    model = jax2onnx.to_onnx(
+        cascade_program(*pair, thresholds=thresholds),
+        [("b", size, size, 1)],
+        model_name="cascade",
+        input_names=["images"],
+        output_names=["lung_probability", "infection_probability"],
+    )
+    del model.graph.value_info[:]  # shapes within the graph, of which the converter notes some in another order
+    form = {"format": f"ONNX, opset {model.opset_import[0].version}"}
+    write_files(output, model.SerializeToString(), {**form, **describe_cascade(*pair, thresholds=thresholds)})
+    print(f"{output.resolve()}: images float32 (b, {size}, {size}, 1)")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,75 @@
+"""The ONNX file, made and run in an environment of its own, as the head of the script says."""
+
+import ast
+import os
+import subprocess
+import venv
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from resunet_jax.weights.export import cascade_program
+from resunet_jax.weights.pretrained import load_pair
+from tests.conftest import ROOT, run_script
+
+SCRIPT = ROOT / "experiments" / "export_onnx.py"
+RUN = """
+import sys, numpy as np, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+images = np.load(sys.argv[2])
+results = {}
+for count in (1, 3, 8):
+    for name, found in zip(("lung", "infection"), session.run(None, {"images": images[:count]})):
+        results[f"{name}_{count}"] = found
+np.savez(sys.argv[3], **results)
+"""
+
+
+def test_without_its_converter_the_script_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text('import sys\nsys.modules["jax2onnx"] = None\n')
+    result = run_script(
+        "export_onnx", f"--output={tmp_path / 'a'}", env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: jax2onnx cannot be imported")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def packages() -> list[str]:
+    """What the head of the script installs."""
+    head = ast.get_docstring(ast.parse(SCRIPT.read_text(encoding="utf-8"))) or ""
+    (line,) = [line for line in head.splitlines() if "pip install jax2onnx" in line]
+    return line.split("install ")[1].split()
+
+
+@pytest.mark.exhaustive
+def test_onnxruntime_equals_jax(tmp_path: Path) -> None:
+    venv.create(tmp_path / "onnx", with_pip=True)
+    python = tmp_path / "onnx" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+    def run(*arguments: object) -> "subprocess.CompletedProcess[str]":
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}  # in place of `pip install --no-deps .`
+        return subprocess.run([python, *map(str, arguments)], capture_output=True, text=True, check=False, env=env)
+
+    installed = run("-m", "pip", "install", "--quiet", *packages())
+    if installed.returncode:
+        pytest.skip(f"packages cannot be had: {installed.stderr.strip().splitlines()[-1]}")
+    made = run(SCRIPT, f"--output={tmp_path / 'cascade.onnx'}")
+    assert made.returncode == 0, made.stderr
+    assert len(made.stderr.splitlines()) <= 1, made.stderr
+    assert str(ROOT).encode() not in (tmp_path / "cascade.onnx").read_bytes()
+    assert (tmp_path / "cascade.onnx.json").is_file()
+    images = np.random.default_rng(0).random((8, 128, 128, 1), np.float32)
+    images[0] = 0  # a slice without lung
+    images[1:, 20:100, 20:60] = images[1:, 20:100, 70:110] = 0.25  # two dark fields in noise
+    np.save(tmp_path / "images.npy", images)
+    ran = run("-c", RUN, tmp_path / "cascade.onnx", tmp_path / "images.npy", tmp_path / "found.npz")
+    assert ran.returncode == 0, ran.stderr
+    expected = jax.jit(cascade_program(*load_pair(), thresholds={"lung": 0.5, "infection": 0.5}))(images)
+    assert all(float(one.max()) > 0.5 for one in expected)
+    with np.load(tmp_path / "found.npz") as found:
+        for count in (1, 3, 8):
+            for name, one in zip(("lung", "infection"), expected, strict=True):
+                np.testing.assert_allclose(found[f"{name}_{count}"], one[:count], rtol=0, atol=1e-5)
