@@ -129,6 +129,15 @@ class ResUnet(nn.Module):
         `infection_input`.
       convolution: `jax.lax.conv_general_dilated` or a drop-in for it; `default_convolution()` of `model/winograd.py` is
         faster on CPUs, in reverse mode only.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from resunet_jax import ResUnet, init_variables
+      >>> model = ResUnet(filters=(4, 8, 16, 32))
+      >>> variables = init_variables(model, jax.random.key(0))
+      >>> logits = jax.jit(lambda x: model.apply(variables, x, train=False))(jnp.zeros((2, 32, 32, 1)))
+      >>> logits.shape, logits.dtype.name
+      ((2, 32, 32, 1), 'float32')
     """
 
     in_channels: int = 1

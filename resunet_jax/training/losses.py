@@ -38,6 +38,11 @@ def bce(logits: jax.Array, mask: jax.Array) -> jax.Array:
 
     Returns:
       (N,), each ≥ 0; finite for any finite logits, empty masks included.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(bce(jnp.zeros((2, 8, 8, 1)), jnp.ones((2, 8, 8, 1))).round(4))  # log 2
+      [0.6931 0.6931]
     """
     return jnp.mean(optax.losses.sigmoid_binary_cross_entropy(logits, mask), axis=(1, 2, 3))
 
@@ -53,6 +58,13 @@ def dice(logits: jax.Array, mask: jax.Array) -> jax.Array:
 
     Returns:
       (N,), each in [0, 1); 0 where both prediction and mask are empty.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> mask = jnp.zeros((1, 8, 8, 1)).at[:, :4].set(1)
+      >>> sure = 100 * (2 * mask - 1)
+      >>> print(dice(sure, mask), dice(-sure, mask) > 0.95)  # 0, and 1 - 2 / 66
+      [0.] [ True]
     """
     loss: jax.Array = optax.losses.binary_dice_loss(logits, mask)
     return loss
@@ -70,6 +82,12 @@ def pooled_dice(logits: jax.Array, mask: jax.Array) -> jax.Array:
 
     Returns:
       (N,), each in [0, 1).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> masks = jnp.zeros((2, 8, 8, 1)).at[0].set(1)
+      >>> print(pooled_dice(100 * (2 * masks - 1), masks))
+      [0. 0.]
     """
     value = _pooled_dice_value(_pooled_dice_sums(logits, mask, jnp.ones(logits.shape[0])))
     return jnp.broadcast_to(value, logits.shape[:1])
