@@ -31,6 +31,7 @@ from .training.step import (
     make_train_step,
 )
 from .training.train import train
+from .weights.export import export_cascade, export_cascade_from_hu, write_export
 from .weights.store import LoadedModel, load_model, save_model
 
 __version__: str
@@ -59,6 +60,8 @@ __all__ = [
     "default_convolution",
     "dice",
     "evaluate",
+    "export_cascade",
+    "export_cascade_from_hu",
     "frozen_lung",
     "init_variables",
     "load_model",
@@ -78,4 +81,5 @@ __all__ = [
     "segment_scans",
     "segment_volume",
     "train",
+    "write_export",
 ]

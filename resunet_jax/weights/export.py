@@ -91,8 +91,9 @@ def export_cascade(
 ) -> jax.export.Exported:
     """The cascade from prepared slices to both probabilities, for `PLATFORMS`, with any number of slices.
 
-    It computes what `Predictor.slice_probabilities` does, by XLA's own convolution: equal to `cascade` with that
-    convolution to 1e-6, and to the one for CPUs to 1e-5.
+    It computes what `Predictor.slice_probabilities` does, by XLA's own convolution: on CPUs equal to `cascade` with
+    that convolution to 1e-6, and with `default_convolution` to 1e-5. GPUs and TPUs round convolutions as
+    `jax.default_matmul_precision` was when the export was made.
 
     Its input is float32 (b, S, S, 1) in [0, 1], as `prepare_volume` makes it; its outputs are lung and infection
     probability, each float32 (b, S, S, 1) in [0, 1]. The infection's is 0 in slices without lung. Weights and the

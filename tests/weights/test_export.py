@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resunet_jax import cascade, init_variables, load_pretrained
+from resunet_jax import cascade, init_variables, load_pretrained, save_model
 from resunet_jax.config import CascadeConfig, Config, ModelConfig, PreprocessConfig
 from resunet_jax.data.cases import find_cases
 from resunet_jax.data.phantom import PhantomConfig, make_phantom
@@ -273,6 +273,8 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path: Pat
 
 
 def test_the_script(tmp_path: Path) -> None:
+    model = random_model("lung", 0)
+    save_model(tmp_path / "lung", model.variables, model.config)
     result = run_script("export", f"--output={tmp_path / 'new' / 'cascade'}")
     assert result.returncode == 0, result.stderr
     assert "images float32 (b, 128, 128, 1)" in result.stdout
@@ -280,6 +282,11 @@ def test_the_script(tmp_path: Path) -> None:
     for flags, message in (
         ((f"--output={tmp_path / 'new' / 'cascade'}",), "exists already"),
         ((f"--output={tmp_path / 'a'}", f"--lung_checkpoint={tmp_path / 'none'}"), "no such checkpoint folder"),
+        (
+            (f"--output={tmp_path / 'a'}", f"--lung_checkpoint={tmp_path / 'lung'}"),
+            "--infection_checkpoint, or neither",
+        ),
+        ((f"--output={tmp_path / 'lung' / 'config.json' / 'a'}",), "cannot be written"),
     ):
         result = run_script("export", *flags)
         assert result.returncode == 2
