@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resunet_jax import cascade, init_variables, load_pretrained, save_model
+from resunet_jax import cascade, init_variables, load_pretrained, predict_probability, save_model
 from resunet_jax.config import CascadeConfig, Config, ModelConfig, PreprocessConfig
 from resunet_jax.data.cases import find_cases
 from resunet_jax.data.phantom import PhantomConfig, make_phantom
@@ -128,6 +128,20 @@ def test_patches_closing_and_ct_alone_are_exported() -> None:
         )(lung.variables, infection.variables, images)
         for found, one in zip(jax.jit(exported.call)(images), expected, strict=True):
             np.testing.assert_allclose(found, one, rtol=0, atol=1e-6)
+
+
+def test_the_threshold_of_the_lung_is_inside() -> None:
+    lung, infection = random_model("lung", 0), random_model("infection_ct", 1)
+    images = (
+        np.random.default_rng(0).random((4, 32, 32, 1), np.float32)
+        * np.linspace(0.1, 1, 4, dtype=np.float32)[:, None, None, None]
+    )
+    highest = np.asarray(jax.jit(partial(predict_probability, lung.model))(lung.variables, images)).max(axis=(1, 2, 3))
+    threshold = float(np.sort(highest)[1:3].mean())  # two slices are above it, two below
+    exported = export_cascade(lung, infection, thresholds={"lung": threshold, "infection": 0.5})
+    _, found = jax.jit(exported.call)(images)
+    np.testing.assert_array_equal(np.asarray(found).any(axis=(1, 2, 3)), highest > threshold)
+    assert np.count_nonzero(highest > threshold) == 2
 
 
 @pytest.mark.parametrize(("length", "size"), [(1, 8), (7, 16), (16, 16), (17, 16), (100, 32), (511, 128), (23, 24)])
