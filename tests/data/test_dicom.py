@@ -147,6 +147,9 @@ def test_series_are_told_apart_by_uid_folder_and_geometry(hu: np.ndarray, tmp_pa
     assert [(source.name, source.path) for source in people] == [(n, tmp_path / "people" / n) for n in ("x", "y")]
     check(people[0], hu)
     assert find_sources(people[1].path) == [people[1]]  # a path alone tells it
+    for number in (1, 2):
+        write_series(tmp_path / "people" / "z", hu, number=number)
+    assert [source.name for source in find_sources(tmp_path / "people")] == ["z_series1", "z_series2", "x", "y"]
     write_series(tmp_path / "mixed", hu, uid="")
     write_series(tmp_path / "mixed", hu[:-2], uid="", number=2)
     assert len(find_sources(tmp_path / "mixed")) == 2

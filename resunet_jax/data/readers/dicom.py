@@ -459,19 +459,23 @@ def _stem(path: Path) -> str:
 def _names(path: Path, series: Sequence[Sequence[_Header]]) -> list[str]:
     """A name for each series: of the path, and where there are several, of its folder or its number."""
     stem = _stem(path.absolute())
-    numbers = [headers[0].number for headers in series]
-    names = []
+    bases = []
     for headers in series:
-        number, folder = headers[0].number, _own_folder(headers, series)
-        if folder and (path.is_dir() or len(series) > 1):
-            names.append(folder.replace("/", "_"))
-        elif len(series) == 1:
-            names.append(stem)
-        elif number and numbers.count(number) == 1:
-            names.append(f"{stem}_series{number}")
+        folders = {Path(header.member).parent.as_posix() for header in headers}
+        bases.append(next(iter(folders)).replace("/", "_") if len(folders) == 1 and folders != {"."} else stem)
+    numbered = Counter((base, headers[0].number) for base, headers in zip(bases, series, strict=True))
+    names = []
+    for base, headers in zip(bases, series, strict=True):
+        number = headers[0].number
+        if len(series) == 1:
+            names.append(base if path.is_dir() else stem)
+        elif _own_folder(headers, series):
+            names.append(base)
+        elif number and numbered[base, number] == 1:
+            names.append(f"{base}_series{number}")
         else:
             key = " ".join(sorted(header.member for header in headers)) + headers[0].series
-            names.append(f"{stem}_series{number}{hashlib.sha256(key.encode()).hexdigest()[:8]}")
+            names.append(f"{base}_series{number}{hashlib.sha256(key.encode()).hexdigest()[:8]}")
     return names
 
 
