@@ -3,8 +3,8 @@
 XLA's CPU backend computes a convolution near the speed of a matrix product, but its gradient to the kernel at a fifth
 of that, and its gradient to the input of a strided one at a third. Here, in float32:
 
-- 3×3 convolutions of stride 1, and both their gradients, take Winograd's way along the rows, which halves the
-  multiplications, in blocks that stay in the processor's cache;
+- wide 3×3 convolutions of stride 1, and both their gradients, take Winograd's way along the rows, which halves the
+  multiplications, in blocks that stay in the processor's cache; of narrow ones only the gradient to the kernel does;
 - the gradient to any other kernel is a sum of matrix products over blocks of positions;
 - the gradient to the input of a strided convolution is a convolution of stride 1 for each place in the stride.
 
@@ -51,7 +51,8 @@ _WEIGHT = np.array(
 _OUT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]], np.float32)
 
 _TILE = 4  # outputs of a row that are computed together
-_WINOGRAD_CHANNELS = 16  # with fewer on either side, the transforms cost more than they save
+_WINOGRAD_CHANNELS = 64  # with fewer on either side, the transforms cost more than they save
+_WINOGRAD_GRADIENT_CHANNELS = 16  # the same for the gradient to the kernel, which XLA computes more slowly
 _WINOGRAD_VALUES = 1_250_000  # of the largest array of a block: 5 MB, about what the cores' caches hold
 _POSITIONS = 1024  # of a block of the direct kernel gradient: 9 × 64 patch values of each are 2.4 MB
 
@@ -141,8 +142,8 @@ def _is_nhwc(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any) -> bool:
     return numbers == lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
 
-def _suits_winograd(kernel_shape: tuple[int, ...], strides: tuple[int, int]) -> bool:
-    return strides == (1, 1) and kernel_shape[:2] == (3, 3) and min(kernel_shape[2:]) >= _WINOGRAD_CHANNELS
+def _suits_winograd(kernel_shape: tuple[int, ...], strides: tuple[int, int], channels: int) -> bool:
+    return strides == (1, 1) and kernel_shape[:2] == (3, 3) and min(kernel_shape[2:]) >= channels
 
 
 # The three operations and their derivatives.
@@ -151,7 +152,7 @@ def _suits_winograd(kernel_shape: tuple[int, ...], strides: tuple[int, int]) -> 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv(x: jax.Array, kernel: jax.Array, layout: _Layout) -> jax.Array:
     """(N, H, W, C) by (h, w, C, D) to (N, H', W', D)."""
-    if _suits_winograd(kernel.shape, layout.strides):
+    if _suits_winograd(kernel.shape, layout.strides, _WINOGRAD_CHANNELS):
         return _winograd(x, kernel, layout.padding, layout.precision)
     return lax.conv_general_dilated(
         x,
@@ -178,7 +179,7 @@ def _input_gradient(g: jax.Array, kernel: jax.Array, layout: _Layout, size: tupl
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _kernel_gradient(x: jax.Array, g: jax.Array, layout: _Layout, size: tuple[int, int]) -> jax.Array:
     """Correlation of the input (N, H, W, C) and the output's gradient (N, H', W', D): (*size, C, D)."""
-    if _suits_winograd((*size, x.shape[-1], g.shape[-1]), layout.strides):
+    if _suits_winograd((*size, x.shape[-1], g.shape[-1]), layout.strides, _WINOGRAD_GRADIENT_CHANNELS):
         return _winograd_kernel_gradient(x, g, layout.padding, layout.precision)
     return _direct_kernel_gradient(x, g, layout, size)
 
