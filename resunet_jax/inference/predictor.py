@@ -164,10 +164,12 @@ class Predictor:
         """
         native = {}
         for name, slices in probabilities.items():
-            pasted = np.stack(
-                [resize_paste(one, Box(*map(int, box)), shape) for one, box in zip(slices, boxes, strict=True)], axis=-1
+            pasted: FloatArray = np.stack(
+                [resize_paste(one, Box(*map(int, box)), shape) for one, box in zip(slices, boxes, strict=True)]
             )
-            native[name] = NativeSlices(pasted, pasted > self.threshold(name))
+            # Each slice stays contiguous, and is the last axis of a view: several times faster to go through.
+            probability = np.moveaxis(pasted, 0, -1)
+            native[name] = NativeSlices(probability, probability > self.threshold(name))
         return native
 
     def _run(self, name: str, *channels: FloatArray) -> FloatArray:

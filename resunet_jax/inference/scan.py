@@ -140,7 +140,8 @@ class SegmentedScan:
         """Slices start to stop of a mask, bool (rows, columns, slices), oriented (posterior, left, superior)."""
         rows, columns, _ = self.scan.grid.oriented_shape
         flat = [np.unpackbits(one, count=rows * columns) for one in self.packed[structure][start:stop]]
-        return np.stack(flat, axis=-1).reshape(rows, columns, len(flat)).astype(bool)
+        # Contiguous slices, as `Predictor.to_native_grid` has them.
+        return np.moveaxis(np.stack(flat).view(bool).reshape(len(flat), rows, columns), 0, -1)
 
     def hu(self, start: int, stop: int) -> FloatArray:
         """Slices start to stop in Hounsfield units, float32 (rows, columns, slices)."""

@@ -187,6 +187,7 @@ def test_paste_puts_each_slice_in_its_place() -> None:
     assert first[1:6, 2:8].all()
     assert second.sum() == 9
     assert second[:3, :3].all()
+    assert all(array[..., k].flags.c_contiguous for array in pasted for k in range(2))  # or they are slow to go through
 
 
 def test_each_model_alone(trained: Trained, scan: Path, tmp_path: Path) -> None:
