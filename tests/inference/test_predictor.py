@@ -32,6 +32,7 @@ from resunet_jax.inference import scan as module
 from resunet_jax.inference.predictor import THRESHOLDS, choose_threshold
 from resunet_jax.metrics.overlap import confusion_counts, hard_metrics
 from resunet_jax.model.build import build_model
+from resunet_jax.model.resunet import Variables
 from tests.conftest import TINY, Trained
 
 
@@ -165,6 +166,24 @@ def test_batch_size_changes_nothing(trained: Trained, scan: Path) -> None:
     images, _ = prepare_volume(read_volume(scan), one.preprocess)
     for name, probability in one.slice_probabilities(images).items():
         np.testing.assert_allclose(probability, seven.slice_probabilities(images)[name], atol=1e-6)
+
+
+def test_narrow_models_take_few_slices_at_a_time_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor, shapes = load_predictor(None, None, batch_size=8), []
+
+    def record(variables: Variables, x: np.ndarray) -> np.ndarray:
+        shapes.append(x.shape)
+        return x[..., :1]
+
+    monkeypatch.setitem(predictor.__dict__, "_jitted", {"lung": record, "infection": record})
+    images = np.random.default_rng(0).random((5, 128, 128), np.float32)
+    probabilities = predictor.slice_probabilities(images)
+    assert shapes == [(2, 128, 128, 1)] * 3 + [(2, 128, 128, 2)] * 3
+    for probability in probabilities.values():  # each slice in its place, what fills the last batch in none
+        np.testing.assert_array_equal(probability, images)
+    shapes.clear()
+    predictor.slice_probabilities(np.ones((9, 256, 256), np.float32))  # not even one slice's memory would be kept
+    assert {shape[0] for shape in shapes} == {8}
 
 
 def test_probabilities_are_what_the_masks_threshold(predictor: Predictor, scan: Path, tmp_path: Path) -> None:
