@@ -184,13 +184,18 @@ def assert_is_one_line(text: str, *parts: str) -> None:
         assert part in text
 
 
+def without_warning_of_the_model(stderr: str) -> str:
+    """The tiny model finds too little lung, which is warned of."""
+    return "".join(line for line in stderr.splitlines(keepends=True) if "the lungs measure" not in line)
+
+
 def test_works_without_a_home_folder(
     trained: Trained, scan: Path, without_home: dict[str, str], tmp_path: Path
 ) -> None:
     flags = (f"--input={scan}", f"--lung_checkpoint={trained.lung}")
     keep_all = {**without_home, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     result = run_script("predict", *flags, f"--output_dir={tmp_path / 'masks'}", env=keep_all)
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, without_warning_of_the_model(result.stderr)) == (0, "")
     assert list((tmp_path / "temporary" / "resunet_jax" / "compiled").glob("*-atime"))  # so that it has a bound
     result = run_script("predict", *flags, "--output_dir=~/masks", env=without_home)
     assert result.returncode == 2
@@ -216,7 +221,8 @@ def test_a_home_that_cannot_be_written_is_named_with_the_flag_that_helps(
     result = run_script("predict", f"--input={scan}", *flags, env=env)
     assert result.returncode == 0  # each time it compiles
     cache = f"{home}/.cache/resunet_jax"
-    assert_is_one_line(result.stderr, f"{cache}/compiled: cannot be written", "--compilation_cache_dir")
+    stderr = without_warning_of_the_model(result.stderr)
+    assert_is_one_line(stderr, f"{cache}/compiled: cannot be written", "--compilation_cache_dir")
     data = f"--data_dir={trained.data}"
     result = run_script("evaluate", data, *flags, "--compilation_cache_dir=", env=env)
     assert result.returncode == 2
