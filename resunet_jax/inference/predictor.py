@@ -189,7 +189,7 @@ class Predictor:
 
     def _slices_at_a_time(self, name: str, images: FloatArray) -> int:
         """At most `batch_size`; on CPUs no more than malloc keeps memory for, where that holds a slice at all."""
-        first_level = getattr(self, name).config.model.filters[0] * images[:1].size
+        first_level = getattr(self, name).config.model.filters[0] * images.shape[1] * images.shape[2]
         reused = _REUSED_VALUES // first_level
         return min(self.batch_size, reused) if reused and jax.default_backend() == "cpu" else self.batch_size
 

@@ -371,3 +371,11 @@ def test_threshold_weighs_volumes_alike_and_leaves_out_empty_ones() -> None:
     assert choose(small, empty) == (0.7, 1.0)
     assert choose(empty) is None
     assert choose() is None
+
+
+def test_no_slice_with_lung_is_no_infection(trained: Trained, scan: Path) -> None:
+    lung, infection = load_model(trained.lung), load_model(trained.infection)
+    images, _ = prepare_volume(read_volume(scan), lung.config.preprocess)
+    found = Predictor(lung, infection, 8, {"lung": 0.99999}).slice_probabilities(images)
+    assert not (found["lung"] > 0.99999).any()
+    assert not found["infection"].any()
