@@ -7,6 +7,8 @@ import tempfile
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="resunet-jax-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+    # As the scripts have it, or they would find entries without the date of their last use.
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # the models are tiny: compiling them takes the time
 os.environ["JAX_PLATFORMS"] = "cpu"
