@@ -23,7 +23,7 @@ from resunet_jax.files import make_output_dir, reserve
 from resunet_jax.inference.predictor import Predictor
 from resunet_jax.progress import progress
 
-_CHUNK_SLICES = 64  # of a scan at a time: a scan may have any number of them
+_CHUNK_SLICES = 32  # of a scan at a time: a scan may have any number of them
 
 _T = TypeVar("_T")
 Mask = npt.NDArray[np.bool_]
