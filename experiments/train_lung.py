@@ -25,14 +25,10 @@ def main() -> None:
     with settings.epoch_writer() as on_epoch:
         train(
             config,
-            settings.path("data_dir"),
-            settings.path("workdir"),
-            settings.path("cache_dir"),
-            split=settings.split_request(),
             devices=devices,
             should_stop=stop_signals(),
             on_epoch=on_epoch,
-            assumed=settings.assumption(),
+            **settings.training_arguments(),
             **load_plugins().for_training,
         )
 

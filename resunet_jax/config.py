@@ -105,6 +105,10 @@ class PostprocessConfig:
     )
 
 
+INFECTION_POSTPROCESS = ("gate", "gate_closing_mm", "min_lesion_ml", "min_lesion_probability")
+"""Fields of `PostprocessConfig` that are the infection model's."""
+
+
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
     """Random transforms of a training slice and its mask."""

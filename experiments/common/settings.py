@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import flags
 
-from resunet_jax.config import SETTINGS, Config, TaskName, override
+from resunet_jax.config import INFECTION_POSTPROCESS, SETTINGS, Config, TaskName, override
 from resunet_jax.data.splits import NUM_FOLDS, Protocol, SplitRequest
 from resunet_jax.errors import InputError
 from resunet_jax.files import default_cache_dir, expand_user
@@ -34,9 +34,6 @@ _FLAGGED = (
     "train.seed",
 )
 """Fields of a config with a flag of their own; the others are set by --set."""
-
-_POSTPROCESS = ("gate", "gate_closing_mm", "min_lesion_ml", "min_lesion_probability")
-"""Fields of a config, as the infection model was trained, that prediction and evaluation can change."""
 
 _ALIASES = {"patch_grid": "patch_factor", "min_component_fraction": "smallest_region"}
 """Flags and what they were called in 0.6.0, which still works."""
@@ -184,6 +181,17 @@ def checkpoint_arguments() -> dict[str, Any]:
     }
 
 
+def training_arguments() -> dict[str, Any]:
+    """What the data, split and folder flags ask for, as keywords of `train`."""
+    return {
+        "data_dir": path("data_dir"),
+        "workdir": path("workdir"),
+        "cache_dir": path("cache_dir"),
+        "split": split_request(),
+        "assumed": assumption(),
+    }
+
+
 def define_model_flags() -> None:
     """Flags of every script that makes masks by trained models."""
     define_checkpoint_flags()
@@ -191,7 +199,7 @@ def define_model_flags() -> None:
     name = "min_component_fraction"
     flags.DEFINE_float(name, None, f"{SETTINGS[f'postprocess.{name}'].help}; by default as the lung model was trained.")
     flags.DEFINE_alias(_ALIASES[name], name)
-    for name in _POSTPROCESS:
+    for name in INFECTION_POSTPROCESS:
         setting = SETTINGS[f"postprocess.{name}"]
         text = f"{setting.help}; by default as the infection model was trained."
         if setting.choices:
@@ -206,7 +214,9 @@ def model_arguments() -> dict[str, Any]:
         **checkpoint_arguments(),
         "batch_size": flags.FLAGS.batch_size,
         "min_component_fraction": flags.FLAGS.min_component_fraction,
-        "infection_postprocess": {n: flags.FLAGS[n].value for n in _POSTPROCESS if flags.FLAGS[n].value is not None},
+        "infection_postprocess": {
+            n: flags.FLAGS[n].value for n in INFECTION_POSTPROCESS if flags.FLAGS[n].value is not None
+        },
     }
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from resunet_jax.config import GateName, PreprocessConfig, Structure
+from resunet_jax.config import INFECTION_POSTPROCESS, GateName, PreprocessConfig, Structure
 from resunet_jax.data.roi import Box, resize_paste
 from resunet_jax.data.slice_cache import PreparedCase
 from resunet_jax.data.volume import Array, FloatArray, Grid
@@ -34,9 +34,6 @@ THRESHOLD = 0.5
 
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 """Those that `choose_threshold` chooses from."""
-
-INFECTION_FIELDS = ("gate", "gate_closing_mm", "min_lesion_ml", "min_lesion_probability")
-"""Of `PostprocessConfig`, what concerns the infection."""
 
 _REUSED_VALUES = 2 * 128 * 128 * 16
 """Of the first level, in a batch whose memory malloc keeps (arrays under 32 MB in all) instead of giving it back to the
@@ -106,7 +103,7 @@ class Predictor:
         if self.infection is None:
             return {}
         config = dataclasses.asdict(self.infection.config.postprocess)
-        return {**{name: config[name] for name in INFECTION_FIELDS}, "gate": self.gate}
+        return {**{name: config[name] for name in INFECTION_POSTPROCESS}, "gate": self.gate}
 
     def slice_probabilities(self, images: FloatArray) -> dict[str, FloatArray]:
         """Runs the models over prepared slices; after a lung model, the infection model only where it found lung.

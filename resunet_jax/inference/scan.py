@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,11 +14,11 @@ import numpy.typing as npt
 from resunet_jax.config import PreprocessConfig
 from resunet_jax.data.preprocess import air_offset, prepare_volume
 from resunet_jax.data.readers import READERS, Reader, Source, find_sources, open_scan
+from resunet_jax.data.readers.disk import temporary_file
 from resunet_jax.data.readers.nifti import nifti_writer
 from resunet_jax.data.roi import body_columns
 from resunet_jax.data.volume import FloatArray, Scan
-from resunet_jax.errors import InputError
-from resunet_jax.files import make_output_dir, reserve
+from resunet_jax.files import make_output_dir
 from resunet_jax.inference.predictor import Predictor
 from resunet_jax.progress import progress
 
@@ -181,7 +180,9 @@ def segment_opened(scan: Scan, predictor: Predictor, name: str, paths: Iterable[
         for chunk in stack.enter_context(contextlib.closing(prepared)):
             if not found:
                 shape = (slices, *chunk.images.shape[1:])
-                found = {name: stack.enter_context(_temp_memmap(shape)) for name in predictor.structures}
+                found = {
+                    structure: stack.enter_context(_temp_memmap(shape, name)) for structure in predictor.structures
+                }
             for structure, probabilities in predictor.slice_probabilities(chunk.images).items():
                 found[structure][chunk.start : chunk.start + len(probabilities)] = probabilities
             boxes.append(chunk.boxes)
@@ -222,13 +223,7 @@ def _paste(
 
 
 @contextlib.contextmanager
-def _temp_memmap(shape: tuple[int, ...]) -> Iterator[FloatArray]:
-    """Zeros, float32, in a temporary file that is gone afterwards."""
-    with tempfile.TemporaryFile() as file:
-        try:
-            reserve(file, 4 * int(np.prod(shape)))  # a full disk is reported here, not by a signal
-        except OSError as error:
-            raise InputError(
-                f"{tempfile.gettempdir()}: no room for {shape} numbers ({error}); free the disk, or set TMPDIR"
-            ) from error
+def _temp_memmap(shape: tuple[int, ...], name: str) -> Iterator[FloatArray]:
+    """Zeros, float32, in a temporary file that is gone afterwards; a full disk is reported here, not by a signal."""
+    with temporary_file(4 * int(np.prod(shape)), name) as file:
         yield np.memmap(file, np.float32, "r+", shape=shape)

@@ -13,13 +13,12 @@ from resunet_jax.data.preprocess import prepare_volume
 from resunet_jax.data.volume import FloatArray
 from resunet_jax.inference.scan import SegmentedScan
 from resunet_jax.metrics.lesions import SMALLEST_LESION_ML
-from resunet_jax.metrics.lung_sides import left_lung, sagittal_plane
+from resunet_jax.metrics.lung_sides import LEFT, RIGHT, left_lung, sagittal_plane
 from resunet_jax.metrics.severity import component_sizes, grade, involvement_percent, thirds
+from resunet_jax.report.markup import DISCLAIMER
 from resunet_jax.weights.store import fingerprint
 
 SCHEMA_VERSION = 1
-
-DISCLAIMER = "A research tool, not a medical device. Not for diagnosis or treatment."
 
 CONSOLIDATION_HU = -300.0
 """Infection at or above it counts as consolidation, below as ground glass, unless another value is asked for."""
@@ -65,7 +64,7 @@ def iter_slices(segmented: SegmentedScan) -> Iterator[Slices]:
             segmented.mask(name, start, stop) if name in segmented.packed else np.zeros(hu.shape, bool)
             for name in ("lung", "infection")
         )
-        yield Slices(start, hu, np.where(left_lung(lung, plane), 1, 2 * lung).astype(np.uint8), infection)
+        yield Slices(start, hu, np.where(left_lung(lung, plane), LEFT, RIGHT * lung).astype(np.uint8), infection)
 
 
 class Totals:
@@ -92,7 +91,7 @@ class Totals:
         """Counts some slices; `lobes` are their labels, (rows, columns, slices), where lobes are known."""
         some = slice(slices.start, slices.start + slices.hu.shape[-1])
         infection, lung = slices.infection, slices.lung > 0
-        for side, label in (("left", 1), ("right", 2)):
+        for side, label in (("left", LEFT), ("right", RIGHT)):
             mask = slices.lung == label
             self.lung[side][some] = np.count_nonzero(mask, axis=(0, 1))
             self.infected[side][some] = np.count_nonzero(mask & infection, axis=(0, 1))

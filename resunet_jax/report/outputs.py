@@ -14,6 +14,7 @@ from resunet_jax.data.readers.nifti import nifti_writer
 from resunet_jax.files import write_text
 from resunet_jax.inference.batch import Finding, Output
 from resunet_jax.inference.scan import SegmentedScan
+from resunet_jax.metrics.lung_sides import LEFT, RIGHT
 from resunet_jax.progress import logger
 from resunet_jax.report.cohort import write_cohort_csv, write_cohort_page
 from resunet_jax.report.numbers import (
@@ -35,8 +36,8 @@ SEGMENTATION = "_seg.dcm"
 COHORT = "cohort.csv"
 INDEX = "index.html"
 
-LEFT, RIGHT, INFECTION = 1, 2, 3
-"""Labels of the file that holds all structures."""
+INFECTION = 3
+"""Label of the infection in the file that holds all structures, next to those of the lungs."""
 
 
 def make_outputs(

@@ -47,7 +47,6 @@ JPEG lossless, JPEG-LS, JPEG 2000, RLE."""
 
 _SUFFIXES = (".dcm", ".ima", ".dicom")
 _HEADER = [
-    "FrameOfReferenceUID",
     "ImageOrientationPatient",
     "ImagePositionPatient",
     "ImageType",
@@ -377,7 +376,7 @@ def _header(member: str, dataset: pydicom.Dataset) -> _Header | str:
     if modality != "CT":
         return f"of modality {re.sub('[^A-Z]', '', modality)[:4] or 'unknown'}"
     if "Rows" not in dataset or int(dataset.get("SamplesPerPixel", 1)) != 1:
-        return "without grey values"
+        return "not monochrome"
     if any(word in kind for kind in kinds for word in _LOCALIZERS):
         return "localizer"
     uid = str(dataset.get("SeriesInstanceUID") or "")

@@ -71,7 +71,7 @@ class DiskArray:
 
 
 @contextlib.contextmanager
-def temporary_file(size: int, scan: Path) -> Iterator[BinaryIO]:
+def temporary_file(size: int, scan: str | Path) -> Iterator[BinaryIO]:
     """A file of that many bytes, gone afterwards.
 
     Raises:
