@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from resunet_jax.model.normalization import BatchNorm
 from resunet_jax.model.winograd import Convolution
 
 Variables = dict[str, Any]
@@ -31,6 +32,35 @@ def _bias_init(fan_in: int) -> nn.initializers.Initializer:
     return init
 
 
+class Conv(nn.Module):
+    """A convolution with PyTorch's padding and initialisation, which leaves it to the caller to add its bias.
+
+    Attributes:
+      features: output channels.
+      size: of the kernel.
+      stride: of both axes.
+      dtype: type of the computation.
+      convolution: see `ResUnet`.
+    """
+
+    features: int
+    size: int = 3
+    stride: int = 1
+    dtype: Any = jnp.float32
+    convolution: Convolution = lax.conv_general_dilated
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Maps (N, H, W, C) to (N, H/stride, W/stride, features) without the bias, and the bias, (features,)."""
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", _kernel_init, shape, jnp.float32)
+        bias = self.param("bias", _bias_init(self.size**2 * x.shape[-1]), shape[-1:], jnp.float32)
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        pad = self.size // 2  # not "SAME", which pads a stride of 2 on one side only
+        strides, padding, layout = (self.stride,) * 2, ((pad, pad),) * 2, ("NHWC", "HWIO", "NHWC")
+        return self.convolution(x, kernel, strides, padding, dimension_numbers=layout), bias
+
+
 class LayerFactory(NamedTuple):
     """Makes the layers of one module, all with the same settings; for the fields see `ResUnet`."""
 
@@ -39,29 +69,20 @@ class LayerFactory(NamedTuple):
     convolution: Convolution
 
     def conv(self, x: jax.Array, features: int, name: str, *, size: int = 3, stride: int = 1) -> jax.Array:
-        """A convolution with PyTorch's padding and initialisation."""
-        return nn.Conv(
-            features,
-            (size, size),
-            strides=stride,
-            padding=size // 2,  # not "SAME", which pads a stride of 2 on one side only
-            dtype=self.dtype,
-            kernel_init=_kernel_init,
-            bias_init=_bias_init(size * size * x.shape[-1]),
-            conv_general_dilated=self.convolution,
-            name=name,
-        )(x)
+        """A convolution."""
+        y, bias = Conv(features, size, stride, self.dtype, self.convolution, name=name)(x)
+        return y + bias[None, None, None]
 
-    def norm(self, x: jax.Array, name: str) -> jax.Array:
-        """Batch normalisation with PyTorch's defaults."""
-        return nn.BatchNorm(
-            use_running_average=not self.train,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=self.dtype,
-            use_fast_variance=False,
-            name=name,
-        )(x)
+    def norm(self, x: jax.Array, name: str, *, relu: bool = True) -> jax.Array:
+        """Batch normalisation and ReLU."""
+        return BatchNorm(self.train, relu, self.dtype, name=name)(x)
+
+    def conv_norm(
+        self, x: jax.Array, features: int, conv: str, norm: str, *, stride: int = 1, relu: bool = True
+    ) -> jax.Array:
+        """A convolution, batch normalisation and ReLU."""
+        y, bias = Conv(features, 3, stride, self.dtype, self.convolution, name=conv)(x)
+        return BatchNorm(self.train, relu, self.dtype, name=norm)(y, bias)
 
 
 class Upsample(nn.Module):
@@ -106,13 +127,10 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps (N, H, W, C) to (N, H/stride, W/stride, features)."""
         layers = LayerFactory(self.dtype, train, self.convolution)
-        skip = layers.conv(x, self.features, "skip_conv", stride=self.stride)
-        skip = layers.norm(skip, "skip_norm")
-        x = nn.relu(layers.norm(x, "norm1"))
-        x = layers.conv(x, self.features, "conv1", stride=self.stride)
-        x = nn.relu(layers.norm(x, "norm2"))
-        x = layers.conv(x, self.features, "conv2")
-        return x + skip
+        skip = layers.conv_norm(x, self.features, "skip_conv", "skip_norm", stride=self.stride, relu=False)
+        x = layers.norm(x, "norm1")
+        x = layers.conv_norm(x, self.features, "conv1", "norm2", stride=self.stride)
+        return layers.conv(x, self.features, "conv2") + skip
 
 
 class ResUnet(nn.Module):
@@ -177,8 +195,8 @@ class ResUnet(nn.Module):
         def upsample_and_join(x: jax.Array, skip: jax.Array, name: str) -> jax.Array:
             return jnp.concatenate([Upsample(self.dtype, name=name)(x), skip], axis=-1)
 
-        y = layers.conv(x, f1, "input_conv1")
-        y = layers.conv(nn.relu(layers.norm(y, "input_norm")), f1, "input_conv2")
+        y = layers.conv_norm(x, f1, "input_conv1", "input_norm")
+        y = layers.conv(y, f1, "input_conv2")
         level1 = y + layers.conv(x, f1, "input_skip")
         level2 = block(level1, f2, "residual_conv_1", stride=2)
         level3 = block(level2, f3, "residual_conv_2", stride=2)
