@@ -75,19 +75,11 @@ def _components_by_slice(slices: Iterable[Mask]) -> Iterator[tuple[npt.NDArray[n
         labels, count = ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)
         touching: npt.NDArray[np.int64] = np.zeros((0, 2), np.int64)
         if before is not None and count:
-            grown = [
-                np.stack([_shifted(before, i, j)[mask], labels[mask]], axis=-1) for i in (-1, 0, 1) for j in (-1, 0, 1)
-            ]
-            pairs = np.unique(np.concatenate(grown), axis=0)
-            touching = (pairs[pairs[:, 0] > 0] + (before_first - 1, first - 1)).astype(np.int64)
+            rows, columns = np.nonzero(mask)
+            around = np.pad(before, 1)
+            below = np.stack([around[rows + i, columns + j] for i in range(3) for j in range(3)])
+            own = np.broadcast_to(labels[rows, columns], below.shape)
+            pairs = np.unique(below[below > 0].astype(np.int64) * (count + 1) + own[below > 0])
+            touching = np.stack([pairs // (count + 1) + before_first - 1, pairs % (count + 1) + first - 1], axis=-1)
         yield np.bincount(labels.ravel(), minlength=count + 1)[1:], touching
         before, before_first, first = (labels if count else None), first, first + count
-
-
-def _shifted(labels: npt.NDArray[np.int32], rows: int, columns: int) -> npt.NDArray[np.int32]:
-    shifted = np.zeros_like(labels)
-    height, width = labels.shape
-    shifted[max(0, rows) : height + min(0, rows), max(0, columns) : width + min(0, columns)] = labels[
-        max(0, -rows) : height + min(0, -rows), max(0, -columns) : width + min(0, -columns)
-    ]
-    return shifted

@@ -18,7 +18,7 @@ from resunet_jax.config import from_dict, to_dict
 from resunet_jax.errors import InputError
 from resunet_jax.files import atomic_dir, write_text
 from resunet_jax.model.build import build_model
-from resunet_jax.weights.store import CONFIG_FILE, DIGESTS_FILE, LoadedModel, require_backend, variable_shapes
+from resunet_jax.weights.store import CONFIG_FILE, DIGESTS_FILE, LoadedModel, require_backend
 
 VARIABLES_FILE = "variables.msgpack"
 MODEL_CARD = "MODEL_CARD.md"
@@ -87,10 +87,8 @@ def save_pair(folder: Path, pair: ModelPair) -> None:
 
 def _load(contents: dict[str, bytes], name: str) -> LoadedModel:
     config = from_dict(json.loads(contents[f"{name}/{CONFIG_FILE}"]), f"{_FOLDER}/{name}/{CONFIG_FILE}")
-    model = build_model(config)
-    shapes = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variable_shapes(model))
-    variables = serialization.from_bytes(shapes, contents[f"{name}/{VARIABLES_FILE}"])
-    return LoadedModel(model, jax.device_put(variables), config)
+    variables = serialization.msgpack_restore(contents[f"{name}/{VARIABLES_FILE}"])
+    return LoadedModel(build_model(config), jax.device_put(variables), config)
 
 
 def _find(folder: Traversable, name: str) -> Traversable:
