@@ -15,13 +15,16 @@ FLAGS = flags.FLAGS
 settings.define_path("output_dir", "New folder.", required=True)
 flags.DEFINE_integer("seed", 0, "The same seed gives the same files.", lower_bound=0)
 flags.DEFINE_bool("small", False, "Few and small scans, in seconds.")
-flags.DEFINE_integer("volumes", None, "Number of scans, from 2 to 20; half of each source.")
+flags.DEFINE_integer("volumes", None, "Number of scans, from 2 to 100; half of each source.")
+flags.DEFINE_integer("downsample", None, "Divides the in-plane size of 512 or 630 pixels.", lower_bound=1)
 flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 
 def main() -> None:
     """Makes the set by the flags."""
     config = dataclasses.replace(SMALL if FLAGS.small else PhantomConfig(), seed=FLAGS.seed)
+    if FLAGS.downsample is not None:
+        config = dataclasses.replace(config, downsample=FLAGS.downsample)
     if FLAGS.volumes is not None:
         config = dataclasses.replace(config, volumes=FLAGS.volumes)
     make_phantom(settings.path("output_dir"), config)

@@ -7,6 +7,8 @@ import jax
 import pytest
 
 MODULES = {
+    "resunet_jax.metrics.calibration": 1,
+    "resunet_jax.metrics.conformal": 3,
     "resunet_jax.model.cascade": 3,
     "resunet_jax.model.resunet": 1,
     "resunet_jax.training.losses": 3,

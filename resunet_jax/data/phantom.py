@@ -27,6 +27,13 @@ from resunet_jax.progress import progress
 Floats = npt.NDArray[np.float64]
 
 FOLDERS = ("ct_scans", "lung_mask", "infection_mask", "lung_and_infection_mask")
+CASE_IDS = (
+    *KNOWN_CASES,
+    *(f"coronacases_{n:03d}" for n in range(11, 51)),
+    *(f"radiopaedia_{n}_{85000 + n}_0" for n in range(101, 141)),
+)
+"""What scans are called: as in the full set, then as further patients of its sources."""
+
 _PREFIX = "../input/covid19-ct-scans"
 _NOT_SQUARE = "radiopaedia_14_85914_0"
 _AXES = ("LPS", "RAS", "LAS", "RPI")
@@ -38,7 +45,7 @@ class PhantomConfig:
     """What to make.
 
     Attributes:
-      volumes: number of scans, half of each source; from 2 to 20.
+      volumes: number of scans, half of each source; from 2 to 100. Beyond 20 each is of a further patient.
       downsample: divides the in-plane size, 512 (coronacases) or 630 (radiopaedia) pixels; the anatomy keeps its size.
       slices: of a coronacases scan; a radiopaedia scan has three quarters of that.
       seed: the same seed gives the same files.
@@ -86,12 +93,13 @@ def make_phantom(output_dir: Path, config: PhantomConfig) -> None:
     Raises:
       InputError: the folder exists, cannot be written, or the config makes no sense.
     """
-    if not (2 <= config.volumes <= 20 and config.downsample >= 1 and config.slices >= 4):
-        raise InputError(f"{config}: expected 2 to 20 volumes, downsample ≥ 1, slices ≥ 4")
+    if not (2 <= config.volumes <= len(CASE_IDS) and config.downsample >= 1 and config.slices >= 4):
+        raise InputError(f"{config}: expected 2 to {len(CASE_IDS)} volumes, downsample ≥ 1, slices ≥ 4")
     if output_dir.exists():
         raise InputError(f"{output_dir}: exists already; choose a new `output_dir`")
     half = config.volumes // 2
-    ids = [*KNOWN_CASES[: config.volumes - half], *KNOWN_CASES[10 : 10 + half]]
+    sources = ("coronacases", config.volumes - half), ("radiopaedia", half)
+    ids = [case_id for source, count in sources for case_id in [c for c in CASE_IDS if c.startswith(source)][:count]]
     with atomic_dir(output_dir.absolute()) as partial, ThreadPoolExecutor(2) as executor:
         for folder in FOLDERS:
             (partial / folder).mkdir()
@@ -118,7 +126,7 @@ def _write_metadata(path: Path, ids: Sequence[str]) -> None:
 
 def _write_case(root: Path, case_id: str, config: PhantomConfig) -> str:
     _, source, patient = identify(case_id)
-    order = KNOWN_CASES.index(case_id)
+    order = CASE_IDS.index(case_id)
     # A person looks alike in every scan; the disease and the scanner need not.
     person = np.random.default_rng([config.seed, *patient.encode()])
     scan = np.random.default_rng([config.seed, order])

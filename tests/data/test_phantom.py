@@ -24,6 +24,17 @@ def test_same_seed_same_files(tmp_path: Path) -> None:
     assert digests(tmp_path / "a") != digests(tmp_path / "c")
 
 
+def test_more_volumes_are_of_further_patients_and_leave_the_first_as_they_are(tmp_path: Path) -> None:
+    tiny = {"downsample": 32, "slices": 4}
+    for name, volumes in (("few", 6), ("many", 32)):
+        make_phantom(tmp_path / name, PhantomConfig(**tiny, volumes=volumes))
+    cases = find_cases(tmp_path / "many")
+    assert len(cases) == 32
+    assert len({case.patient for case in cases}) == 30
+    few, many = digests(tmp_path / "few"), digests(tmp_path / "many")
+    assert {name: digest for name, digest in few.items() if many[name] != digest}.keys() == {"metadata.csv"}
+
+
 def test_kaggle_layout(phantom: Path) -> None:
     lines = (phantom / "metadata.csv").read_text().splitlines()
     assert lines[0] == "ct_scan,lung_mask,infection_mask,lung_and_infection_mask"
@@ -87,9 +98,9 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
     return 2 * (a & b).sum() / (a.sum() + b.sum())
 
 
-@pytest.mark.parametrize("config", [PhantomConfig(volumes=1), PhantomConfig(volumes=21), PhantomConfig(slices=2)])
+@pytest.mark.parametrize("config", [PhantomConfig(volumes=1), PhantomConfig(volumes=101), PhantomConfig(slices=2)])
 def test_senseless_settings(tmp_path: Path, config: PhantomConfig) -> None:
-    with pytest.raises(InputError, match="2 to 20"):
+    with pytest.raises(InputError, match="2 to 100"):
         make_phantom(tmp_path / "set", config)
 
 

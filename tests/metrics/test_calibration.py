@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from resunet_jax.metrics.calibration import BINS, calibration_sums
+from resunet_jax.metrics.calibration import (
+    BINS,
+    TEMPERATURES,
+    apply_temperature,
+    calibration_sums,
+    fit_temperature,
+    logit_histogram,
+)
 
 
 def test_closed_form() -> None:
@@ -41,3 +48,60 @@ def test_perfect_and_calibrated() -> None:
     rng = np.random.default_rng(0)
     p = rng.random(200_000).astype(np.float32)
     assert calibration_sums(p, (rng.random(p.size) < p).astype(np.uint8)).ece < 0.01
+
+
+def drawn(temperature: float, pixels: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities of which the targets would be drawn if their logits were divided by the temperature."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(-1, 4, pixels)
+    target = rng.random(pixels) < 1 / (1 + np.exp(-logits / temperature))
+    return (1 / (1 + np.exp(-logits))).astype(np.float32), target.astype(np.uint8)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
+def test_the_temperature_that_made_the_targets_is_found(temperature: float) -> None:
+    p, t = drawn(temperature, 200_000, 0)
+    histogram = logit_histogram(p, t)
+    found = fit_temperature([histogram])
+    assert found == pytest.approx(temperature, rel=0.03)
+    assert all(histogram.nll(found) <= histogram.nll(found * factor) for factor in (0.9, 1.1))
+    assert histogram.calibration(found).ece < 0.01
+    assert temperature == 1 or histogram.calibration().ece > 0.03
+
+
+def test_a_histogram_knows_what_its_pixels_do() -> None:
+    p, t = drawn(2.0, 20_000, 1)
+    for temperature in (1.0, 2.0):
+        expected = calibration_sums(apply_temperature(p, temperature), t)
+        found = logit_histogram(p, t).calibration(temperature)
+        assert found.brier == pytest.approx(expected.brier, abs=1e-3)
+        assert found.ece == pytest.approx(expected.ece, abs=1e-3)
+    parts = logit_histogram(p[:7000], t[:7000]) + logit_histogram(p[7000:], t[7000:])
+    np.testing.assert_array_equal(parts.counts, logit_histogram(p, t).counts)
+    scaled = apply_temperature(p, 2.0).astype(float)
+    nll = -np.mean(np.where(t, np.log(scaled), np.log1p(-scaled)))
+    assert parts.nll(2.0) == pytest.approx(nll, rel=1e-3)
+
+
+def test_every_patient_counts_the_same_and_what_was_removed_does_not() -> None:
+    few, many = logit_histogram(*drawn(4.0, 5_000, 2)), logit_histogram(*drawn(1.0, 200_000, 3))
+    alone = [fit_temperature([one]) for one in (few, many)]
+    both = fit_temperature([few, many])
+    assert both == pytest.approx(fit_temperature([few, many + many]), rel=1e-6)
+    assert min(alone) + 0.3 < both < max(alone)
+    p, t = drawn(2.0, 1000, 4)
+    with_removed = logit_histogram(np.append(p, np.zeros(500, np.float32)), np.append(t, np.ones(500, np.uint8)))
+    np.testing.assert_array_equal(with_removed.counts, logit_histogram(p, t).counts)
+    assert fit_temperature([few, logit_histogram(np.zeros(3, np.float32), np.ones(3, np.uint8))]) == alone[0]
+    with pytest.raises(ValueError, match="found none"):
+        fit_temperature([])
+
+
+def test_certain_probabilities_are_bounded() -> None:
+    p, t = np.float32([0, 1, 1, 1e-30]), np.uint8([0, 1, 0, 0])
+    assert np.isfinite(logit_histogram(p, t).nll(1.0))
+    assert TEMPERATURES[0] <= fit_temperature([logit_histogram(p, np.uint8([0, 1, 1, 0]))]) <= TEMPERATURES[1]
+    np.testing.assert_array_equal(apply_temperature(np.float32([0, 0.5, 1]), 3.0), np.float32([0, 0.5, 1]))
+    p = np.linspace(0, 1, 1001, dtype=np.float32)
+    assert (np.diff(apply_temperature(p, 3.0)) > 0).all()
+    np.testing.assert_allclose(apply_temperature(apply_temperature(p, 3.0), 1 / 3), p, atol=1e-5)
