@@ -27,7 +27,14 @@ def main() -> None:
     if predictor.lung is None or predictor.infection is None:
         raise InputError("a cascade is exported: give --lung_checkpoint and --infection_checkpoint, or neither")
     thresholds = {name: predictor.threshold(name) for name in predictor.structures}
-    metadata = write_export(output, predictor.lung, predictor.infection, thresholds=thresholds, from_hu=FLAGS.from_hu)
+    metadata = write_export(
+        output,
+        predictor.lung,
+        predictor.infection,
+        thresholds=thresholds,
+        temperature=None if predictor.record is None else predictor.record.temperature,
+        from_hu=FLAGS.from_hu,
+    )
     inputs = [f"{one['name']} {one['dtype']} ({', '.join(map(str, one['shape']))})" for one in metadata["inputs"]]
     print(f"{output.resolve()}: {', '.join(inputs)}; for {', '.join(metadata['platforms'])}; readable for six months")
 

@@ -23,6 +23,11 @@ settings.define_path("output_dir", "Gets masks and reports; several processes ma
 settings.define_model_flags()
 flags.DEFINE_string("series", None, "Of several DICOM series, only the one of this name or UID.")
 flags.DEFINE_bool("probabilities", False, "Also writes the probabilities, as <scan>_lung_probability.nii.gz and so on.")
+flags.DEFINE_bool(
+    "uncertainty",
+    False,
+    "Also segments mirrored and shifted: <scan>_uncertainty.nii.gz, a layer, agreement in a number.",
+)
 flags.DEFINE_bool("report", True, "Writes <scan>_report.json, .html and <scan>_preview.png, and a table of all scans.")
 flags.DEFINE_bool("multilabel", False, "Also writes <scan>_labels.nii.gz: 1 left lung, 2 right lung, 3 infection.")
 flags.DEFINE_bool("dicom_seg", False, "Also writes <scan>_seg.dcm; for DICOM, needs the extra dicom-seg.")
@@ -63,6 +68,7 @@ def main() -> None:
         output_dir,
         predictor,
         save_probabilities=FLAGS.probabilities,
+        uncertainty=FLAGS.uncertainty,
         readers=tables.readers,
         assumed=settings.assumption(),
         outputs=outputs,

@@ -30,8 +30,9 @@ MODELS = "lung_checkpoint infection_checkpoint threshold min_component_fraction 
 FLAGS_OF = {
     "train_lung": TRAINING,
     "train_infection": f"{TRAINING} lung_checkpoint ct_only",
-    "evaluate": f"{MODELS} data_dir assume output_dir split split_file cache_dir infection_tolerance_mm",
-    "predict": f"{MODELS} input output_dir probabilities report multilabel lobes gate assume compilation_cache_dir",
+    "evaluate": f"{MODELS} data_dir assume output_dir split split_file cache_dir infection_tolerance_mm uncertainty",
+    "calibrate": f"{MODELS} data_dir assume output_dir split_file study_dir variant seed cache_dir pair_dir",
+    "predict": f"{MODELS} input output_dir probabilities uncertainty report multilabel lobes gate assume",
     "export": "output lung_checkpoint infection_checkpoint threshold from_hu",
     "export_onnx": "output lung_checkpoint infection_checkpoint threshold",
     "train_pretrained": "data_dir workdir output_dir cache_dir",
@@ -40,7 +41,7 @@ FLAGS_OF = {
     "ablate": "data_dir assume workdir cache_dir protocol split_files rows seeds set filters epochs",
     "convert_torch": "task input output_dir output_file",
     "check_data": "data_dir json assume",
-    "make_phantom": "output_dir seed small volumes",
+    "make_phantom": "output_dir seed small volumes downsample",
     "quickstart": "output_dir epochs small compilation_cache_dir",
     "benchmark": "suite rounds json",
 }

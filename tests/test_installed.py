@@ -15,6 +15,7 @@ from tests.conftest import ROOT
 
 SCRIPTS = (
     "ablate",
+    "calibrate",
     "check_data",
     "convert_torch",
     "cross_validate",

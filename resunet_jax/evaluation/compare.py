@@ -13,8 +13,9 @@ from resunet_jax.data.roi import body_columns
 from resunet_jax.data.slice_cache import PreparedCase
 from resunet_jax.data.volume import Array, FloatArray, Volume
 from resunet_jax.inference.predictor import Predictor
+from resunet_jax.inference.uncertainty import compare_members
 from resunet_jax.metrics import METRICS, Comparison, Metric, with_legacy_keys
-from resunet_jax.metrics.calibration import Calibration, calibration_sums
+from resunet_jax.metrics.calibration import LOGIT_BINS, Calibration, LogitHistogram, calibration_sums, logit_histogram
 from resunet_jax.metrics.intervals import summary_statistics
 from resunet_jax.metrics.lesions import dice_by_burden
 from resunet_jax.metrics.lung_sides import LEFT, RIGHT, split_lungs
@@ -52,11 +53,14 @@ class Evaluation:
         counts in voxels, "volume_ml" and "reference_ml", for the infection alone "lung_involvement" and
         "reference_lung_involvement" (the infected fraction of the lung), and "empty", which tells whether a mask is
         empty (see `empty_masks`), and "seen_in", "train" or "val" for patients that one of the models has seen there.
-        Errors are predicted minus reference.
+        Errors are predicted minus reference. Where members were compared, "pairwise_dice" (see `compare_members`);
+        where there is a record of errors, "volume_low_ml", "volume_high_ml", "involvement_low_percent" and
+        "involvement_high_percent", the interval. Both are NaN but for the infection.
       slices: one row per case, structure and native slice: "case", "structure", "slice" (0 is the lowest), the counts.
       model_grid: the volumes counted on the cropped and resized slices that the model sees; hard metrics only.
       soft_batch: {structure: the original's soft metrics, mean over batches of 4 slices}.
-      calibration: {structure: over all pixels of the model grid}.
+      calibration: {structure: over all pixels of the model grid}, of the probabilities that masks are made of.
+      logits: {patient: of the infection, over the pixels of the model grid that postprocessing has left}.
       overlays: (Dice, slice) of each case: the slice with most of the reference.
       settings: what the numbers depend on: "protocol", "seen_patients", "threshold",
         "min_component_fraction", "infection_postprocess", "tolerance_mm".
@@ -71,11 +75,12 @@ class Evaluation:
     overlays: list[tuple[float, Overlay]]
     settings: dict[str, Any]
     metrics: Mapping[str, Metric] = dataclasses.field(default_factory=lambda: METRICS)
+    logits: dict[str, LogitHistogram] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         """For metrics.json; undefined values are null, and renamed keys of 0.6.0 are repeated under their old name."""
         by_burden = dice_by_burden(self.volumes)
-        values = {
+        values: dict[str, Any] = {
             "settings": {**self.settings, "smallest_region": self.settings["min_component_fraction"]},
             "volumes": [with_legacy_keys(row) for row in self.volumes],
             "summary": {s: with_legacy_keys(row) for s, row in summarize(self.volumes, self.metrics).items()},
@@ -84,8 +89,17 @@ class Evaluation:
             "model_grid": self.model_grid,
             "calibration": {s: calibration.to_dict() for s, calibration in self.calibration.items()},
             "soft_batch": {"note": _SOFT_NOTE, **self.soft_batch},
+            **({"reported_calibration": self.reported_calibration()} if "temperature" in self.settings else {}),
         }
         return json.dumps(nan_to_none(values), indent=2) + "\n"
+
+    def reported_calibration(self) -> dict[str, dict[str, object]]:
+        """Of the infection's probability where postprocessing has left any: without and with the temperature."""
+        if not self.logits:
+            return {}
+        logits = sum(self.logits.values(), start=LogitHistogram(np.zeros((2, LOGIT_BINS))))
+        temperatures = {"without_temperature": 1.0, "with_temperature": self.settings["temperature"]}
+        return {name: logits.calibration(temperature).to_dict() for name, temperature in temperatures.items()}
 
     @property
     def soft_note(self) -> str:
@@ -114,6 +128,7 @@ def evaluate_cases(
     *,
     tolerance_mm: Mapping[str, float] = TOLERANCE_MM,
     protocol: str = "",
+    uncertainty: bool = False,
     metrics: Mapping[str, Metric] = METRICS,
     readers: Mapping[str, Reader] = READERS,
 ) -> Evaluation:
@@ -124,6 +139,7 @@ def evaluate_cases(
       cases: prepared as `predictor.preprocess` says; those without an infection mask are compared for the lung only.
       tolerance_mm: of the surface Dice, for "lung" and "infection".
       protocol: by which the cases were chosen; goes into the settings.
+      uncertainty: also compares members, which segment each case again.
       metrics: the table of metrics.
       readers: the table of formats.
 
@@ -132,6 +148,7 @@ def evaluate_cases(
     """
     soft = {structure: _SoftBatches() for structure in predictor.structures}
     calibration: dict[str, Calibration] = {}
+    logits: dict[str, LogitHistogram] = {}
     volumes, slices, model_grid, overlays = [], [], [], []
     with progress("evaluating", len(cases)) as advance:
         for prepared in cases:
@@ -147,9 +164,15 @@ def evaluate_cases(
                     calibration[structure] = calibration[structure] + sums if structure in calibration else sums
                     counts = _counts(probabilities[structure] > predictor.threshold(structure), target > 0)
                     model_grid.append({**_names(prepared, structure), **hard_metrics(counts), **counts})
+            if prepared.infection is not None and "infection" in probabilities:
+                own = logit_histogram(probabilities["infection"], prepared.infection)
+                patient = prepared.case.patient
+                logits[patient] = logits[patient] + own if patient in logits else own
             comparisons = _comparisons(predictor, prepared, volume, probabilities, tolerance_mm, readers)
             seen = _seen_in(predictor, prepared.case.patient)
             rows = [{**_names(prepared, c.structure), **_row(c, metrics), "seen_in": seen} for c in comparisons]
+            dice = _pairwise_dice(predictor, prepared, volume, probabilities) if uncertainty else None
+            rows = [{**row, **_uncertainty(predictor, row, dice)} for row in rows]
             volumes += rows
             slices += [row for comparison in comparisons for row in _slice_rows(prepared, comparison)]
             overlays.append((rows[-1]["dice"], _overlay(predictor, prepared, volume, comparisons)))
@@ -169,8 +192,38 @@ def evaluate_cases(
         "infection_postprocess": predictor.infection_postprocess,
         "tolerance_mm": dict(tolerance_mm),
     }
+    if predictor.record is not None:
+        settings["temperature"] = predictor.record.temperature
+    if predictor.interval_record is not None:
+        settings["interval"] = {
+            "level": predictor.interval_record.level,
+            "guarantee": predictor.interval_record.guarantee,
+        }
     soft_batch = {s: batches.mean() for s, batches in soft.items()}
-    return Evaluation(volumes, slices, model_grid, soft_batch, calibration, overlays, settings, metrics)
+    return Evaluation(volumes, slices, model_grid, soft_batch, calibration, overlays, settings, metrics, logits)
+
+
+def _pairwise_dice(
+    predictor: Predictor, prepared: PreparedCase, volume: Volume, probabilities: Mapping[str, FloatArray]
+) -> float:
+    if "infection" not in probabilities:
+        return math.nan
+    infection = probabilities["infection"]
+    return compare_members(predictor, prepared.images, prepared.boxes, volume.grid, infection).pairwise_dice
+
+
+def _uncertainty(predictor: Predictor, row: Mapping[str, Any], pairwise_dice: float | None) -> dict[str, float]:
+    """What a row has to say of its own error: columns of what was asked for, NaN but for the infection."""
+    is_infection, record = row["structure"] == "infection", predictor.interval_record
+    columns = {} if pairwise_dice is None else {"pairwise_dice": pairwise_dice if is_infection else math.nan}
+    if record is None:
+        return columns
+    percent = 100 * row["lung_involvement"]
+    ml = record.interval("infection_ml", row["volume_ml"]) if is_infection else (math.nan, math.nan)
+    is_defined = is_infection and not math.isnan(percent)
+    involvement = record.interval("involvement_percent", percent) if is_defined else (math.nan, math.nan)
+    names = "volume_low_ml", "volume_high_ml", "involvement_low_percent", "involvement_high_percent"
+    return {**columns, **dict(zip(names, (*ml, *involvement), strict=True))}
 
 
 def _seen_in(predictor: Predictor, patient: str) -> str:

@@ -32,6 +32,7 @@ def evaluate(
     min_component_fraction: float | None = None,
     infection_postprocess: Mapping[str, Any] | None = None,
     tolerance_mm: Mapping[str, float] = TOLERANCE_MM,
+    uncertainty: bool = False,
     metrics: Mapping[str, Metric] = METRICS,
     architectures: Mapping[str, Architecture] = ARCHITECTURES,
     readers: Mapping[str, Reader] = READERS,
@@ -52,6 +53,7 @@ def evaluate(
       min_component_fraction: see `load_predictor`.
       infection_postprocess: see `load_predictor`.
       tolerance_mm: see `evaluate_cases`.
+      uncertainty: see `evaluate_cases`.
       metrics: the table of metrics.
       architectures: the table of models.
       readers: the table of formats.
@@ -93,6 +95,7 @@ def evaluate(
         prepared,
         tolerance_mm=tolerance_mm,
         protocol=protocol,
+        uncertainty=uncertainty and predictor.infection is not None,
         metrics=metrics,
         readers=readers,
     )

@@ -13,6 +13,7 @@ from rich.table import Table
 from resunet_jax.evaluation.compare import Evaluation, summarize
 from resunet_jax.files import atomic_file, make_output_dir, write_text
 from resunet_jax.metrics import METRICS, Metric, with_legacy_keys
+from resunet_jax.metrics.conformal import rank_correlation, worst_third_found
 from resunet_jax.metrics.lesions import dice_by_burden
 from resunet_jax.metrics.overlap import SOFT_METRICS
 from resunet_jax.plots import Overlay, save_boxes, save_overlays, save_reliability, save_volumes
@@ -98,12 +99,37 @@ def print_table(evaluation: Evaluation) -> None:
     for structure, calibration in evaluation.calibration.items():
         numbers = f"ECE {calibration.ece:.4f}, Brier {calibration.brier:.4f}"
         console.print(f"Calibration of {structure}, model grid: {numbers}")
+    _print_uncertainty(evaluation, console)
     soft = _table("structure", metrics={name: METRICS[name] for name in SOFT_METRICS})
     for structure, values in evaluation.soft_batch.items():
         soft.add_row(structure, *(_format(values[metric]) for metric in SOFT_METRICS))
     console.print(
         "The original's batch-wise soft metrics, not comparable with the Dice of volumes", soft, evaluation.soft_note
     )
+
+
+def _print_uncertainty(evaluation: Evaluation, console: Console) -> None:
+    """Calibration of what is reported, coverage of the intervals, and whether members name the bad masks."""
+    settings = evaluation.settings
+    for name, values in evaluation.reported_calibration().items() if "temperature" in settings else ():
+        console.print(
+            f"Infection, {name.replace('_', ' ')}, where postprocessing has left it: ECE {values['ece']:.4f}, Brier "
+            f"{values['brier']:.4f}"
+        )
+    rows = [row for row in evaluation.volumes if row["structure"] == "infection"]
+    if "interval" in settings and rows:
+        covered = sum(row["volume_low_ml"] <= row["reference_ml"] <= row["volume_high_ml"] for row in rows)
+        console.print(
+            f"Intervals at {settings['interval']['level']:.2f} cover the infection's volume in {covered} of {len(rows)}"
+        )
+    pairs = [(row["pairwise_dice"], row["dice"]) for row in rows if "pairwise_dice" in row]
+    pairs = [pair for pair in pairs if not any(map(math.isnan, pair))]
+    if pairs:
+        scores, dice = zip(*pairs, strict=True)
+        console.print(
+            f"Members' pairwise Dice and the true one: Spearman {_format(rank_correlation(scores, dice))}, of the "
+            f"worst third {worst_third_found(scores, dice):.0%} found ({len(pairs)} scans)"
+        )
 
 
 def add_summary(

@@ -24,7 +24,7 @@ from resunet_jax.weights.store import fingerprint
 MANIFEST = "masks.json"
 """File of the output folder that says which scans were segmented, and how."""
 
-_KINDS = ("lung", "infection", "lung_probability", "infection_probability")
+_KINDS = ("lung", "infection", "lung_probability", "infection_probability", "uncertainty")
 _LOCKS = ".locks"
 
 
@@ -80,6 +80,7 @@ def segment_scans(
     predictor: Predictor,
     *,
     save_probabilities: bool = False,
+    uncertainty: bool = False,
     readers: Mapping[str, Reader] = READERS,
     assumed: tuple[float, float] | None = None,
     outputs: Mapping[str, Output] | None = None,
@@ -94,6 +95,7 @@ def segment_scans(
       output_dir: gets the masks, and masks.json: {"settings": ..., "scans": {name: {"digest", "bytes", "warnings"}}}.
       predictor: the models.
       save_probabilities: see `segment_scan`.
+      uncertainty: see `segment_scan`.
       readers: the table of formats.
       assumed: see `open_scan`.
       outputs: what else is written, by name.
@@ -102,8 +104,9 @@ def segment_scans(
       InputError: the manifest of an earlier run cannot be replaced. What concerns one scan is in its `ScanResult`.
     """
     outputs = outputs or {}
-    manifest = _Manifest(output_dir / MANIFEST, _settings(predictor, save_probabilities, assumed, outputs))
-    batch = _Batch(output_dir, predictor, save_probabilities, readers, assumed, outputs, manifest)
+    settings = _settings(predictor, save_probabilities, uncertainty, assumed, outputs)
+    manifest = _Manifest(output_dir / MANIFEST, settings)
+    batch = _Batch(output_dir, predictor, save_probabilities, uncertainty, readers, assumed, outputs, manifest)
     with contextlib.closing(prefetch(batch.claim(scans), dispose=_release)) as claimed:
         for item in claimed:
             if isinstance(item, ScanResult):
@@ -136,6 +139,7 @@ class _Batch:
     output_dir: Path
     predictor: Predictor
     save_probabilities: bool
+    uncertainty: bool
     readers: Mapping[str, Reader]
     assumed: tuple[float, float] | None
     outputs: Mapping[str, Output]
@@ -162,7 +166,9 @@ class _Batch:
         source, begun = claimed.source, time.perf_counter()
         masks = self._masks(source)
         try:
-            segmented = segment_opened(claimed.scan, self.predictor, source.path.name, masks)
+            segmented = segment_opened(
+                claimed.scan, self.predictor, source.path.name, masks, uncertainty=self.uncertainty
+            )
             findings = [
                 output.write(source, segmented, time.perf_counter() - begun, self.output_dir)
                 for output in self.outputs.values()
@@ -181,7 +187,7 @@ class _Batch:
         return FileLock(self.output_dir / _LOCKS / f"{scan.name}.lock", thread_local=False)
 
     def _masks(self, scan: Source) -> list[Path]:
-        return mask_paths(scan, self.output_dir, self.predictor, self.save_probabilities)
+        return mask_paths(scan, self.output_dir, self.predictor, self.save_probabilities, self.uncertainty)
 
     def _others(self, scan: Source) -> list[Path]:
         return [self.output_dir / f"{scan.name}{x}" for output in self.outputs.values() for x in output.suffixes]
@@ -219,10 +225,12 @@ def _warn_of_others(scan: Source, masks: Sequence[Path]) -> None:
 def _settings(
     predictor: Predictor,
     save_probabilities: bool,
+    uncertainty: bool,
     assumed: tuple[float, float] | None,
     outputs: Mapping[str, Output],
 ) -> dict[str, Any]:
-    """All that decides what the masks of a scan are."""
+    """All that decides what the files of a scan are."""
+    record = None if predictor.record is None else json.loads(predictor.record.to_json())
     models = {name: getattr(predictor, name) for name in predictor.structures}
     return {
         "models": {
@@ -233,6 +241,8 @@ def _settings(
         "probabilities": save_probabilities,
         "assumed": None if assumed is None else list(assumed),
         "outputs": {name: output.settings for name, output in outputs.items()},
+        **({"uncertainty": True} if uncertainty else {}),
+        **({"record": record} if record is not None else {}),
     }
 
 

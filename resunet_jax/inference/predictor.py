@@ -20,14 +20,16 @@ from resunet_jax.data.slice_cache import PreparedCase
 from resunet_jax.data.volume import Array, FloatArray, Grid
 from resunet_jax.errors import InputError
 from resunet_jax.inference.postprocess import gate_infection, remove_doubtful_lesions, remove_small_components
+from resunet_jax.metrics.calibration import apply_temperature
 from resunet_jax.metrics.overlap import confusion_counts, hard_metrics
 from resunet_jax.model.build import ARCHITECTURES, Architecture
 from resunet_jax.model.cascade import infection_input, predict_probability
 from resunet_jax.model.resunet import Variables
 from resunet_jax.model.winograd import default_convolution
 from resunet_jax.progress import logger, progress
-from resunet_jax.weights.pretrained import load_pair
+from resunet_jax.weights.pretrained import load_pair, load_pair_record
 from resunet_jax.weights.store import LoadedModel, fingerprint, load_model_for, load_threshold
+from resunet_jax.weights.uncertainty import UNCERTAINTY_FILE, UncertaintyRecord, load_record
 
 THRESHOLD = 0.5
 """A voxel whose probability is above it belongs to the mask, unless another threshold is asked for."""
@@ -63,12 +65,14 @@ class Predictor:
       infection: on CT or on [CT, lung probability], or None.
       batch_size: slices at a time, at most; on CPUs narrow models take fewer, which is faster.
       thresholds: by structure, in (0, 1); `THRESHOLD` where there is none.
+      record: of these models' errors, or None; it changes what is reported of the infection, never a mask.
     """
 
     lung: LoadedModel | None
     infection: LoadedModel | None
     batch_size: int = 8
     thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    record: UncertaintyRecord | None = None
 
     @property
     def structures(self) -> tuple[str, ...]:
@@ -104,6 +108,51 @@ class Predictor:
             return {}
         config = dataclasses.asdict(self.infection.config.postprocess)
         return {**{name: config[name] for name in INFECTION_POSTPROCESS}, "gate": self.gate}
+
+    @property
+    def mask_settings(self) -> dict[str, Any]:
+        """What besides the models decides the masks, in JSON values."""
+        return {
+            "thresholds": {name: self.threshold(name) for name in self.structures},
+            "min_component_fraction": self.min_component_fraction,
+            "infection_postprocess": self.infection_postprocess,
+        }
+
+    @property
+    def interval_record(self) -> UncertaintyRecord | None:
+        """What intervals are made from: the record, where its residuals are of masks made as these are."""
+        return self.record if self.record is not None and self.record.settings == self.mask_settings else None
+
+    def reported_probability(self, structure: str, native: NativeSlices) -> FloatArray:
+        """The probability to report: that of the infection calibrated by the record's temperature.
+
+        Args:
+          structure: whose.
+          native: as `to_native_grid` returns it.
+
+        Returns:
+          float32, the same shape; above `reported_threshold` in the mask, and nowhere else.
+        """
+        temperature = self._temperature(structure)
+        if temperature == 1:
+            return native.probability
+        limit = np.float32(self.reported_threshold(structure))
+        slices = [apply_temperature(native.probability[..., k], temperature) for k in range(native.mask.shape[-1])]
+        scaled: FloatArray = np.moveaxis(np.stack(slices), 0, -1)
+        # Rounding must not put two probabilities to either side of the threshold onto it.
+        return np.where(native.mask, np.maximum(scaled, np.nextafter(limit, np.float32(1))), np.minimum(scaled, limit))
+
+    def reported_threshold(self, structure: str) -> float:
+        """The threshold of the masks, as `reported_probability` has it."""
+        threshold, temperature = self.threshold(structure), self._temperature(structure)
+        return (
+            threshold
+            if temperature == 1
+            else float(apply_temperature(np.full(1, threshold, np.float32), temperature)[0])
+        )
+
+    def _temperature(self, structure: str) -> float:
+        return self.record.temperature if self.record is not None and structure == "infection" else 1.0
 
     def slice_probabilities(self, images: FloatArray) -> dict[str, FloatArray]:
         """Runs the models over prepared slices; after a lung model, the infection model only where it found lung.
@@ -240,12 +289,14 @@ def load_predictor(
     """
     lung = load_model_for(lung_checkpoint, "lung", architectures) if lung_checkpoint else None
     infection = load_model_for(infection_checkpoint, "infection", architectures) if infection_checkpoint else None
+    record = load_record(infection_checkpoint) if infection_checkpoint else None
     if lung is None and infection is None:
-        lung, infection = load_pair()
+        (lung, infection), record = load_pair(), load_pair_record()
         logger.info("no model is given: using the pair that resunet_jax ships, see its model card (`info`)")
         if validated_threshold:
             raise InputError("`threshold`: the shipped pair has no validated threshold; use 0.5, or give your models")
     _check_pair(lung, infection, lung_checkpoint, infection_checkpoint)
+    record = _checked_record(record, lung, infection, infection_checkpoint)
     if min_component_fraction is not None:
         if lung is None:
             raise InputError(
@@ -259,7 +310,7 @@ def load_predictor(
         infection = _with_postprocess(infection, **infection_postprocess)
     paths = {"lung": lung_checkpoint, "infection": infection_checkpoint}
     chosen = {name: load_threshold(path) for name, path in paths.items() if path} if validated_threshold else {}
-    return Predictor(lung, infection, batch_size, chosen)
+    return Predictor(lung, infection, batch_size, chosen, record)
 
 
 def _check_pair(
@@ -285,6 +336,25 @@ def _check_pair(
             f"{lung_checkpoint} and {infection_checkpoint} were trained on slices prepared differently "
             f"({lung.config.preprocess}, {infection.config.preprocess}); use models trained alike"
         )
+
+
+def _checked_record(
+    record: UncertaintyRecord | None,
+    lung: LoadedModel | None,
+    infection: LoadedModel | None,
+    infection_checkpoint: str | Path | None,
+) -> UncertaintyRecord | None:
+    """The record where it is of these models; a warning, and None, where it is of others."""
+    models = {"lung": lung, "infection": infection}
+    found = {name: fingerprint(model.variables) for name, model in models.items() if model is not None}
+    if record is None or record.fingerprints == found:
+        return record
+    logger.warning(
+        "%s: %s was made for other weights than those of this pair, and is not used; run calibrate again",
+        infection_checkpoint,
+        UNCERTAINTY_FILE,
+    )
+    return None
 
 
 def _with_postprocess(loaded: LoadedModel, **changes: Any) -> LoadedModel:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,9 +19,14 @@ from resunet_jax.data.readers.disk import temporary_file
 from resunet_jax.data.readers.nifti import nifti_writer
 from resunet_jax.data.roi import body_columns
 from resunet_jax.data.volume import FloatArray, Scan
+from resunet_jax.errors import InputError
 from resunet_jax.files import make_output_dir
-from resunet_jax.inference.predictor import Predictor
+from resunet_jax.inference.predictor import NativeSlices, Predictor
+from resunet_jax.inference.uncertainty import VIEWS, ScanUncertainty, compare_members, uncertainty_map
 from resunet_jax.progress import progress
+
+UNCERTAINTY = "_uncertainty.nii.gz"
+"""What the file of an uncertainty map is called, after the scan's name."""
 
 _CHUNK_SLICES = 32  # of a scan at a time: a scan may have any number of them
 
@@ -34,6 +40,7 @@ def segment_scan(
     predictor: Predictor,
     *,
     save_probabilities: bool = False,
+    uncertainty: bool = False,
     readers: Mapping[str, Reader] = READERS,
     assumed: tuple[float, float] | None = None,
 ) -> list[Path]:
@@ -46,7 +53,10 @@ def segment_scan(
       scan: a path that holds one scan.
       output_dir: gets the files of `mask_paths`; created where it is missing.
       predictor: the models.
-      save_probabilities: also writes the probabilities, float32 in [0, 1].
+      save_probabilities: also writes the probabilities, float32 in [0, 1]: that of the infection calibrated, see
+        `Predictor.reported_probability`.
+      uncertainty: also segments the scan's other views (`VIEWS`), and writes the entropy of the members' mean
+        probability of infection as <scan>_uncertainty.nii.gz, uint8, 0 certain to 100 (one bit).
       readers: the table of formats.
       assumed: see `open_scan`.
 
@@ -58,15 +68,18 @@ def segment_scan(
     """
     source = find_sources(Path(scan), readers)[0]
     with open_scan(source, readers, assumed=assumed, physical=predictor.preprocess.is_physical) as opened:
-        paths = mask_paths(source, Path(output_dir), predictor, save_probabilities)
-        segment_opened(opened, predictor, source.path.name, paths)
+        paths = mask_paths(source, Path(output_dir), predictor, save_probabilities, uncertainty)
+        segment_opened(opened, predictor, source.path.name, paths, uncertainty=uncertainty)
         return paths
 
 
-def mask_paths(scan: Source, output_dir: Path, predictor: Predictor, save_probabilities: bool) -> list[Path]:
-    """`<scan>_lung.nii.gz` and so on, and with probabilities `<scan>_lung_probability.nii.gz` and so on."""
+def mask_paths(
+    scan: Source, output_dir: Path, predictor: Predictor, save_probabilities: bool, uncertainty: bool = False
+) -> list[Path]:
+    """`<scan>_lung.nii.gz` and so on, `<scan>_lung_probability.nii.gz` and so on, `<scan>_uncertainty.nii.gz`."""
     kinds = ("", "_probability") if save_probabilities else ("",)
-    return [output_dir / f"{scan.name}_{name}{kind}.nii.gz" for name in predictor.structures for kind in kinds]
+    names = [f"{scan.name}_{name}{kind}.nii.gz" for name in predictor.structures for kind in kinds]
+    return [output_dir / name for name in (*names, *[f"{scan.name}{UNCERTAINTY}"] * uncertainty)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +139,7 @@ class SegmentedScan:
       profiles: by structure, voxels of the mask in each column.
       boxes: int32 (slices, 4), see `prepare_volume`.
       offset: see `air_offset`.
+      uncertainty: what members say, where it was asked for.
     """
 
     scan: Scan
@@ -134,6 +148,7 @@ class SegmentedScan:
     profiles: Mapping[str, npt.NDArray[np.int64]]
     boxes: npt.NDArray[np.int32]
     offset: float
+    uncertainty: ScanUncertainty | None = None
 
     def mask(self, structure: str, start: int, stop: int) -> Mask:
         """Slices start to stop of a mask, bool (rows, columns, slices), oriented (posterior, left, superior)."""
@@ -141,6 +156,14 @@ class SegmentedScan:
         flat = [np.unpackbits(one, count=rows * columns) for one in self.packed[structure][start:stop]]
         # Contiguous slices, as `Predictor.to_native_grid` has them.
         return np.moveaxis(np.stack(flat).view(bool).reshape(len(flat), rows, columns), 0, -1)
+
+    def uncertainty_map(self, start: int, stop: int) -> npt.NDArray[np.uint8] | None:
+        """Slices start to stop of the uncertainty map, uint8 (rows, columns, slices), see `UNCERTAINTY_STEPS`."""
+        if self.uncertainty is None:
+            return None
+        rows, columns, _ = self.scan.grid.oriented_shape
+        flat = [np.frombuffer(zlib.decompress(one), np.uint8) for one in self.uncertainty.packed[start:stop]]
+        return np.moveaxis(np.stack(flat).reshape(len(flat), rows, columns), 0, -1)
 
     def hu(self, start: int, stop: int) -> FloatArray:
         """Slices start to stop in Hounsfield units, float32 (rows, columns, slices)."""
@@ -157,7 +180,9 @@ class SegmentedScan:
         return body_columns(self.boxes)
 
 
-def segment_opened(scan: Scan, predictor: Predictor, name: str, paths: Iterable[Path] = ()) -> SegmentedScan:
+def segment_opened(
+    scan: Scan, predictor: Predictor, name: str, paths: Iterable[Path] = (), *, uncertainty: bool = False
+) -> SegmentedScan:
     """Runs the models over an open scan, and writes its masks.
 
     Args:
@@ -165,32 +190,51 @@ def segment_opened(scan: Scan, predictor: Predictor, name: str, paths: Iterable[
       predictor: the models.
       name: of the scan, for progress.
       paths: as `mask_paths` gives them; each appears atomically.
+      uncertainty: also compares members, see `segment_scan`.
 
     Raises:
-      InputError: the scan is bad, or a file cannot be written.
+      InputError: the scan is bad, a file cannot be written, or there is no infection to be uncertain of.
     """
+    if uncertainty and predictor.infection is None:
+        raise InputError("`uncertainty`: of the infection; give `infection_checkpoint` too, or leave it out")
     slices = scan.grid.oriented_shape[-1]
     chunks = -(-slices // _CHUNK_SLICES)
+    passes = 2 + len(VIEWS) * uncertainty
     offset = air_offset(scan, predictor.preprocess)
     with contextlib.ExitStack() as stack:
-        advance = stack.enter_context(progress(name, 2 * chunks))
+        advance = stack.enter_context(progress(name, passes * chunks))
+        new_array = lambda shape: stack.enter_context(_temp_memmap(shape, name))  # noqa: E731
         found: dict[str, FloatArray] = {}
         boxes: list[npt.NDArray[np.int32]] = []
         prepared = prefetch(iter_chunks(scan, predictor.preprocess, offset))
         for chunk in stack.enter_context(contextlib.closing(prepared)):
             if not found:
                 shape = (slices, *chunk.images.shape[1:])
-                found = {
-                    structure: stack.enter_context(_temp_memmap(shape, name)) for structure in predictor.structures
-                }
+                found = {structure: new_array(shape) for structure in predictor.structures}
+                images = new_array(shape) if uncertainty else None
             for structure, probabilities in predictor.slice_probabilities(chunk.images).items():
                 found[structure][chunk.start : chunk.start + len(probabilities)] = probabilities
+            if images is not None:
+                images[chunk.start : chunk.start + len(chunk.images)] = chunk.images
             boxes.append(chunk.boxes)
             advance("")
         all_boxes = np.concatenate(boxes)
         predictor.postprocess(found, all_boxes, scan.grid)
-        segmented = SegmentedScan(scan, predictor, {s: [] for s in found}, _no_profiles(scan, found), all_boxes, offset)
-        _paste(segmented, found, list(paths), advance)
+        mean, agreed = None, None
+        if images is not None:
+            mean, dice, members = compare_members(
+                predictor,
+                images,
+                all_boxes,
+                scan.grid,
+                found["infection"],
+                new_array=new_array,
+                advance=functools.partial(advance, ""),
+            )
+            agreed = ScanUncertainty(members, dice)
+        packed: dict[str, list[npt.NDArray[np.uint8]]] = {structure: [] for structure in found}
+        segmented = SegmentedScan(scan, predictor, packed, _no_profiles(scan, found), all_boxes, offset, agreed)
+        _paste(segmented, found, mean, list(paths), advance)
     return segmented
 
 
@@ -199,9 +243,13 @@ def _no_profiles(scan: Scan, structures: Iterable[str]) -> dict[str, npt.NDArray
 
 
 def _paste(
-    segmented: SegmentedScan, found: Mapping[str, FloatArray], paths: list[Path], advance: Callable[[str], None]
+    segmented: SegmentedScan,
+    found: Mapping[str, FloatArray],
+    mean: FloatArray | None,
+    paths: list[Path],
+    advance: Callable[[str], None],
 ) -> None:
-    """From probabilities to native masks: packed in memory, and in the files."""
+    """From probabilities to native masks, and from the members' mean to its map: packed in memory, and in the files."""
     grid, predictor = segmented.scan.grid, segmented.predictor
     with contextlib.ExitStack() as stack:
         writers = []
@@ -215,11 +263,34 @@ def _paste(
             for structure, (_, mask) in native.items():
                 segmented.packed[structure].extend(np.packbits(mask[..., k]) for k in range(stop - start))
                 segmented.profiles[structure][:] += mask.sum(axis=(0, 2))
+            if mean is not None and segmented.uncertainty is not None:
+                segmented.uncertainty.packed.extend(_packed_map(segmented, mean, start, stop))
             for path, write in writers:
-                structure = next(s for s in native if path.name.endswith((f"_{s}.nii.gz", f"_{s}_probability.nii.gz")))
-                is_mask = not path.name.endswith("_probability.nii.gz")
-                write(start, native[structure].mask.astype(np.uint8) if is_mask else native[structure].probability)
+                write(start, _to_write(segmented, native, path.name, start, stop))
             advance("")
+
+
+def _packed_map(segmented: SegmentedScan, mean: FloatArray, start: int, stop: int) -> Iterator[bytes]:
+    """Of each slice its uncertainty map, see `ScanUncertainty`."""
+    predictor, shape = segmented.predictor, segmented.scan.grid.oriented_shape[:2]
+    native = predictor.to_native_grid({"infection": mean[start:stop]}, segmented.boxes[start:stop], shape)
+    reported = predictor.reported_probability("infection", native["infection"])
+    for k in range(stop - start):
+        yield zlib.compress(uncertainty_map(reported[..., k]).tobytes(), 1)
+
+
+def _to_write(
+    segmented: SegmentedScan, native: Mapping[str, NativeSlices], name: str, start: int, stop: int
+) -> npt.NDArray[Any]:
+    """What goes into the file of that name."""
+    if name.endswith(UNCERTAINTY):
+        uncertainty = segmented.uncertainty_map(start, stop)
+        assert uncertainty is not None  # its path is given where it is asked for
+        return uncertainty
+    structure = next(s for s in native if name.endswith((f"_{s}.nii.gz", f"_{s}_probability.nii.gz")))
+    if name.endswith("_probability.nii.gz"):
+        return segmented.predictor.reported_probability(structure, native[structure])
+    return native[structure].mask.astype(np.uint8)
 
 
 @contextlib.contextmanager

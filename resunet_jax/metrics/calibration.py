@@ -119,6 +119,11 @@ class LogitHistogram:
         """How many there are."""
         return int(self.counts.sum())
 
+    @property
+    def has_both(self) -> bool:
+        """Whether pixels lie inside and outside the structure."""
+        return bool(self.counts.any(axis=1).all())
+
     def nll(self, temperature: float) -> float:
         """Mean negative log-likelihood of the targets, in nats, after logits are divided by the temperature."""
         scaled = _CENTRES / temperature
@@ -160,23 +165,30 @@ def logit_histogram(probability: npt.NDArray[np.float32], target: npt.NDArray[np
 
 
 def fit_temperature(patients: Sequence[LogitHistogram]) -> float:
-    """The temperature of least mean negative log-likelihood, in `TEMPERATURES`; each patient counts the same.
+    """The median over patients of the temperature of least negative log-likelihood, in `TEMPERATURES`.
+
+    Pooled pixels would be those of the most infected patients, and a patient whose infection is mostly missed wants a
+    temperature of 7: one such patient must not decide for the others.
 
     Args:
-      patients: a histogram for each, of predictions by models that have not seen the patient.
+      patients: a histogram for each, of predictions by models that have not seen the patient; those without pixels
+        inside and outside the structure have no temperature, and are left out.
 
     Raises:
-      ValueError: no patient has a pixel.
+      ValueError: no patient has both.
     """
-    known = [patient for patient in patients if patient.pixels]
+    known = [_least_nll(patient) for patient in patients if patient.has_both]
     if not known:
-        raise ValueError("expected pixels to choose a temperature on, found none")
+        raise ValueError("expected a patient with pixels inside and outside the structure, found none")
+    return float(np.median(known))
+
+
+def _least_nll(patient: LogitHistogram) -> float:
     low, high = (math.log(bound) for bound in TEMPERATURES)
     # Convex in the inverse of the temperature, so there is one minimum, in its logarithm too.
-    found = optimize.minimize_scalar(
-        lambda x: sum(patient.nll(math.exp(x)) for patient in known), bounds=(low, high), method="bounded"
+    return math.exp(
+        optimize.minimize_scalar(lambda x: patient.nll(math.exp(x)), bounds=(low, high), method="bounded").x
     )
-    return float(math.exp(found.x))
 
 
 def apply_temperature(probability: npt.NDArray[np.float32], temperature: float) -> npt.NDArray[np.float32]:

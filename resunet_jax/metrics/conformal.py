@@ -30,29 +30,27 @@ _ROUNDING = 1e-9
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
-    """A non-negative number with the scale its errors are taken on, log(value + offset).
+    """A non-negative number; its errors are taken on the scale of its square root.
+
+    So an error of 10 in 25 weighs as one of 20 in 100. On a logarithmic scale, errors where next to nothing is infected
+    would make the intervals of all other patients wide; without a scale, those of the heavily infected would.
 
     Attributes:
-      offset: below it errors count as differences, above as ratios; in the unit of the value.
       highest: that the value can be.
     """
 
-    offset: float
     highest: float = math.inf
 
     def residual(self, predicted: float, reference: float) -> float:
         """The absolute error on the scale."""
-        return abs(math.log(reference + self.offset) - math.log(predicted + self.offset))
+        return abs(math.sqrt(reference) - math.sqrt(predicted))
 
-    def around(self, low: float, high: float) -> tuple[float, float]:
+    def between(self, low: float, high: float) -> tuple[float, float]:
         """From the scale back to values, cut to what they can be."""
-        return self._value(low), self._value(high)
-
-    def _value(self, bound: float) -> float:
-        return min(self.highest, max(0.0, math.exp(bound) - self.offset)) if bound < math.inf else self.highest
+        return min(self.highest, max(0.0, low) ** 2), min(self.highest, max(0.0, high) ** 2)
 
 
-QUANTITIES = {"infection_ml": Quantity(10.0), "involvement_percent": Quantity(1.0, 100.0)}
+QUANTITIES = {"infection_ml": Quantity(), "involvement_percent": Quantity(highest=100.0)}
 """What gets an interval: the volume of the infection, and the infected fraction of the lungs."""
 
 
@@ -96,8 +94,8 @@ def split_interval(
     Returns:
       (low, high), in the unit of the quantity.
     """
-    centre, reach = math.log(predicted + quantity.offset), conformal_quantile(residuals, level)
-    return quantity.around(centre - reach, centre + reach)
+    centre, reach = math.sqrt(predicted), conformal_quantile(residuals, level)
+    return quantity.between(centre - reach, centre + reach)
 
 
 def cv_plus_interval(
@@ -119,10 +117,10 @@ def cv_plus_interval(
     """
     if len(predicted) != len(residuals):
         raise ValueError(f"expected a prediction for each of {len(residuals)} residuals, found {len(predicted)}")
-    centres = [math.log(value + quantity.offset) for value in predicted]
+    centres = [math.sqrt(value) for value in predicted]
     high = conformal_quantile([c + r for c, r in zip(centres, residuals, strict=True)], level)
     low = -conformal_quantile([r - c for c, r in zip(centres, residuals, strict=True)], level)
-    return quantity.around(low, high)
+    return quantity.between(low, high)
 
 
 def cv_plus_guarantee(level: float, patients: int, folds: int) -> float:

@@ -32,6 +32,11 @@ COHORT_COLUMNS: dict[str, str] = {
     "warnings": "warnings, joined by ' | '",
     "version": "of resunet-jax",
     "seconds": "time it took, s",
+    "infection_low_ml": "interval of the infection's volume, from, ml; the report says what it is worth",
+    "infection_high_ml": "to, ml",
+    "involvement_low_percent": "interval of the involvement, from, %",
+    "involvement_high_percent": "to, %",
+    "pairwise_dice": "agreement of members, 0 to 1: low where the infection's mask is doubtful",
 }
 """Columns of the CSV in order, and what they mean; an undefined value is an empty cell."""
 
@@ -45,7 +50,11 @@ _SHOWN: dict[str, tuple[str, Callable[[Any], str]]] = {
     "grade": ("Grade", number),
     "consolidation_ml": ("Consolidation, ml", lambda value: number(value, 1)),
     "lesions": ("Lesions", number),
+    "pairwise_dice": ("Agreement", lambda value: number(value, 2)),
 }
+_OPTIONAL = ("pairwise_dice",)
+"""Columns of the page that stand there only where a scan has a value."""
+
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
@@ -53,6 +62,8 @@ def cohort_row(report: Report) -> dict[str, Cell]:
     """One scan as a row: a value for each of `COHORT_COLUMNS`, None where it is not defined."""
     scan, lung, infection = report["scan"], report["lung"], report["infection"]
     sides = report["involvement"]
+    ml = infection.get("volume_interval_ml") or (None, None)
+    percent = infection.get("involvement_interval_percent") or (None, None)
     return {
         "name": scan["name"],
         "file": scan["file"],
@@ -72,6 +83,11 @@ def cohort_row(report: Report) -> dict[str, Cell]:
         "warnings": " | ".join(map(str, report["warnings"])),
         "version": report["version"],
         "seconds": report["seconds"],
+        "infection_low_ml": ml[0],
+        "infection_high_ml": ml[1],
+        "involvement_low_percent": percent[0],
+        "involvement_high_percent": percent[1],
+        "pairwise_dice": (report.get("uncertainty") or {}).get("pairwise_dice"),
     }
 
 
@@ -105,24 +121,25 @@ def write_cohort_page(path: Path, reports: Sequence[Report]) -> None:
       InputError: it cannot be written.
     """
     rows = [cohort_row(report) for report in reports]
-    titles = ["Scan", *(title for title, _ in _SHOWN.values()), "Warnings"]
+    shown = [key for key in _SHOWN if key not in _OPTIONAL or any(row[key] is not None for row in rows)]
+    titles = ["Scan", *(_SHOWN[key][0] for key in shown), "Warnings"]
     with_warnings = sum(bool(report["warnings"]) for report in reports)
     text = fill_page(
         "cohort",
         summary=f"{_plural(len(rows), 'scan')}, {with_warnings} with warnings",
         head="".join(f'<th scope="col"><button type="button">{title}</button></th>' for title in titles),
-        rows="\n".join(_table_row(row, report["warnings"]) for row, report in zip(rows, reports, strict=True)),
+        rows="\n".join(_table_row(row, shown, report["warnings"]) for row, report in zip(rows, reports, strict=True)),
     )
     write_text(path, text)
 
 
-def _table_row(row: Mapping[str, Cell], warnings: Sequence[str]) -> str:
+def _table_row(row: Mapping[str, Cell], shown: Sequence[str], warnings: Sequence[str]) -> str:
     name = str(row["name"])
     link = quote(f"{name}_report.html", safe="", errors="surrogateescape")
     cells = [f'<th scope="row"><a href="{link}">{escape(name)}</a></th>']
-    for key, (_, show) in _SHOWN.items():
+    for key in shown:
         value = row[key]
-        text = show(value)
+        text = _SHOWN[key][1](value)
         cells.append(f'<td data-value="{value}">{text}</td>' if text != number(None) else f"<td>{text}</td>")
     listed = "<br>".join(escape(str(warning)) for warning in warnings)
     return f'<tr>{"".join(cells)}<td data-value="{len(warnings)}">{listed}</td></tr>'

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from resunet_jax import __version__
 from resunet_jax.data.preprocess import prepare_volume
 from resunet_jax.data.volume import FloatArray
+from resunet_jax.inference.predictor import Predictor
 from resunet_jax.inference.scan import SegmentedScan
 from resunet_jax.metrics.lesions import SMALLEST_LESION_ML
 from resunet_jax.metrics.lung_sides import LEFT, RIGHT, left_lung, sagittal_plane
@@ -47,12 +48,14 @@ class Slices:
       hu: float32 (rows, columns, slices).
       lung: uint8, 0 background, 1 left, 2 right lung.
       infection: bool.
+      uncertainty: uint8, see `uncertainty_map`, or None.
     """
 
     start: int
     hu: FloatArray
     lung: npt.NDArray[np.uint8]
     infection: Mask
+    uncertainty: npt.NDArray[np.uint8] | None = None
 
 
 def iter_slices(segmented: SegmentedScan) -> Iterator[Slices]:
@@ -64,7 +67,8 @@ def iter_slices(segmented: SegmentedScan) -> Iterator[Slices]:
             segmented.mask(name, start, stop) if name in segmented.packed else np.zeros(hu.shape, bool)
             for name in ("lung", "infection")
         )
-        yield Slices(start, hu, np.where(left_lung(lung, plane), LEFT, RIGHT * lung).astype(np.uint8), infection)
+        labels = np.where(left_lung(lung, plane), LEFT, RIGHT * lung).astype(np.uint8)
+        yield Slices(start, hu, labels, infection, segmented.uncertainty_map(start, stop))
 
 
 class Totals:
@@ -150,19 +154,26 @@ def measure(
         "lung": "volume_ml", "left_ml", "right_ml";
         "infection": "volume_ml", "involvement_percent" (infected fraction of the lung mask), "ground_glass_ml" and
           "consolidation_ml" (below, and from "consolidation_above_hu"), "mean_hu", "lesions" and "lesion_volumes_ml"
-          (connected components of at least 0.1 ml, largest first);
+          (connected components of at least 0.1 ml, largest first), "volume_interval_ml" and
+          "involvement_interval_percent" ([low, high] of what the reference may be, see "uncertainty.interval");
         "grade": of both lungs, see `grade`;
         "involvement": of "both" lungs, "left", "right", "upper", "middle", "lower" third: "percent", "grade",
           "lung_ml", "infection_ml" (within the lung mask);
         "by_slice": "lung_ml", "infection_ml", from the lowest slice to the highest;
         "lobes": None, or by label as "involvement", and "score", the sum of the grades: for five lobes the CT severity
           score, 0 to 25;
+        "uncertainty": "interval": None, or "level", "guarantee" (how often a new patient is covered at least, where
+          patients come alike; None where nothing is sure), "method", "patients" (that it is made from), see
+          `UncertaintyRecord`; "temperature" of the infection's reported probability and "probability_threshold", above
+          which it lies in the mask; "members" and "pairwise_dice" (mean Dice of their masks, low where the mask is
+          doubtful, see `compare_members`), None where they were not asked for;
         "warnings": what makes the masks doubtful; "notes": what to know about the numbers;
         "models": by structure, "fingerprint" and "threshold"; "settings": what else decides the masks.
     """
     grid, ml = segmented.scan.grid, segmented.scan.grid.voxel_ml
     percent = involvement_percent(int(totals.infected_voxels.sum()), int(totals.lung_voxels.sum()))
     infection = int(totals.infection.sum())
+    intervals = _intervals(segmented.predictor, {"infection_ml": infection * ml, "involvement_percent": percent})
     return {
         "schema_version": SCHEMA_VERSION,
         "version": __version__,
@@ -186,11 +197,14 @@ def measure(
             "consolidation_above_hu": consolidation_hu,
             "mean_hu": totals.infection_hu / infection if infection else None,
             **_lesions(segmented, ml),
+            "volume_interval_ml": intervals["infection_ml"],
+            "involvement_interval_percent": intervals["involvement_percent"],
         },
         "grade": grade(percent),
         "involvement": _involvement(totals, ml),
         "by_slice": {"lung_ml": (totals.lung_voxels * ml).tolist(), "infection_ml": (totals.infection * ml).tolist()},
         "lobes": _lobes(totals, ml),
+        "uncertainty": _uncertainty(segmented),
         "warnings": warnings_of(segmented, totals),
         "notes": _notes(segmented),
         "models": _models(segmented),
@@ -304,7 +318,46 @@ def _notes(segmented: SegmentedScan) -> list[str]:
     ends = {0, len(segmented.boxes) - 1}
     if lung and ends & {lung[0], lung[-1]}:
         notes.append("The lungs reach the end of the scan, so their volume may be that of a part.")
-    return [*notes, *segmented.scan.notes]
+    return [*notes, *segmented.scan.notes, *_interval_note(segmented.predictor)]
+
+
+def _intervals(predictor: Predictor, values: Mapping[str, float]) -> dict[str, list[float] | None]:
+    record = predictor.interval_record
+    return {
+        name: None if record is None or math.isnan(value) else list(record.interval(name, value))
+        for name, value in values.items()
+    }
+
+
+def _interval_note(predictor: Predictor) -> list[str]:
+    """One line on what the intervals are worth, or why there are none."""
+    record = predictor.interval_record
+    if predictor.infection is None:
+        return []
+    if predictor.record is None:
+        return ["No interval, and probabilities as the model gives them: these models were not calibrated."]
+    if record is None:
+        return ["No interval: the models were calibrated with other thresholds or postprocessing."]
+    alike = f"{100 * record.level:.0f} % of patients like those, not for another scanner or another disease"
+    if record.guarantee is not None:
+        return [f"Intervals: by the errors on {record.patients} patients who trained nothing; right for {alike}."]
+    return [
+        f"Intervals are an estimate without a guarantee, by the errors of the models of a cross-validation on "
+        f"{record.patients} patients, whom this model may have seen; meant for {alike}."
+    ]
+
+
+def _uncertainty(segmented: SegmentedScan) -> dict[str, Any]:
+    predictor, agreed = segmented.predictor, segmented.uncertainty
+    record = predictor.interval_record
+    interval = record and {name: getattr(record, name) for name in ("level", "guarantee", "method", "patients")}
+    return {
+        "interval": interval,
+        "temperature": None if predictor.record is None else predictor.record.temperature,
+        "probability_threshold": predictor.reported_threshold("infection") if predictor.infection is not None else None,
+        "members": None if agreed is None else agreed.members,
+        "pairwise_dice": None if agreed is None else _or_none(agreed.pairwise_dice),
+    }
 
 
 def _models(segmented: SegmentedScan) -> dict[str, Any]:

@@ -189,14 +189,22 @@ def _warnings(report: Mapping[str, Any]) -> str:
 
 def _figures(report: Mapping[str, Any]) -> str:
     lung, infection = report["lung"], report["infection"]
+    percent, ml = (
+        infection.get(f"{name}_interval_{unit}") for name, unit in (("involvement", "percent"), ("volume", "ml"))
+    )
     pairs = (
-        ("Lung involvement", number(infection["involvement_percent"], 1, "%")),
+        ("Lung involvement", number(infection["involvement_percent"], 1, "%") + _interval(percent, "%")),
         ("Grade", f"{number(report.get('grade'))}<small> of 5</small>"),
-        ("Infection", number(infection["volume_ml"], 1, "ml")),
+        ("Infection", number(infection["volume_ml"], 1, "ml") + _interval(ml, "ml")),
         ("Lung", number(lung["volume_ml"], 0, "ml")),
         ("Lesions", number(infection["lesions"])),
     )
     return "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in pairs)
+
+
+def _interval(bounds: Sequence[float] | None, unit: str) -> str:
+    """What the number before it may be; the notes say how sure that is."""
+    return f"<small> {number(bounds[0], 1)} to {number(bounds[1], 1, unit)}</small>" if bounds else ""
 
 
 def _layer_switch(layer: Layer) -> str:
@@ -304,6 +312,14 @@ def _tables(report: Mapping[str, Any]) -> str:
         ("Lesions", number(infection["lesions"])),
         ("Largest lesions", _lesions(infection.get("lesion_volumes_ml", ()))),
     ]
+    uncertainty = report.get("uncertainty") or {}
+    if uncertainty.get("members"):
+        facts.append(
+            (
+                f"Agreement of {number(uncertainty['members'])} members (mean pairwise Dice; low is doubtful)",
+                number(uncertainty.get("pairwise_dice"), 2),
+            )
+        )
     if "score" in lobes:
         facts.append(("Score, sum over the lobes", f"{number(lobes['score'])} of 25"))
     listed = "".join(table_row([escape(name), value]) for name, value in facts)

@@ -12,7 +12,7 @@ and flatbuffers only:
         cascade = export.deserialize(bytearray(file.read()))
     run = jax.jit(cascade.call)
     images = np.load("images.npy")  # float32 (slices, S, S, 1) in [0, 1]; S stands in cascade.jaxexport.json
-    lung, infection = run(images)
+    lung, infection, *calibrated = run(images)  # the third one where the models were calibrated
     np.savez("probabilities.npz", lung=lung, infection=infection)
 """
 
@@ -59,18 +59,19 @@ _NOT_INSIDE = (
 
 
 def cascade_program(
-    lung: LoadedModel, infection: LoadedModel, *, thresholds: Mapping[str, float]
-) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    lung: LoadedModel, infection: LoadedModel, *, thresholds: Mapping[str, float], temperature: float | None = None
+) -> Callable[[jax.Array], tuple[jax.Array, ...]]:
     """The pure function that `export_cascade` exports, for other converters; for arguments and errors see there.
 
     Returns:
-      float32 (N, S, S, 1) in [0, 1] to lung and infection probability, each of the same shape.
+      float32 (N, S, S, 1) in [0, 1] to lung and infection probability and, with a temperature, the calibrated infection
+      probability, each of the same shape.
     """
-    _check(lung, infection, thresholds)
+    _check(lung, infection, thresholds, temperature)
     lung_model, infection_model = (one.model.clone(convolution=lax.conv_general_dilated) for one in (lung, infection))
     lung_variables, infection_variables = (jax.tree.map(np.asarray, one.variables) for one in (lung, infection))
 
-    def run(images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def run(images: jax.Array) -> tuple[jax.Array, ...]:
         lung_probability, infection_probability = cascade(
             lung_model,
             infection_model,
@@ -81,13 +82,22 @@ def cascade_program(
             infection_patch_grid=infection.config.model.patch_grid,
         )
         with_lung = (lung_probability > thresholds["lung"]).any(axis=(1, 2, 3), keepdims=True)
-        return lung_probability, jnp.where(with_lung, infection_probability, 0)
+        infection_probability = jnp.where(with_lung, infection_probability, 0)
+        if temperature is None:
+            return lung_probability, infection_probability
+        return lung_probability, infection_probability, scale_probability(infection_probability, temperature)
 
     return run
 
 
+def scale_probability(probability: jax.Array, temperature: float) -> jax.Array:
+    """`apply_temperature` in JAX: float32 in [0, 1], any shape, to the same."""
+    inside, outside = probability ** (1 / temperature), (1 - probability) ** (1 / temperature)
+    return inside / (inside + outside)
+
+
 def export_cascade(
-    lung: LoadedModel, infection: LoadedModel, *, thresholds: Mapping[str, float]
+    lung: LoadedModel, infection: LoadedModel, *, thresholds: Mapping[str, float], temperature: float | None = None
 ) -> jax.export.Exported:
     """The cascade from prepared slices to both probabilities, for `PLATFORMS`, with any number of slices.
 
@@ -97,12 +107,15 @@ def export_cascade(
 
     Its input is float32 (b, S, S, 1) in [0, 1], as `prepare_volume` makes it; its outputs are lung and infection
     probability, each float32 (b, S, S, 1) in [0, 1]. The infection's is 0 in slices without lung. Weights and the
-    closing of the lung probability are inside; both models evaluate by their running statistics.
+    closing of the lung probability are inside; both models evaluate by their running statistics. With a temperature
+    there is a third output, the calibrated infection probability, to be reported; masks are made of the second, for
+    interpolation between pixels and a temperature do not commute.
 
     Args:
       lung: on CT.
       infection: on CT or on [CT, lung probability].
       thresholds: of "lung" and "infection", in (0, 1); that of the lung decides which slices have any.
+      temperature: of the infection's reported probability, see `UncertaintyRecord`.
 
     Returns:
       the program; `.call` runs it, `.serialize()` gives the bytes of a file.
@@ -121,7 +134,7 @@ def export_cascade(
       >>> lung.shape
       (2, 128, 128, 1)
     """
-    run = cascade_program(lung, infection, thresholds=thresholds)
+    run = cascade_program(lung, infection, thresholds=thresholds, temperature=temperature)
     size = lung.config.preprocess.image_size
     (b,) = jax.export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((b, size, size, 1), jnp.float32)
@@ -129,7 +142,7 @@ def export_cascade(
 
 
 def export_cascade_from_hu(
-    lung: LoadedModel, infection: LoadedModel, *, thresholds: Mapping[str, float]
+    lung: LoadedModel, infection: LoadedModel, *, thresholds: Mapping[str, float], temperature: float | None = None
 ) -> jax.export.Exported:
     """`export_cascade` with the preparation of slices inside, but for the choice of the body's boxes.
 
@@ -141,11 +154,12 @@ def export_cascade_from_hu(
       lung: on CT.
       infection: on CT or on [CT, lung probability].
       thresholds: see `export_cascade`, and there for outputs.
+      temperature: see `export_cascade`.
 
     Raises:
       InputError: see `export_cascade`; or the models see each slice's own range, not Hounsfield units.
     """
-    run = cascade_program(lung, infection, thresholds=thresholds)
+    run = cascade_program(lung, infection, thresholds=thresholds, temperature=temperature)
     preprocess = lung.config.preprocess
     if not preprocess.is_physical:
         raise InputError(
@@ -153,7 +167,7 @@ def export_cascade_from_hu(
             "them for prepared slices, or train with another `normalization`"
         )
 
-    def from_hu(hu: jax.Array, boxes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def from_hu(hu: jax.Array, boxes: jax.Array) -> tuple[jax.Array, ...]:
         return run(prepare_hu(hu, boxes, preprocess.image_size)[..., None])
 
     b, height, width = jax.export.symbolic_shape("b, h, w")
@@ -217,6 +231,7 @@ def write_export(
     infection: LoadedModel,
     *,
     thresholds: Mapping[str, float],
+    temperature: float | None = None,
     from_hu: bool = False,
 ) -> dict[str, Any]:
     """Exports the cascade to a file, and writes what to know of it to `<path>.json`; each appears atomically.
@@ -226,6 +241,7 @@ def write_export(
       lung: see `export_cascade`.
       infection: see `export_cascade`.
       thresholds: see `export_cascade`.
+      temperature: see `export_cascade`.
       from_hu: exports `export_cascade_from_hu` instead.
 
     Returns:
@@ -236,7 +252,7 @@ def write_export(
     """
     check_new_files(path)
     make = export_cascade_from_hu if from_hu else export_cascade
-    exported = make(lung, infection, thresholds=thresholds)
+    exported = make(lung, infection, thresholds=thresholds, temperature=temperature)
     form = {
         "format": "jax.export (StableHLO), for jax.export.deserialize",
         "calling_convention_version": exported.calling_convention_version,
@@ -244,25 +260,34 @@ def write_export(
         "readable": _SIX_MONTHS,
         "readable_days": READABLE_DAYS,
     }
-    description = describe_cascade(lung, infection, thresholds=thresholds, from_hu=from_hu)
+    description = describe_cascade(lung, infection, thresholds=thresholds, temperature=temperature, from_hu=from_hu)
     return write_files(path, bytes(exported.serialize()), {**form, **description})
 
 
 def describe_cascade(
-    lung: LoadedModel, infection: LoadedModel, *, thresholds: Mapping[str, float], from_hu: bool = False
+    lung: LoadedModel,
+    infection: LoadedModel,
+    *,
+    thresholds: Mapping[str, float],
+    temperature: float | None = None,
+    from_hu: bool = False,
 ) -> dict[str, Any]:
     """What somebody without this package has to know of an export, in JSON values; for arguments see `write_export`."""
     size, postprocess = lung.config.preprocess.image_size, infection.config.postprocess
     fraction = infection.model.closing_fraction if infection.model.in_channels > 1 else 0.0
     probability = {"shape": ["b", size, size, 1], "dtype": "float32", "range": [0, 1]}
+    outputs = ["lung probability", "infection probability"]
+    if temperature is not None:
+        outputs.append("calibrated infection probability, to be reported; masks are made of the other")
     return {
         "written_on": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "inputs": _inputs(size, from_hu),
-        "outputs": [{"name": name, **probability} for name in ("lung probability", "infection probability")],
+        "outputs": [{"name": name, **probability} for name in outputs],
         "preprocessing": _preprocessing(lung, from_hu),
         "thresholds": {name: thresholds[name] for name in ("lung", "infection")},
         "threshold_rule": "a voxel belongs to a mask where its probability is above the threshold; in slices without "
         "lung above its threshold the infection probability is 0",
+        "temperature": temperature,
         "lung_closing": {"fraction": fraction, "pixels": 2 * round(fraction * size / 2) + 1},
         "models": {
             name: {
@@ -319,7 +344,11 @@ def _metadata_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def _check(lung: LoadedModel, infection: LoadedModel, thresholds: Mapping[str, float]) -> None:
+def _check(
+    lung: LoadedModel, infection: LoadedModel, thresholds: Mapping[str, float], temperature: float | None
+) -> None:
+    if temperature is not None and not temperature > 0:
+        raise InputError(f"`temperature`: {temperature}; it must be above 0")
     for name, model in (("lung", lung), ("infection", infection)):
         if (found := TASKS[model.config.task].target) != name:
             raise InputError(f"`{name}`: expected a {name} model, this one segments {found}; give the other model")

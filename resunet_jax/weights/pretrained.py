@@ -19,9 +19,11 @@ from resunet_jax.errors import InputError
 from resunet_jax.files import atomic_dir, write_text
 from resunet_jax.model.build import build_model
 from resunet_jax.weights.store import CONFIG_FILE, DIGESTS_FILE, LoadedModel, require_backend
+from resunet_jax.weights.uncertainty import UNCERTAINTY_FILE, UncertaintyRecord, parse_record
 
 VARIABLES_FILE = "variables.msgpack"
 MODEL_CARD = "MODEL_CARD.md"
+_RECORD = f"infection/{UNCERTAINTY_FILE}"
 _FOLDER = "pretrained"
 
 
@@ -38,7 +40,7 @@ class ModelPair(NamedTuple):
 
 
 def pretrained_folder() -> Traversable:
-    """The folder of the shipped pair: lung/, infection/, files.json and MODEL_CARD.md."""
+    """The folder of the shipped pair: lung/, infection/ (and in it uncertainty.json), files.json and MODEL_CARD.md."""
     return resources.files(__package__) / _FOLDER
 
 
@@ -51,8 +53,24 @@ def load_pair(folder: Traversable | None = None) -> ModelPair:
     Raises:
       InputError: a file is missing, or not as it was shipped.
     """
-    folder = pretrained_folder() if folder is None else folder
     require_backend()
+    contents = _read(folder)
+    return ModelPair(*(_load(contents, name) for name in ModelPair._fields))
+
+
+def load_pair_record(folder: Traversable | None = None) -> UncertaintyRecord | None:
+    """What is known of the errors of the shipped pair, or of another one; None where nothing is.
+
+    Raises:
+      InputError: a file is missing, or not as it was shipped.
+    """
+    content = _read(folder).get(_RECORD)
+    return None if content is None else parse_record(content, f"{_FOLDER}/{_RECORD}")
+
+
+def _read(folder: Traversable | None) -> dict[str, bytes]:
+    """The files of a pair by name, compared with their digests."""
+    folder = pretrained_folder() if folder is None else folder
     try:
         digests = json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8"))
         contents = {name: _find(folder, name).read_bytes() for name in digests}
@@ -61,11 +79,11 @@ def load_pair(folder: Traversable | None = None) -> ModelPair:
     for name, content in contents.items():
         if _sha256(content) != digests[name]:
             raise InputError(f"{folder}: {name} is not what was shipped; install the package again")
-    return ModelPair(*(_load(contents, name) for name in ModelPair._fields))
+    return contents
 
 
-def save_pair(folder: Path, pair: ModelPair) -> None:
-    """Writes a pair as it is shipped, atomically; equal models give equal bytes.
+def save_pair(folder: Path, pair: ModelPair, record: UncertaintyRecord | None = None) -> None:
+    """Writes a pair, and what is known of its errors, as it is shipped, atomically; equal models give equal bytes.
 
     Raises:
       InputError: the folder exists or cannot be written.
@@ -77,6 +95,8 @@ def save_pair(folder: Path, pair: ModelPair) -> None:
         variables = jax.tree.map(np.asarray, loaded.variables)
         contents[f"{name}/{CONFIG_FILE}"] = (json.dumps(to_dict(loaded.config), indent=2) + "\n").encode()
         contents[f"{name}/{VARIABLES_FILE}"] = serialization.to_bytes(variables)
+    if record is not None:
+        contents[_RECORD] = record.to_json().encode()
     with atomic_dir(folder) as partial:
         for name, content in contents.items():
             (partial / name).parent.mkdir(exist_ok=True)

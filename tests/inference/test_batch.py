@@ -86,8 +86,8 @@ def test_masks_being_replaced_are_not_vouched_for(
     run(good, output, predictor)
     real = module.segment_opened
 
-    def segment_and_stop(*args):
-        real(*args)
+    def segment_and_stop(*args, **options):
+        real(*args, **options)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "segment_opened", segment_and_stop)
@@ -111,9 +111,9 @@ def test_next_scan_is_opened_while_this_one_is_segmented(
                 second_is_open.set()
             yield scan
 
-    def segment(scan, predictor, name, paths):
+    def segment(*args, **options):
         assert second_is_open.wait(60)
-        return real_segment(scan, predictor, name, paths)
+        return real_segment(*args, **options)
 
     monkeypatch.setattr(module, "open_scan", open_and_say)
     monkeypatch.setattr(module, "segment_opened", segment)

@@ -83,18 +83,19 @@ def test_a_histogram_knows_what_its_pixels_do() -> None:
     assert parts.nll(2.0) == pytest.approx(nll, rel=1e-3)
 
 
-def test_every_patient_counts_the_same_and_what_was_removed_does_not() -> None:
-    few, many = logit_histogram(*drawn(4.0, 5_000, 2)), logit_histogram(*drawn(1.0, 200_000, 3))
-    alone = [fit_temperature([one]) for one in (few, many)]
-    both = fit_temperature([few, many])
-    assert both == pytest.approx(fit_temperature([few, many + many]), rel=1e-6)
-    assert min(alone) + 0.3 < both < max(alone)
+def test_no_patient_decides_for_the_others_and_what_was_removed_does_not_count() -> None:
+    patients = [logit_histogram(*drawn(t, n, k)) for k, (t, n) in enumerate([(1.2, 5_000), (2, 5_000), (7, 500_000)])]
+    alone = [fit_temperature([one]) for one in patients]
+    assert fit_temperature(patients) == alone[1]
+    assert fit_temperature(patients[:2]) == pytest.approx((alone[0] + alone[1]) / 2)
     p, t = drawn(2.0, 1000, 4)
     with_removed = logit_histogram(np.append(p, np.zeros(500, np.float32)), np.append(t, np.ones(500, np.uint8)))
     np.testing.assert_array_equal(with_removed.counts, logit_histogram(p, t).counts)
-    assert fit_temperature([few, logit_histogram(np.zeros(3, np.float32), np.ones(3, np.uint8))]) == alone[0]
+    outside = logit_histogram(p, np.zeros_like(t))
+    assert not outside.has_both
+    assert fit_temperature([patients[0], outside]) == alone[0]
     with pytest.raises(ValueError, match="found none"):
-        fit_temperature([])
+        fit_temperature([outside])
 
 
 def test_certain_probabilities_are_bounded() -> None:

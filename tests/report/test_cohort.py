@@ -48,3 +48,16 @@ def test_the_page_links_and_escapes(tmp_path: Path) -> None:
 def test_no_scans(tmp_path: Path) -> None:
     write_cohort_page(tmp_path / "index.html", [])
     assert "0 scans" in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+def test_agreement_is_a_column_where_members_were_compared(tmp_path: Path) -> None:
+    asked = example_report("a", uncertainty={"members": 4, "pairwise_dice": 0.8412, "interval": None})
+    asked["infection"] |= {"volume_interval_ml": [400.0, 700.0], "involvement_interval_percent": None}
+    row, old = cohort_row(asked), cohort_row(example_report("b"))  # a report of before has none of these keys
+    assert (row["infection_low_ml"], row["infection_high_ml"], row["involvement_low_percent"]) == (400, 700, None)
+    assert (row["pairwise_dice"], old["pairwise_dice"], old["infection_low_ml"]) == (0.8412, None, None)
+    for name, reports in (("with", [asked, example_report("b")]), ("without", [example_report("b")])):
+        write_cohort_page(tmp_path / f"{name}.html", reports)
+    assert "Agreement" in (tmp_path / "with.html").read_text(encoding="utf-8")
+    assert ">0.84<" in (tmp_path / "with.html").read_text(encoding="utf-8")
+    assert "Agreement" not in (tmp_path / "without.html").read_text(encoding="utf-8")

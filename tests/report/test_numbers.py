@@ -1,5 +1,6 @@
 """Numbers against closed-form volumes: lungs and infection that are boxes of known size and density."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,9 @@ PREDICTOR = SimpleNamespace(
     structures=(),
     infection_postprocess={"gate": "none"},
     min_component_fraction=0.1,
+    infection=None,
+    record=None,
+    interval_record=None,
     preprocess=SimpleNamespace(image_size=128),
 )
 
@@ -159,3 +163,45 @@ def test_hounsfield_units_of_any_scale() -> None:
     np.testing.assert_array_equal(Volume(values, "hu", grid).to_hu()[0, 0], [0, 51, 255])
     assumed = Volume(values, "windowed", grid, (-10.0, 90.0))
     np.testing.assert_allclose(assumed.to_hu()[0, 0, 0], -1250 + 150, atol=1e-3)
+
+
+def record(guarantee: float | None, level: float = 0.9) -> SimpleNamespace:
+    return SimpleNamespace(
+        level=level,
+        guarantee=guarantee,
+        method="a method",
+        patients=11,
+        temperature=2.0,
+        interval=lambda name, value: (value / 2, value * 2),
+    )
+
+
+def test_intervals_and_what_they_are_worth_go_into_the_report() -> None:
+    scan = segmented()
+    models = {"infection": object(), "reported_threshold": lambda structure: 0.4}
+
+    def report(**changes: object) -> dict:
+        predictor = SimpleNamespace(**{**vars(PREDICTOR), **models, **changes})
+        return report_of(dataclasses.replace(scan, predictor=predictor))
+
+    for one, words in ((record(0.9), "trained nothing; right for 90 %"), (record(None), "without a guarantee")):
+        found = report(record=one, interval_record=one)
+        infection = found["infection"]
+        assert infection["volume_interval_ml"] == [infection["volume_ml"] / 2, infection["volume_ml"] * 2]
+        assert infection["involvement_interval_percent"][1] == 2 * infection["involvement_percent"]
+        assert found["uncertainty"] == {
+            "interval": {"level": 0.9, "guarantee": one.guarantee, "method": "a method", "patients": 11},
+            "temperature": 2.0,
+            "probability_threshold": 0.4,
+            "members": None,
+            "pairwise_dice": None,
+        }
+        assert words in found["notes"][-1]
+    for changes, words in (
+        ({"record": record(0.9)}, "calibrated with other thresholds"),
+        ({}, "were not calibrated"),
+    ):
+        found = report(**changes)
+        assert found["infection"]["volume_interval_ml"] is None
+        assert found["uncertainty"]["interval"] is None
+        assert words in found["notes"][-1]

@@ -194,3 +194,18 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         write_scan_page(tmp_path / "a.html", example_report(slices=3), example_slices(), (1, 1))
     with pytest.raises(InputError, match="cannot be written"):
         write_scan_page(tmp_path / "none" / "a.html", example_report(), example_slices(), (1, 1))
+
+
+def test_intervals_stand_beside_their_numbers_where_there_are_any(tmp_path: Path) -> None:
+    report = example_report(uncertainty={"members": 4, "pairwise_dice": 0.8412})
+    report["infection"] |= {"volume_interval_ml": [400.0, 700.25], "involvement_interval_percent": [8.0, 16.04]}
+    path = tmp_path / "a.html"
+    write_scan_page(path, report, example_slices(), (0.8, 0.8))
+    html = path.read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
+    assert "12.6 %<small> 8.0 to 16.0 %</small>" in html
+    assert "543.2 ml<small> 400.0 to 700.2 ml</small>" in html
+    assert "Agreement of 4 members" in html
+    assert ">0.84<" in html
+    without = page(tmp_path)
+    assert " to 16.0" not in without
+    assert "Agreement" not in without

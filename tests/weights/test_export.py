@@ -25,6 +25,7 @@ from resunet_jax.data.volume import Grid, Volume
 from resunet_jax.errors import InputError
 from resunet_jax.inference.predictor import Predictor
 from resunet_jax.inference.scan import segment_opened
+from resunet_jax.metrics.calibration import apply_temperature
 from resunet_jax.model.build import build_model
 from resunet_jax.model.winograd import conv_general_dilated
 from resunet_jax.weights import export as module
@@ -200,6 +201,22 @@ def test_exported_probabilities_give_the_masks_of_prediction(
         for name, mask in expected.items():
             assert mask.any()
             assert np.count_nonzero(found[name] != mask) <= MOVED * mask.size, name
+
+
+def test_a_calibrated_probability_is_the_third_output_and_the_others_stay(
+    written: Path, pair: tuple[LoadedModel, LoadedModel], images: np.ndarray, tmp_path: Path
+) -> None:
+    path = tmp_path / "calibrated"
+    metadata = write_export(path, *pair, thresholds=THRESHOLDS, temperature=2.5)
+    assert (metadata["temperature"], len(metadata["outputs"])) == (2.5, 3)
+    plain = jax.jit(reload(written).call)(images[..., None])
+    lung, infection, calibrated = jax.jit(reload(path).call)(images[..., None])
+    np.testing.assert_array_equal(lung, plain[0])
+    np.testing.assert_array_equal(infection, plain[1])
+    np.testing.assert_allclose(calibrated, apply_temperature(np.asarray(infection), 2.5), rtol=0, atol=1e-6)
+    assert float(np.abs(np.asarray(calibrated) - infection).max()) > 0.1
+    with pytest.raises(InputError, match="`temperature`"):
+        export_cascade(*pair, thresholds=THRESHOLDS, temperature=0.0)
 
 
 def test_the_program_from_hu_takes_any_shape(pair: tuple[LoadedModel, LoadedModel]) -> None:

@@ -15,7 +15,14 @@ from resunet_jax.data.cases import find_cases
 from resunet_jax.data.phantom import PhantomConfig, make_phantom
 from resunet_jax.errors import InputError
 from resunet_jax.inference.predictor import Predictor
-from resunet_jax.weights.pretrained import MODEL_CARD, ModelPair, load_pair, pretrained_folder, save_pair
+from resunet_jax.weights.pretrained import (
+    MODEL_CARD,
+    ModelPair,
+    load_pair,
+    load_pair_record,
+    pretrained_folder,
+    save_pair,
+)
 from tests.conftest import REFERENCE
 
 MASKS = REFERENCE / "pretrained_masks.npz"
@@ -55,6 +62,16 @@ def test_files_are_those_that_were_shipped() -> None:
         assert b"/work" not in content
         assert b"/tmp" not in content
     assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 10e6
+
+
+def test_its_record_is_of_its_weights_and_promises_nothing(predictor: Predictor) -> None:
+    """It saw all of the patients, so what its intervals are made from are the errors of models of five folds."""
+    record = predictor.record
+    assert record is not None
+    assert record == predictor.interval_record == load_pair_record()
+    assert (record.method, record.patients, record.guarantee) == ("fold_residuals", 5, None)
+    assert record.calibration["ece_calibrated"] < record.calibration["ece"]
+    assert record.calibration["brier_calibrated"] < record.calibration["brier"]
 
 
 def test_masks_of_a_generated_scan_are_the_stored_ones(written: dict[str, np.ndarray]) -> None:
@@ -98,14 +115,17 @@ def test_bad_arrays_are_refused(predictor: Predictor, shape: tuple[int, ...], af
 def test_a_pair_is_written_the_same_twice_and_read_back(tmp_path: Path) -> None:
     pair = load_pair()
     for name in ("a", "b"):
-        save_pair(tmp_path / name, pair)
+        save_pair(tmp_path / name, pair, load_pair_record())
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
     assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
     for loaded, again in zip(pair, load_pair(tmp_path / "a"), strict=True):
         assert loaded.config == again.config
         jax.tree.map(np.testing.assert_array_equal, loaded.variables, again.variables)
+    assert load_pair_record(tmp_path / "a") == load_pair_record()
     with pytest.raises(InputError, match="exists already"):
         save_pair(tmp_path / "a", ModelPair(*pair))
+    save_pair(tmp_path / "without", pair)
+    assert load_pair_record(tmp_path / "without") is None
 
 
 @pytest.mark.parametrize("name", ["lung/variables.msgpack", "infection/config.json", "files.json"])

@@ -1,0 +1,90 @@
+"""Calibrates a pair of models on patients it has not seen: temperature, intervals, and whether members name bad masks.
+
+python experiments/calibrate.py --data_dir=DATA --split_file=SPLIT --lung_checkpoint=runs/lung \
+        --infection_checkpoint=runs/infection --output_dir=runs/calibration
+python experiments/calibrate.py --data_dir=DATA --study_dir=runs/folds --output_dir=runs/calibration
+
+The test cases of --split_file, by default those of the models' own split, must have trained nothing: intervals are then
+split conformal. With --study_dir, a finished cross-validation or ablation, its fold models are judged on the cases that
+tested them, and the intervals of the pair, which may have seen them all, are an estimate; --split_file then names test
+cases of no fold, on which CV+ intervals of the fold models are tried. The record, uncertainty.json, goes next to the
+infection model, where `predict`, `evaluate` and `export` find it; without a checkpoint it is of the shipped pair, which
+--pair_dir writes with it.
+"""
+
+import json
+
+from absl import flags
+from common import settings
+from common.run import run
+
+from resunet_jax.errors import InputError
+
+FLAGS = flags.FLAGS
+settings.define_data_flags()
+settings.define_path("output_dir", "Gets uncertainty.json, summary.json and table.md.", required=True)
+settings.define_model_flags()
+settings.define_path("split_file", "Its test cases calibrate; with --study_dir they try CV+ intervals.")
+settings.define_path("study_dir", "Finished study whose fold models are judged instead.")
+settings.define_path("pair_dir", "New folder: gets the shipped pair with its record, as the package has it.")
+flags.DEFINE_string("variant", None, "Of a study with several.")
+flags.DEFINE_integer("seed", None, "Of a study with several.")
+settings.define_cache_flags()
+flags.adopt_module_key_flags(settings)  # so that --help shows them
+
+
+def main() -> None:
+    """Calibrates by the flags."""
+    from resunet_jax.evaluation.compare import nan_to_none
+    from resunet_jax.files import check_output_dir, make_output_dir, write_text
+    from resunet_jax.inference.predictor import load_predictor
+    from resunet_jax.plugins import load_plugins
+    from resunet_jax.studies import calibrate
+    from resunet_jax.weights.pretrained import load_pair, save_pair
+    from resunet_jax.weights.uncertainty import UNCERTAINTY_FILE, Method, save_record
+
+    output_dir, study_dir = settings.path("output_dir"), settings.optional_path("study_dir")
+    split_file, checkpoint = settings.optional_path("split_file"), settings.optional_path("infection_checkpoint")
+    check_output_dir(output_dir)
+    pair_dir = settings.optional_path("pair_dir")
+    if pair_dir is not None and checkpoint is not None:
+        raise InputError(
+            "--pair_dir is for the shipped pair; drop --infection_checkpoint, next to which its record goes"
+        )
+    tables = load_plugins()
+    arguments = settings.model_arguments()
+    target = load_predictor(**arguments, architectures=tables.architectures)
+    judge = calibrate.Judge(
+        settings.path("data_dir"),
+        settings.path("cache_dir"),
+        output_dir,
+        FLAGS.batch_size,
+        tables,
+        settings.assumption(),
+    )
+    if study_dir is None:
+        errors = judge.errors(split_file=split_file, **{k: v for k, v in arguments.items() if k != "batch_size"})
+        source = f"{len(errors.logits)} patients who trained nothing"
+    else:
+        folds = calibrate.study_folds(study_dir, FLAGS.variant, FLAGS.seed)
+        errors = calibrate.fold_errors(judge, folds, target)
+        source = f"{len(folds)} folds of {len(errors.logits)} patients"
+    method: Method = "split_conformal" if study_dir is None else "fold_residuals"
+    record = calibrate.make_record(errors, target, method, source)
+    summary = calibrate.summarize_errors(errors)
+    if study_dir is not None and split_file is not None:
+        summary["cv_plus"] = calibrate.cv_plus_coverage(judge, folds, errors, target, split_file)
+    make_output_dir(output_dir)
+    write_text(output_dir / "summary.json", json.dumps(nan_to_none(summary), indent=2) + "\n")
+    write_text(output_dir / "table.md", calibrate.to_markdown(summary, record))
+    files = [save_record(output_dir, record)]
+    if pair_dir is not None:
+        save_pair(pair_dir, load_pair(), record)
+    if checkpoint is not None:
+        files.append(save_record(checkpoint, record))
+    print((output_dir / "table.md").read_text(encoding="utf-8"))
+    print(f"{UNCERTAINTY_FILE}: {', '.join(str(file.resolve()) for file in files)}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,172 @@
+"""How far a pair of models agrees with itself on a scan: the same slices mirrored and shifted, through the same models.
+
+A user has no reference. What is known without one is whether a mask stays what it is when nothing that matters changes:
+each member segments another view of the scan, and the members' masks are compared (Zenk et al., "Comparative
+benchmarking of failure detection methods in medical image segmentation", Medical Image Analysis 101, 2025: the mean
+pairwise Dice of members is the score to beat). It names masks that are doubtful; errors that all members make it does
+not see, and it has no unit.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from resunet_jax.data.volume import FloatArray, Grid
+from resunet_jax.inference.predictor import Predictor
+
+UNCERTAINTY_STEPS = 100
+"""An uncertainty map is in hundredths of a bit: 0 certain, 100 where inside and outside are equally likely."""
+
+_CHUNK_SLICES = 32
+
+
+class View(NamedTuple):
+    """Another way to look at prepared slices.
+
+    Attributes:
+      is_mirrored: left and right.
+      rows: by which it is shifted, in pixels, after mirroring.
+      columns: likewise.
+    """
+
+    is_mirrored: bool
+    rows: int
+    columns: int
+
+    def apply(self, slices: FloatArray) -> FloatArray:
+        """Slices (n, S, S) so seen; what a shift leaves free repeats the edge."""
+        return _shift(slices[:, :, ::-1] if self.is_mirrored else slices, self.rows, self.columns)
+
+    def undo(self, slices: FloatArray) -> FloatArray:
+        """What was found in the view, (n, S, S), where it belongs."""
+        back = _shift(slices, -self.rows, -self.columns)
+        return back[:, :, ::-1] if self.is_mirrored else back
+
+
+VIEWS = (View(True, 0, 0), View(False, 4, 4), View(True, -4, -4))
+"""The members besides the scan as it is. Four pixels are half of the coarsest cell of the models."""
+
+
+def _shift(slices: FloatArray, rows: int, columns: int) -> FloatArray:
+    size = slices.shape[1]
+    down, right = (np.clip(np.arange(size) - step, 0, size - 1) for step in (rows, columns))
+    return slices[:, down[:, None], right]
+
+
+class Agreement(NamedTuple):
+    """What members say of a scan.
+
+    Attributes:
+      mean: float32 (slices, S, S), mean of the members' infection probabilities after `postprocess`.
+      pairwise_dice: mean over pairs of members of the Dice of their infection masks, on the model grid; NaN where all
+        masks are empty.
+      members: how many there are.
+    """
+
+    mean: FloatArray
+    pairwise_dice: float
+    members: int
+
+
+def compare_members(
+    predictor: Predictor,
+    images: FloatArray,
+    boxes: npt.NDArray[np.int32],
+    grid: Grid,
+    infection: FloatArray,
+    *,
+    views: Sequence[View] = VIEWS,
+    new_array: Callable[[tuple[int, ...]], FloatArray] = lambda shape: np.zeros(shape, np.float32),
+    advance: Callable[[], object] = lambda: None,
+) -> Agreement:
+    """Runs the members one after another, a chunk of slices at a time.
+
+    Args:
+      predictor: with an infection model.
+      images: float32 (slices, S, S) of a whole scan, prepared.
+      boxes: int32 (slices, 4), see `prepare_volume`.
+      grid: of the scan.
+      infection: its probabilities after `postprocess`: the first member.
+      views: of the others.
+      new_array: makes an array of zeros, float32; called for each structure and for the mean.
+      advance: called after each chunk.
+    """
+    found = {structure: new_array(images.shape) for structure in predictor.structures}
+    mean, share = new_array(images.shape), 1 / (1 + len(views))
+    chunks = [slice(start, start + _CHUNK_SLICES) for start in range(0, len(images), _CHUNK_SLICES)]
+
+    def add(probability: FloatArray) -> npt.NDArray[np.uint8]:
+        for some in chunks:
+            mean[some] += np.float32(share) * probability[some]
+        threshold = predictor.threshold("infection")
+        return np.stack([np.packbits(one > threshold) for one in probability])
+
+    masks = [add(infection)]
+    for view in views:
+        for some in chunks:
+            for structure, probability in predictor.slice_probabilities(view.apply(images[some])).items():
+                found[structure][some] = view.undo(probability)
+            advance()
+        predictor.postprocess(found, boxes, grid)
+        masks.append(add(found["infection"]))
+    areas = boxes[:, 2].astype(np.float64) * boxes[:, 3]
+    return Agreement(mean, mean_pairwise_dice(masks, areas), len(masks))
+
+
+def mean_pairwise_dice(masks: Sequence[npt.NDArray[np.uint8]], areas: npt.NDArray[np.float64]) -> float:
+    """Mean Dice over all pairs of masks; NaN where every pair is empty.
+
+    Args:
+      masks: each uint8 (slices, bytes), bits of a slice's pixels.
+      areas: (slices,) of a pixel, in any unit.
+    """
+
+    def size(mask: npt.NDArray[np.uint8]) -> float:
+        return float(np.bitwise_count(mask).sum(axis=1, dtype=np.int64) @ areas)
+
+    sizes = [size(mask) for mask in masks]
+    dice = [
+        2 * size(masks[a] & masks[b]) / (sizes[a] + sizes[b])
+        for a, b in itertools.combinations(range(len(masks)), 2)
+        if sizes[a] + sizes[b]
+    ]
+    return sum(dice) / len(dice) if dice else math.nan
+
+
+def uncertainty_map(probability: FloatArray) -> npt.NDArray[np.uint8]:
+    """Binary entropy of a probability in hundredths of a bit, see `UNCERTAINTY_STEPS`.
+
+    Args:
+      probability: float32, any shape, in [0, 1].
+
+    Returns:
+      uint8, the same shape.
+
+    Example:
+      >>> import numpy as np
+      >>> uncertainty_map(np.float32([0, 0.11, 0.5, 0.89, 1])).tolist()
+      [0, 50, 100, 50, 0]
+    """
+    p = np.clip(probability, 1e-7, 1 - 1e-7, dtype=np.float32)
+    entropy = -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
+    return np.rint(UNCERTAINTY_STEPS * entropy).astype(np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanUncertainty:
+    """What is kept of a scan's members.
+
+    Attributes:
+      members: how many there are.
+      pairwise_dice: see `Agreement`.
+      packed: for each native slice its map, uint8 (rows, columns), compressed by zlib.
+    """
+
+    members: int
+    pairwise_dice: float
+    packed: list[bytes] = dataclasses.field(default_factory=list)

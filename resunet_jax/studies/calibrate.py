@@ -1,0 +1,366 @@
+"""What a pair of models gets wrong on patients who trained nothing: its temperature, the residuals of its intervals.
+
+Two ways to such patients. Those of a split, judged by the pair itself (`Judge.errors`): intervals are split conformal.
+Those of a finished cross-validation, each judged by the models that have not seen it (`fold_errors`): for a final pair
+trained on all of them these residuals are an estimate, and for a new scan that all fold models segment they make a CV+
+interval (`cv_plus_coverage`).
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from resunet_jax.errors import InputError, first_line
+from resunet_jax.evaluation.evaluate import evaluate
+from resunet_jax.inference.predictor import Predictor
+from resunet_jax.metrics import METRICS
+from resunet_jax.metrics.calibration import Calibration, LogitHistogram, fit_temperature
+from resunet_jax.metrics.conformal import (
+    QUANTITIES,
+    conformal_quantile,
+    cv_plus_guarantee,
+    cv_plus_interval,
+    default_level,
+    rank_correlation,
+    worst_third_found,
+)
+from resunet_jax.plugins import Tables
+from resunet_jax.weights.store import fingerprint
+from resunet_jax.weights.uncertainty import Method, UncertaintyRecord
+
+_LEAST_PATIENTS = 2
+
+
+class ScanErrors(NamedTuple):
+    """What models make of a scan with references.
+
+    Attributes:
+      case: its id.
+      patient: whose it is.
+      fold: of the models, 0 where there is one pair.
+      dice: of the infection, NaN where undefined.
+      pairwise_dice: of members, see `compare_members`.
+      predicted: of each of `QUANTITIES`, NaN where undefined.
+      reference: the same in truth.
+    """
+
+    case: str
+    patient: str
+    fold: int
+    dice: float
+    pairwise_dice: float
+    predicted: dict[str, float]
+    reference: dict[str, float]
+
+    def residual(self, name: str) -> float:
+        """The error on the scale of the quantity; NaN where it is undefined."""
+        values = self.predicted[name], self.reference[name]
+        return math.nan if any(map(math.isnan, values)) else QUANTITIES[name].residual(*values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Errors:
+    """Of scans that the models have not seen.
+
+    Attributes:
+      scans: one row each.
+      logits: see `Evaluation`, by patient.
+    """
+
+    scans: list[ScanErrors]
+    logits: dict[str, LogitHistogram]
+
+    def patient_residuals(self, name: str) -> dict[str, float]:
+        """The largest residual of each patient's scans, where one is defined."""
+        residuals: dict[str, float] = {}
+        for scan in self.scans:
+            if not math.isnan(residual := scan.residual(name)):
+                residuals[scan.patient] = max(residual, residuals.get(scan.patient, 0.0))
+        return residuals
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """How the models segment the scans of a data set.
+
+    Attributes:
+      data_dir: see `find_cases`.
+      cache_dir: see `prepare_cases`.
+      output_dir: see `evaluate`.
+      batch_size: slices at a time.
+      tables: of readers and architectures.
+      assumed: see `open_scan`.
+    """
+
+    data_dir: Path
+    cache_dir: Path
+    output_dir: Path
+    batch_size: int = 8
+    tables: Tables = dataclasses.field(default_factory=Tables)
+    assumed: tuple[float, float] | None = None
+
+    def errors(self, fold: int = 0, *, uncertainty: bool = True, **models: Any) -> Errors:
+        """Of the test cases of a split; for `models` see `evaluate`.
+
+        Raises:
+          InputError: see `evaluate`; or one of the patients trained a model, or chose its epoch.
+        """
+        evaluation = evaluate(
+            self.data_dir,
+            self.cache_dir,
+            output_dir=self.output_dir,
+            batch_size=self.batch_size,
+            uncertainty=uncertainty,
+            assumed=self.assumed,
+            **{**self.tables.for_evaluation, "metrics": {"dice": METRICS["dice"]}},
+            **models,
+        )
+        if seen := evaluation.settings["seen_patients"]:
+            raise InputError(
+                f"{', '.join(seen)}: in the training or validation of the models; calibrate on patients who are not, "
+                "named as the test cases of `split_file`"
+            )
+        scans = [_scan_errors(row, fold) for row in evaluation.volumes if row["structure"] == "infection"]
+        return Errors(scans, evaluation.logits)
+
+
+def _scan_errors(row: Mapping[str, Any], fold: int) -> ScanErrors:
+    predicted = {"infection_ml": row["volume_ml"], "involvement_percent": 100 * row["lung_involvement"]}
+    reference = {"infection_ml": row["reference_ml"], "involvement_percent": 100 * row["reference_lung_involvement"]}
+    dice = row.get("pairwise_dice", math.nan)
+    return ScanErrors(row["case"], row["patient"], fold, row["dice"], dice, predicted, reference)
+
+
+class Fold(NamedTuple):
+    """A pair of models of a study, and the cases that tested it."""
+
+    lung: Path
+    infection: Path
+    test: tuple[str, ...]
+
+
+def study_folds(study_dir: Path, variant: str | None = None, seed: int | None = None) -> list[Fold]:
+    """The pairs of a finished study, by its runs.jsonl.
+
+    Args:
+      study_dir: of `cross_validate` or `ablate`.
+      variant: of several, which.
+      seed: of several, which.
+
+    Raises:
+      InputError: it is no study, has no such pair, has several variants or seeds, or tested a case twice.
+    """
+    file = study_dir / "runs.jsonl"
+    try:
+        runs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        runs = [run for run in runs if "infection" in run["folders"]]
+        runs = [run for run in runs if variant in (None, run["variant"]) and seed in (None, run["seed"])]
+        found = [
+            Fold(
+                study_dir / run["folders"]["lung"], study_dir / run["folders"]["infection"], tuple(run["split"]["test"])
+            )
+            for run in runs
+        ]
+        kinds = sorted({(run["variant"], run["seed"]) for run in runs})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: no finished study ({first_line(error)}); run cross_validate or ablate") from error
+    if not found:
+        raise InputError(f"{file}: no pair of models of `variant={variant}` and `seed={seed}` in it")
+    if len(kinds) > 1:
+        names = ", ".join(f"{name} with seed {number}" for name, number in kinds)
+        raise InputError(f"{file}: runs of {names}; choose one with `variant` and `seed`")
+    tested = [case for fold in found for case in fold.test]
+    if len(set(tested)) < len(tested):
+        raise InputError(f"{file}: a case is tested by two runs; the folds of one protocol are needed")
+    return found
+
+
+def fold_errors(judge: Judge, folds: Sequence[Fold], target: Predictor) -> Errors:
+    """Each test case of a study by the models that have not seen it, with the masks made as `target` makes them."""
+    scans: list[ScanErrors] = []
+    logits: dict[str, LogitHistogram] = {}
+    for number, fold in enumerate(folds):
+        errors = judge.errors(number, **_models(fold, target))
+        scans += errors.scans
+        logits |= errors.logits
+    return Errors(scans, logits)
+
+
+def _models(fold: Fold, target: Predictor) -> dict[str, Any]:
+    return {
+        "lung_checkpoint": fold.lung,
+        "infection_checkpoint": fold.infection,
+        "min_component_fraction": target.min_component_fraction,
+        "infection_postprocess": target.infection_postprocess,
+    }
+
+
+def make_record(errors: Errors, target: Predictor, method: Method, source: str) -> UncertaintyRecord:
+    """What is kept with the infection model of `target`.
+
+    Raises:
+      InputError: there are too few patients, or only one model.
+    """
+    if target.lung is None or target.infection is None:
+        raise InputError("a pair is calibrated: give `lung_checkpoint` and `infection_checkpoint`, or neither")
+    residuals = {name: sorted(errors.patient_residuals(name).values()) for name in QUANTITIES}
+    least = min(sum(one.has_both for one in errors.logits.values()), *map(len, residuals.values()))
+    if least < _LEAST_PATIENTS:
+        raise InputError(f"{least} patient(s) with lungs and infection in them; at least {_LEAST_PATIENTS} are needed")
+    models = {"lung": target.lung, "infection": target.infection}
+    return UncertaintyRecord(
+        fingerprints={name: fingerprint(model.variables) for name, model in models.items()},
+        temperature=fit_temperature(list(errors.logits.values())),
+        calibration=calibration_of_unseen(errors.logits),
+        method=method,
+        residuals=residuals,
+        settings=target.mask_settings,
+        source=source,
+    )
+
+
+def calibration_of_unseen(logits: Mapping[str, LogitHistogram]) -> dict[str, float]:
+    """ECE and Brier score over all patients' pixels, each patient with the temperature of the others.
+
+    Returns:
+      "ece", "brier", "ece_calibrated", "brier_calibrated"; "patient_ece", "patient_ece_calibrated", the mean over
+      patients; "lowest_temperature", "highest_temperature"; "patients", those with pixels inside and outside.
+    """
+    logits = {patient: one for patient, one in logits.items() if one.has_both}
+    temperatures = {
+        patient: fit_temperature([one for other, one in logits.items() if other != patient]) for patient in logits
+    }
+    before = _total([one.calibration() for one in logits.values()])
+    after = _total([one.calibration(temperatures[patient]) for patient, one in logits.items()])
+    return {
+        "ece": before.ece,
+        "ece_calibrated": after.ece,
+        "brier": before.brier,
+        "brier_calibrated": after.brier,
+        "lowest_temperature": min(temperatures.values()),
+        "highest_temperature": max(temperatures.values()),
+        "patient_ece": float(np.mean([one.calibration().ece for one in logits.values()])),
+        "patient_ece_calibrated": float(
+            np.mean([one.calibration(temperatures[patient]).ece for patient, one in logits.items()])
+        ),
+        "patients": len(logits),
+    }
+
+
+def _total(sums: Sequence[Calibration]) -> Calibration:
+    total = sums[0]
+    for one in sums[1:]:
+        total = total + one
+    return total
+
+
+def failure_detection(scans: Sequence[ScanErrors]) -> dict[str, float]:
+    """Whether members name the bad masks: "spearman", "worst_third_found", and of how many "scans"."""
+    known = [scan for scan in scans if not math.isnan(scan.dice) and not math.isnan(scan.pairwise_dice)]
+    score, dice = [scan.pairwise_dice for scan in known], [scan.dice for scan in known]
+    return {
+        "spearman": rank_correlation(score, dice),
+        "worst_third_found": worst_third_found(score, dice),
+        "scans": len(known),
+    }
+
+
+def coverage_of_unseen(errors: Errors) -> dict[str, dict[str, float]]:
+    """How many patients the others' residuals cover, by quantity: "covered" of "patients" at "level".
+
+    A patient is covered where all of its scans are. The level is what one patient fewer can promise.
+    """
+    results = {}
+    for name in QUANTITIES:
+        residuals = errors.patient_residuals(name)
+        level = default_level(len(residuals) - 1)
+        covered = sum(
+            one <= conformal_quantile([r for other, r in residuals.items() if other != patient], level)
+            for patient, one in residuals.items()
+        )
+        results[name] = {"level": level, "covered": covered, "patients": len(residuals)}
+    return results
+
+
+def cv_plus_coverage(
+    judge: Judge, folds: Sequence[Fold], errors: Errors, target: Predictor, split_file: Path
+) -> dict[str, Any]:
+    """CV+ intervals of scans that no fold has seen, the test cases of a split, by all fold models and their residuals.
+
+    Returns:
+      by quantity "level", "guarantee", "covered", "scans", "width" (median difference of the ends' square roots).
+    """
+    unseen = [
+        judge.errors(number, uncertainty=False, split_file=split_file, **_models(fold, target)).scans
+        for number, fold in enumerate(folds)
+    ]
+    fold_of = {scan.patient: scan.fold for scan in errors.scans}
+    results = {}
+    for name, quantity in QUANTITIES.items():
+        residuals = errors.patient_residuals(name)
+        level = default_level(len(residuals))
+        covered, widths = [], []
+        for scans in zip(*unseen, strict=True):
+            predicted = [scans[fold_of[patient]].predicted[name] for patient in residuals]
+            if any(map(math.isnan, (*predicted, scans[0].reference[name]))):
+                continue
+            low, high = cv_plus_interval(predicted, list(residuals.values()), level, quantity)
+            covered.append(low <= scans[0].reference[name] <= high)
+            widths.append(math.sqrt(high) - math.sqrt(low))
+        results[name] = {
+            "level": level,
+            "guarantee": cv_plus_guarantee(level, len(residuals), len(folds)),
+            "covered": sum(covered),
+            "scans": len(covered),
+            "width": float(np.median(widths)),
+        }
+    return results
+
+
+def summarize_errors(errors: Errors) -> dict[str, Any]:
+    """The tables: "calibration", "failure_detection", "coverage", and "scans", a row each."""
+    return {
+        "calibration": calibration_of_unseen(errors.logits),
+        "failure_detection": failure_detection(errors.scans),
+        "coverage": coverage_of_unseen(errors),
+        "scans": [
+            {**scan._asdict(), "residuals": {name: scan.residual(name) for name in QUANTITIES}} for scan in errors.scans
+        ],
+    }
+
+
+def to_markdown(summary: Mapping[str, Any], record: UncertaintyRecord) -> str:
+    """The same as Markdown."""
+    calibration, failure = summary["calibration"], summary["failure_detection"]
+    lines = [
+        f"{record.source}. Each patient is judged with what the others gave.",
+        "",
+        f"| temperature {record.temperature:.2f} (without one patient {calibration['lowest_temperature']:.2f} to "
+        f"{calibration['highest_temperature']:.2f}) | ECE | Brier | ECE of a patient, mean |",
+        "| --- | --- | --- | --- |",
+        f"| without | {calibration['ece']:.4f} | {calibration['brier']:.4f} | {calibration['patient_ece']:.4f} |",
+        f"| with | {calibration['ece_calibrated']:.4f} | {calibration['brier_calibrated']:.4f} | "
+        f"{calibration['patient_ece_calibrated']:.4f} |",
+        "",
+        "| agreement of members | value |",
+        "| --- | --- |",
+        f"| Spearman with Dice, {failure['scans']} scans | {failure['spearman']:.2f} |",
+        f"| found of the worst third | {failure['worst_third_found']:.0%} |",
+        "",
+        "| interval of | level | covered | ± on the square root |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, values in summary["coverage"].items():
+        reach = conformal_quantile(record.residuals[name], record.level)
+        covered = f"{values['covered']} of {values['patients']} patients"
+        lines.append(f"| {name} | {values['level']:.2f} | {covered} | {reach:.2f} at {record.level:.2f} |")
+    for name, values in summary.get("cv_plus", {}).items():
+        level = f"{values['level']:.2f}, guaranteed {values['guarantee']:.2f}"
+        covered = f"{values['covered']} of {values['scans']} scans of no fold"
+        lines.append(f"| {name}, CV+ | {level} | {covered} | {values['width'] / 2:.2f} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,192 @@
+"""Residuals, temperatures and tables in closed form; and the script, from split and from folds to a report."""
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from resunet_jax import Predictor, load_predictor
+from resunet_jax.data.cases import find_cases
+from resunet_jax.errors import InputError
+from resunet_jax.metrics.calibration import LogitHistogram, fit_temperature, logit_histogram
+from resunet_jax.metrics.conformal import QUANTITIES, split_interval
+from resunet_jax.studies.calibrate import (
+    Errors,
+    Judge,
+    ScanErrors,
+    calibration_of_unseen,
+    coverage_of_unseen,
+    cv_plus_coverage,
+    failure_detection,
+    fold_errors,
+    make_record,
+    study_folds,
+    summarize_errors,
+)
+from resunet_jax.weights.uncertainty import UNCERTAINTY_FILE, load_record
+from tests.conftest import COMPILE_FAST, Trained, run_script
+
+
+def scan(
+    patient: str, predicted: float, reference: float, *, dice: float = 0.5, agreement: float = 0.5, fold: int = 0
+) -> ScanErrors:
+    values = ({"infection_ml": ml, "involvement_percent": ml / 10} for ml in (predicted, reference))
+    return ScanErrors(f"{patient}_{predicted:g}", patient, fold, dice, agreement, *values)
+
+
+def histogram(temperature: float, seed: int) -> LogitHistogram:
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(-1, 4, 20_000)
+    target = rng.random(logits.size) < 1 / (1 + np.exp(-logits / temperature))
+    return logit_histogram((1 / (1 + np.exp(-logits))).astype(np.float32), target.astype(np.uint8))
+
+
+SCANS = [scan("a", 100, 81), scan("a", 16, 36), scan("b", 25, 25), scan("c", 4, 121), scan("d", 9, 16)]
+ERRORS = Errors(SCANS, {name: histogram(2.0, k) for k, name in enumerate("abcd")})
+
+
+def test_a_patient_has_the_residual_of_its_worst_scan() -> None:
+    assert ERRORS.patient_residuals("infection_ml") == pytest.approx({"a": 2, "b": 0, "c": 9, "d": 1})
+    undefined = scan("e", math.nan, 3)
+    assert "e" not in Errors([*SCANS, undefined], {}).patient_residuals("infection_ml")
+
+
+def test_patients_are_judged_by_the_others() -> None:
+    """Of four, three others promise 3/4 with the largest of their residuals: the worst patient alone is not covered."""
+    for values in coverage_of_unseen(ERRORS).values():
+        assert values == {"level": 0.75, "covered": 3, "patients": 4}
+    logits = {"a": histogram(3.0, 0), "b": histogram(1.5, 1)}
+    found = calibration_of_unseen(logits)
+    assert found["lowest_temperature"] == fit_temperature([logits["b"]])
+    assert found["highest_temperature"] == fit_temperature([logits["a"]])
+    a, b = (logits[name].calibration(fit_temperature([logits[other]])) for name, other in (("a", "b"), ("b", "a")))
+    assert found["ece_calibrated"] == pytest.approx((a + b).ece)
+    alike = calibration_of_unseen(ERRORS.logits)
+    assert alike["ece_calibrated"] < alike["ece"] / 3
+    assert alike["brier_calibrated"] < alike["brier"]
+
+
+def test_failure_detection_leaves_out_what_is_undefined() -> None:
+    scans = [scan(str(k), 1, 1, dice=k / 10, agreement=k / 7) for k in range(6)]
+    scans.append(scan("x", 1, 1, dice=0.9, agreement=math.nan))
+    assert failure_detection(scans) == {"spearman": pytest.approx(1), "worst_third_found": 1, "scans": 6}
+
+
+@pytest.fixture(scope="module")
+def target(trained: Trained) -> Predictor:
+    return load_predictor(trained.lung, trained.infection)
+
+
+@pytest.fixture(scope="module")
+def judge(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Judge:
+    return Judge(trained.data, trained.cache, tmp_path_factory.mktemp("judge"))
+
+
+@pytest.fixture
+def study(trained: Trained, tmp_path: Path) -> Path:
+    """The runs of a study of two folds, both of the same models."""
+    folders = {"lung": str(trained.lung), "infection": str(trained.infection)}
+    runs = [
+        {"variant": "robust", "seed": 0, "folders": folders, "split": {"test": [case]}}
+        for case in ("coronacases_003", "radiopaedia_14_85914_0")
+    ]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    return tmp_path
+
+
+def test_patients_that_trained_are_refused(judge: Judge, trained: Trained, tmp_path: Path) -> None:
+    split = json.loads(trained.split_file.read_text())
+    (tmp_path / "split.json").write_text(json.dumps({**split, "train": split["test"], "test": split["train"][:1]}))
+    with pytest.raises(InputError, match="in the training or validation of the models"):
+        judge.errors(
+            lung_checkpoint=trained.lung, infection_checkpoint=trained.infection, split_file=tmp_path / "split.json"
+        )
+
+
+def test_folds_judge_their_own_cases_and_cv_plus_uses_all(
+    judge: Judge, study: Path, target: Predictor, trained: Trained
+) -> None:
+    folds = study_folds(study)
+    own = judge.errors(lung_checkpoint=trained.lung, infection_checkpoint=trained.infection)
+    assert {one.patient for one in own.scans} == set(own.logits)
+    assert len(own.scans) == 2
+    # Each fold is judged on the test cases of its models' own split: here both cases, of one pair of models.
+    errors = fold_errors(judge, folds[:1], target)
+    assert errors.scans == own.scans
+    summary = summarize_errors(errors)
+    assert [row["case"] for row in summary["scans"]] == [one.case for one in own.scans]
+    record = make_record(errors, target, "fold_residuals", "1 fold")
+    assert record.guarantee is None
+    assert record.residuals["infection_ml"] == sorted(errors.patient_residuals("infection_ml").values())
+    # Models that are all the same: the CV+ interval is the split interval.
+    found = cv_plus_coverage(judge, folds[:1] * 2, Errors([*errors.scans], errors.logits), target, trained.split_file)
+    for name, quantity in QUANTITIES.items():
+        known = [one for one in own.scans if not math.isnan(one.predicted[name] + one.reference[name])]
+        residuals = list(errors.patient_residuals(name).values())
+        intervals = [split_interval(one.predicted[name], residuals, 2 / 3, quantity) for one in known]
+        covered = [low <= one.reference[name] <= high for one, (low, high) in zip(known, intervals, strict=True)]
+        assert (found[name]["covered"], found[name]["scans"]) == (sum(covered), len(known))
+    with pytest.raises(InputError, match="at least 2"):
+        make_record(Errors(own.scans[:1], dict(list(own.logits.items())[:1])), target, "split_conformal", "one patient")
+
+
+def test_what_is_no_study_is_named(study: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no finished study"):
+        study_folds(tmp_path / "none")
+    with pytest.raises(InputError, match="no pair of models"):
+        study_folds(study, variant="original")
+    lines = (study / "runs.jsonl").read_text().splitlines(keepends=True)
+    (study / "runs.jsonl").write_text("".join([*lines, lines[0].replace('"seed": 0', '"seed": 1')]))
+    with pytest.raises(InputError, match="robust with seed 0, robust with seed 1"):
+        study_folds(study)
+    assert len(study_folds(study, seed=0)) == 2
+    (study / "runs.jsonl").write_text("".join([*lines, lines[0]]))
+    with pytest.raises(InputError, match="tested by two runs"):
+        study_folds(study)
+
+
+def test_from_patients_left_out_to_the_report_of_a_scan(trained: Trained, tmp_path: Path) -> None:
+    infection, case = tmp_path / "infection", find_cases(trained.data)[0]
+    shutil.copytree(trained.infection, infection)
+    models = (f"--lung_checkpoint={trained.lung}", f"--infection_checkpoint={infection}")
+    data = (f"--data_dir={trained.data}", f"--cache_dir={trained.cache}")
+    result = run_script("calibrate", *data, *models, f"--output_dir={tmp_path / 'c'}", env=COMPILE_FAST)
+    assert result.returncode == 0, result.stderr
+    assert "| without |" in result.stdout
+    record = load_record(infection)
+    assert record is not None
+    assert (record.method, record.patients, record.guarantee) == ("split_conformal", 2, 2 / 3)
+    assert json.loads((tmp_path / "c" / UNCERTAINTY_FILE).read_text()) == json.loads(record.to_json())
+    assert str(tmp_path) not in record.to_json()
+    assert {"calibration", "failure_detection", "coverage", "scans"} == set(
+        json.loads((tmp_path / "c" / "summary.json").read_text())
+    )
+    flags = (*models, f"--input={case.ct}", f"--output_dir={tmp_path / 'out'}")
+    result = run_script("predict", *flags, "--uncertainty", env=COMPILE_FAST)
+    assert result.returncode == 0, result.stderr
+    assert "_uncertainty.nii.gz" in result.stdout
+    (file,) = (tmp_path / "out").glob("*_report.json")
+    report = json.loads(file.read_text(encoding="utf-8"))
+    assert report["uncertainty"]["members"] == 4
+    assert report["uncertainty"]["temperature"] == record.temperature
+    assert report["uncertainty"]["interval"]["method"] == "split_conformal"
+    volume = report["infection"]["volume_ml"]
+    assert report["infection"]["volume_interval_ml"] == pytest.approx(record.interval("infection_ml", volume))
+    page = file.with_suffix(".html").read_text(encoding="utf-8")
+    assert 'data-layer="uncertainty"' in page
+    assert "trained nothing" in page
+    with (tmp_path / "out" / "cohort.csv").open(encoding="utf-8", newline="") as table:
+        (row,) = csv.DictReader(table)
+    assert float(row["infection_high_ml"]) == pytest.approx(report["infection"]["volume_interval_ml"][1], abs=1e-4)
+    result = run_script("evaluate", *data, *models, f"--output_dir={tmp_path / 'e'}", "--uncertainty", env=COMPILE_FAST)
+    assert result.returncode == 0, result.stderr
+    assert "Intervals at 0.67 cover" in result.stdout
+    assert "with temperature" in result.stdout
+    metrics = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    assert set(metrics["reported_calibration"]) == {"without_temperature", "with_temperature"}
+    rows = [row for row in metrics["volumes"] if row["structure"] == "infection"]
+    assert all(row["volume_low_ml"] <= row["volume_ml"] <= row["volume_high_ml"] for row in rows)
