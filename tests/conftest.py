@@ -2,15 +2,18 @@
 
 import contextlib
 import itertools
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
+import nibabel as nib
 import numpy as np
 import pytest
 from filelock import FileLock
@@ -18,6 +21,7 @@ from hypothesis import settings
 
 from resunet_jax.config import CascadeConfig, Config, ModelConfig, PostprocessConfig, PreprocessConfig, TrainConfig
 from resunet_jax.data.phantom import SMALL, make_phantom
+from resunet_jax.data.readers import open_scan
 from resunet_jax.data.splits import SplitRequest
 from resunet_jax.recipes import recipe
 from resunet_jax.training.train import train
@@ -52,11 +56,11 @@ TINY = {
 }
 TINY_FLAGS = ("--image_size=32", "--filters=4,8,16,32", "--learning_rate=3e-3", "--batch_size=4")
 
-COMPILE_FAST = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-"""Environment of scripts whose programs run only a few times."""
+
+Done = subprocess.CompletedProcess[str]
 
 
-def run_script(name: str, *flags: object, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run_script(name: str, *flags: object, env: Mapping[str, str] | None = None) -> Done:
     """Runs experiments/<name>.py as a user would, with `env` added to the environment, and waits."""
     return subprocess.run(
         [sys.executable, ROOT / "experiments" / f"{name}.py", *map(str, flags)],
@@ -66,6 +70,27 @@ def run_script(name: str, *flags: object, env: Mapping[str, str] | None = None) 
         check=False,
         env={**os.environ, **(env or {})},
     )
+
+
+_SCRIPTS_IMPORT = "resunet_jax.studies.runner,resunet_jax.inference.batch,resunet_jax.report.outputs"
+
+
+def run_scripts(commands: Sequence[Sequence[object]], imports: str = _SCRIPTS_IMPORT) -> list[Done]:
+    """As `run_script`, for many commands that end soon; `imports` as MODULES of tests/forked_scripts.py."""
+    if not hasattr(os, "fork"):
+        return [run_script(str(script), *flags) for script, *flags in commands]
+    texts = [[str(part) for part in command] for command in commands]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "results.json"
+        subprocess.run(
+            [sys.executable, ROOT / "tests" / "forked_scripts.py", imports, file],
+            input=json.dumps(texts),
+            text=True,
+            timeout=540,
+            check=True,
+        )
+        results = json.loads(file.read_text(encoding="utf-8"))
+    return [subprocess.CompletedProcess(text, *result) for text, result in zip(texts, results, strict=True)]
 
 
 class Trained(NamedTuple):
@@ -130,6 +155,16 @@ def training_flags(task: str, trained: Trained, workdir: Path, cache: Path, epoc
         *TINY_FLAGS,
         *lung,
     ]
+
+
+def store_in_window(scans: Path, low: float, high: float) -> None:
+    """Writes the scans of a folder anew, as exports to 0..255 over HU [low, high]."""
+    for path in scans.iterdir():
+        with open_scan(path) as scan:
+            grid = scan.grid
+            hu = grid.from_pls(scan.read_slices(0, grid.oriented_shape[-1]).to_hu())
+        values = (np.clip(hu, low, high) - low) / (high - low) * 255
+        nib.save(nib.Nifti1Image(np.rint(values).astype(np.uint8), grid.affine), path)
 
 
 class KilledError(Exception):

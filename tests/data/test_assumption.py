@@ -1,9 +1,10 @@
-"""Scans in a window that only their owner knows: refused, unless `assume` says what it is, in every command."""
+"""Scans in a window that only their owner knows: refused, unless `assume` says what it is.
+
+That each script hands it on: `tests/test_experiments.py`."""
 
 import shutil
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 
@@ -16,7 +17,7 @@ from resunet_jax.data.validate import check_data
 from resunet_jax.errors import InputError
 from resunet_jax.evaluation.evaluate import evaluate
 from resunet_jax.training.train import train
-from tests.conftest import COMPILE_FAST, TINY, TINY_FLAGS, Trained, run_script
+from tests.conftest import TINY, Trained, store_in_window
 
 LOW, HIGH = -1000.0, 400.0
 ASSUME = f"window:{LOW:g},{HIGH:g}"
@@ -33,10 +34,7 @@ def exported(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "metadata.csv").unlink()
     for path in folder.rglob("radiopaedia*"):
         path.unlink()
-    for path in (folder / "ct_scans").iterdir():
-        image = nib.load(path)
-        values = (np.clip(np.asarray(image.dataobj), LOW, HIGH) - LOW) / (HIGH - LOW) * 255
-        nib.save(nib.Nifti1Image(np.rint(values).astype(np.uint8), image.affine), path)
+    store_in_window(folder / "ct_scans", LOW, HIGH)
     return folder
 
 
@@ -91,22 +89,3 @@ def test_checks_and_evaluates_under_an_assumption(exported: Path, trained: Train
     before, after = ({v["case"]: v["dice"] for v in one.volumes if v["structure"] == "lung"} for one in dice)
     for case_id, value in after.items():
         assert value == pytest.approx(before[case_id], abs=0.05)
-
-
-def test_each_script_hands_it_on(exported: Path, tmp_path: Path) -> None:
-    data = [f"--data_dir={exported}", f"--cache_dir={tmp_path / 'cache'}"]
-    lung = tmp_path / "lung"
-    runs = {
-        "check_data": data[:1],
-        "train_lung": [*data, *TINY_FLAGS, f"--workdir={lung}", "--epochs=1", "--split_seed=1"],
-        "evaluate": [*data, f"--lung_checkpoint={lung}", f"--output_dir={tmp_path / 'report'}"],
-    }
-    refused = run_script("train_lung", *runs["train_lung"], env=COMPILE_FAST)
-    assert refused.returncode == 2
-    assert "--assume" in refused.stderr
-    for script, flags in runs.items():
-        result = run_script(script, *flags, f"--assume={ASSUME}", env=COMPILE_FAST)
-        assert result.returncode == 0, (script, result.stderr)
-    wrong = run_script("evaluate", *runs["evaluate"], "--assume=window:1", env=COMPILE_FAST)
-    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
-    assert wrong.stderr.startswith("error: --assume=window:1: it must be hu, or window:LOW,HIGH")

@@ -33,7 +33,8 @@ from resunet_jax.training.devices import make_mesh
 from resunet_jax.training.loop import fit
 from resunet_jax.training.step import create_state, make_optimizer
 
-data, cache, root, steps = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+data, cache, root = map(Path, sys.argv[1:4])
+steps, *counts = map(int, sys.argv[4:])
 preprocess = PreprocessConfig(image_size=32)
 prepared = prepare_cases(find_cases(data), preprocess, cache)
 source = SliceSource(prepared * 3, "lung")  # more than 20 steps an epoch
@@ -41,7 +42,7 @@ source = SliceSource(prepared * 3, "lung")  # more than 20 steps an epoch
 plain = TrainConfig(batch_size=8, schedule="step", learning_rate=2e-4, weight_decay=0.0, loss="bce")
 config = Config(preprocess=preprocess, model=ModelConfig(filters=(4, 8, 16, 32)), train=plain)
 losses = {}
-for count in (1, 2, 4, 8):
+for count in counts:
     workdir = root / str(count)
     try:
         fit(config, source, None, workdir, mesh=make_mesh(count, 8), should_stop=lambda step: step == steps)
@@ -53,16 +54,16 @@ print(json.dumps(losses))
 """
 
 
-@pytest.mark.slow
-def test_any_number_of_devices_gives_the_same_losses(trained: Trained, tmp_path: Path) -> None:
+@pytest.mark.parametrize("counts", ["14", pytest.param("1248", marks=pytest.mark.exhaustive)])
+def test_any_number_of_devices_gives_the_same_losses(trained: Trained, tmp_path: Path, counts: str) -> None:
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    command = [sys.executable, "-c", CODE, trained.data, trained.cache, tmp_path, str(STEPS)]
+    command = [sys.executable, "-c", CODE, trained.data, trained.cache, tmp_path, str(STEPS), *counts]
     environment = {**os.environ, "XLA_FLAGS": flags}
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stderr
     losses = json.loads(result.stdout)
-    assert list(losses) == ["1", "2", "4", "8"]
-    assert [len(values) for values in losses.values()] == [STEPS] * 4
+    assert list(losses) == list(counts)
+    assert [len(values) for values in losses.values()] == [STEPS] * len(counts)
     for values in losses.values():
         np.testing.assert_allclose(values, losses["1"], rtol=1e-5)
     assert losses["1"][-1] < losses["1"][0] - 0.01  # it learns, so the steps are not one and the same
