@@ -8,7 +8,7 @@ Started several times at once with the same --workdir, the processes share the r
 
 from absl import flags
 from common import settings
-from common.run import run, stop_signals
+from common.run import run
 
 from resunet_jax.data.splits import FOLD_PROTOCOLS, NUM_FOLDS, SplitRequest
 from resunet_jax.errors import InputError
@@ -26,28 +26,20 @@ flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 def main() -> None:
     """Runs the ablation by the flags."""
-    from resunet_jax.plugins import load_plugins
-    from resunet_jax.studies.runner import Study, ablate
+    from resunet_jax.studies.runner import ablate
     from resunet_jax.studies.table import print_ablation
     from resunet_jax.studies.variants import find_variants
 
-    workdir = settings.path("workdir")
+    study = settings.study()
     summary = ablate(
-        Study(
-            settings.path("data_dir"),
-            workdir,
-            settings.path("cache_dir"),
-            stop_signals(),
-            load_plugins(),
-            assumed=settings.assumption(),
-        ),
+        study,
         find_variants(FLAGS.variants),
         changes=settings.changes_from_flags(),
         seeds=_seeds(),
         splits=_splits(),
     )
     print_ablation(summary)
-    print(f"report: {workdir.resolve()}")
+    print(f"report: {study.workdir.resolve()}")
 
 
 def _seeds() -> list[int]:

@@ -7,7 +7,7 @@ Started several times at once with the same --workdir, the processes share the f
 
 from absl import flags
 from common import settings
-from common.run import run, stop_signals
+from common.run import run
 
 from resunet_jax.data.splits import FOLD_PROTOCOLS
 
@@ -19,21 +19,13 @@ flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 def main() -> None:
     """Cross-validates by the flags."""
-    from resunet_jax.plugins import load_plugins
-    from resunet_jax.studies.runner import Study, cross_validate
+    from resunet_jax.studies.runner import cross_validate
     from resunet_jax.studies.table import print_cross_validation
     from resunet_jax.studies.variants import Variant
 
-    workdir, changes = settings.path("workdir"), settings.changes_from_flags()
+    study, changes = settings.study(), settings.changes_from_flags()
     results = cross_validate(
-        Study(
-            settings.path("data_dir"),
-            workdir,
-            settings.path("cache_dir"),
-            stop_signals(),
-            load_plugins(),
-            assumed=settings.assumption(),
-        ),
+        study,
         Variant(FLAGS.recipe, FLAGS.recipe),
         protocol=FLAGS.protocol,
         changes=changes,
@@ -41,7 +33,7 @@ def main() -> None:
         allow_missing=FLAGS.allow_missing,
     )
     print_cross_validation(results)
-    print(f"report: {workdir.resolve()}")
+    print(f"report: {study.workdir.resolve()}")
 
 
 if __name__ == "__main__":

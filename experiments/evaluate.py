@@ -39,6 +39,7 @@ def main() -> None:
         tolerance_mm={structure: getattr(FLAGS, f"{structure}_tolerance_mm") for structure in TOLERANCE_MM},
         uncertainty=FLAGS.uncertainty,
         assumed=settings.assumption(),
+        max_cache_gb=FLAGS.max_cache_gb,
         **settings.model_arguments(),
         **load_plugins().for_evaluation,
     )

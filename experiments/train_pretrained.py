@@ -45,6 +45,7 @@ def main() -> None:
             lung_checkpoint=workdir / "lung" if task == "infection" else None,
             should_stop=should_stop,
             assumed=settings.assumption(),
+            max_cache_gb=flags.FLAGS.max_cache_gb,
         )
     folder = settings.optional_path("output_dir") or workdir / "pretrained"
     save_pair(folder, ModelPair(*(load_model(workdir / task) for task in tasks)))

@@ -71,6 +71,17 @@ def atomic_dir(path: Path, argument: str = "") -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def remove_dir(path: Path) -> bool:
+    """Removes a folder atomically; whether it could be: on Windows not while one of its files is open."""
+    gone = _partial(path)
+    try:
+        path.replace(gone)
+    except OSError:
+        return False
+    shutil.rmtree(gone, ignore_errors=True)
+    return True
+
+
 def _sync(path: Path) -> None:
     """Waits until a file or a folder's entries are on disk, where the system can."""
     with contextlib.suppress(OSError):  # Windows has no descriptor for a folder

@@ -6,15 +6,19 @@ import os
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from resunet_jax.config import INFECTION_POSTPROCESS, SETTINGS, Config, TaskName, override
+from resunet_jax.data.slice_cache import MAX_CACHE_GB
 from resunet_jax.data.splits import NUM_FOLDS, Protocol, SplitRequest
 from resunet_jax.errors import InputError
 from resunet_jax.files import default_cache_dir, expand_user
 from resunet_jax.recipes import DEFAULT_RECIPE, RecipeName, recipe
+
+if TYPE_CHECKING:
+    from resunet_jax.studies.runner import Study
 
 _FLAGGED = (
     "preprocess.image_size",
@@ -86,10 +90,12 @@ def assumption() -> tuple[float, float] | None:
 
 
 def define_cache_flags() -> None:
-    """--cache_dir and --compilation_cache_dir."""
+    """--cache_dir, --max_cache_gb and --compilation_cache_dir."""
     define_path(
         "cache_dir", "Folder of preprocessed slices; may be deleted at any time.", default=str(default_cache_dir())
     )
+    text = "Of --cache_dir; beyond it, slices that were used longest ago and are not in use are removed."
+    flags.DEFINE_float("max_cache_gb", MAX_CACHE_GB, text, lower_bound=0)
     define_compilation_cache_flag()
 
 
@@ -189,7 +195,25 @@ def training_arguments() -> dict[str, Any]:
         "cache_dir": path("cache_dir"),
         "split": split_request(),
         "assumed": assumption(),
+        "max_cache_gb": flags.FLAGS.max_cache_gb,
     }
+
+
+def study() -> "Study":
+    """What the data and folder flags ask for; SIGTERM and SIGINT stop it."""
+    from common.run import stop_signals
+    from resunet_jax.plugins import load_plugins
+    from resunet_jax.studies.runner import Study
+
+    return Study(
+        path("data_dir"),
+        path("workdir"),
+        path("cache_dir"),
+        stop_signals(),
+        load_plugins(),
+        assumed=assumption(),
+        max_cache_gb=flags.FLAGS.max_cache_gb,
+    )
 
 
 def define_model_flags() -> None:

@@ -1,12 +1,12 @@
 """One evaluation from checkpoints and data folder to numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from resunet_jax.data.cases import find_cases, require_infection_masks
+from resunet_jax.data.cases import Case, find_cases, require_infection_masks
 from resunet_jax.data.readers import READERS, Reader
-from resunet_jax.data.slice_cache import prepare_cases
+from resunet_jax.data.slice_cache import MAX_CACHE_GB, prepare_cases
 from resunet_jax.data.splits import read_split
 from resunet_jax.errors import InputError
 from resunet_jax.evaluation.compare import Evaluation, evaluate_cases
@@ -37,6 +37,7 @@ def evaluate(
     architectures: Mapping[str, Architecture] = ARCHITECTURES,
     readers: Mapping[str, Reader] = READERS,
     assumed: tuple[float, float] | None = None,
+    max_cache_gb: float = MAX_CACHE_GB,
 ) -> Evaluation:
     """Evaluates one or both models of the cascade on a subset of a split.
 
@@ -58,6 +59,7 @@ def evaluate(
       architectures: the table of models.
       readers: the table of formats.
       assumed: what the scans' values are, see `open_scan`; by default each is judged.
+      max_cache_gb: see `prepare_cases`.
 
     Raises:
       InputError: models, data or split are not fit for it.
@@ -76,20 +78,16 @@ def evaluate(
         architectures=architectures,
     )
     cases = find_cases(data_dir, readers)
-    protocol = "all cases of the folder, those of the training among them"
-    if subset != "all":
+    if subset == "all":
+        protocol = "all cases of the folder, those of the training among them"
+    else:
         own = [path / "split.json" for path in (infection_checkpoint, lung_checkpoint) if path is not None]
-        files = [split_file] if split_file else [path for path in own if path.is_file()]
-        if not files:
-            raise InputError(f"which cases are the {subset} subset? Give `split_file`, or `subset=all`")
-        splits = [read_split(file, cases) for file in files]
-        if any(split != splits[0] for split in splits):
-            logger.warning("%s and %s differ: a case may have trained one of the models; using the first", *files)
-        cases = splits[0].cases(subset, cases)
-        protocol = f"{subset} subset of {splits[0].protocol or 'a split file'}"
+        cases, protocol = _subset(cases, subset, [split_file] if split_file else [f for f in own if f.is_file()])
     if predictor.infection is not None:
         require_infection_masks(cases)
-    prepared = prepare_cases(cases, predictor.preprocess, cache_dir, readers, assumed=assumed)
+    prepared = prepare_cases(
+        cases, predictor.preprocess, cache_dir, readers, assumed=assumed, max_cache_gb=max_cache_gb
+    )
     return evaluate_cases(
         predictor,
         prepared,
@@ -99,3 +97,13 @@ def evaluate(
         metrics=metrics,
         readers=readers,
     )
+
+
+def _subset(cases: Sequence[Case], subset: str, files: Sequence[Path]) -> tuple[list[Case], str]:
+    """The cases of a subset of the first of some split files, and what that is in words."""
+    if not files:
+        raise InputError(f"which cases are the {subset} subset? Give `split_file`, or `subset=all`")
+    splits = [read_split(file, cases) for file in files]
+    if any(split != splits[0] for split in splits):
+        logger.warning("%s and %s differ: a case may have trained one of the models; using the first", *files)
+    return splits[0].cases(subset, cases), f"{subset} subset of {splits[0].protocol or 'a split file'}"

@@ -16,7 +16,7 @@ import numpy as np
 
 from resunet_jax.config import Config, Structure, non_defaults, override, to_dict
 from resunet_jax.data.cases import Case, find_cases, require_infection_masks
-from resunet_jax.data.slice_cache import content_digests
+from resunet_jax.data.slice_cache import MAX_CACHE_GB, content_digests
 from resunet_jax.data.splits import NUM_FOLDS, Protocol, Split, SplitRequest, make_split
 from resunet_jax.errors import InputError, LockedError, StoppedError
 from resunet_jax.evaluation.compare import nan_to_none
@@ -93,6 +93,7 @@ class Study:
       layout: of the workdir.
       sizes: by configs, what `_size` has found.
       assumed: what the scans' values are, see `open_scan`; by default each is judged.
+      max_cache_gb: see `prepare_cases`.
     """
 
     data_dir: Path
@@ -103,6 +104,7 @@ class Study:
     layout: Layout = ABLATION
     sizes: dict[tuple[Config, ...], tuple[int, float]] = dataclasses.field(default_factory=dict)
     assumed: tuple[float, float] | None = None
+    max_cache_gb: float = MAX_CACHE_GB
 
     def model(self, run: Run, task: Structure) -> Path:
         """The folder of a run's model."""
@@ -266,6 +268,7 @@ def _run(study: Study, run: Run) -> None:
         batch_size=lung.train.batch_size,
         min_component_fraction=lung.postprocess.min_component_fraction,
         assumed=study.assumed,
+        max_cache_gb=study.max_cache_gb,
         **study.tables.for_evaluation,
     )
     shutil.rmtree(report, ignore_errors=True)  # one that is not complete
@@ -300,6 +303,7 @@ def _train(study: Study, run: Run, task: Structure) -> dict[str, float]:
                 lung_checkpoint=study.model(run, "lung") if task == "infection" else None,
                 should_stop=study.should_stop,
                 assumed=study.assumed,
+                max_cache_gb=study.max_cache_gb,
                 **study.tables.for_training,
             )
             seconds = float(np.median([1 / record["steps_per_second"] for record in history]))

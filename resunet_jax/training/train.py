@@ -18,7 +18,7 @@ from resunet_jax.config import Config, from_dict, to_dict
 from resunet_jax.data.batches import SliceSource
 from resunet_jax.data.cases import Case, find_cases, require_infection_masks
 from resunet_jax.data.readers import READERS, Reader, read_grid, read_mask, read_volume
-from resunet_jax.data.slice_cache import PreparedCase, prepare_cases
+from resunet_jax.data.slice_cache import MAX_CACHE_GB, PreparedCase, prepare_cases
 from resunet_jax.data.splits import DEFAULT_SPLIT, Split, SplitRequest, make_split, read_split, write_split
 from resunet_jax.data.volume import Array, Grid
 from resunet_jax.errors import InputError
@@ -71,6 +71,7 @@ def train(
     architectures: Mapping[str, Architecture] = ARCHITECTURES,
     readers: Mapping[str, Reader] = READERS,
     assumed: tuple[float, float] | None = None,
+    max_cache_gb: float = MAX_CACHE_GB,
 ) -> History:
     """Trains a model, or resumes from the workdir's latest checkpoint.
 
@@ -89,6 +90,7 @@ def train(
       architectures: the table of models.
       readers: the table of formats.
       assumed: what the scans' values are, see `open_scan`; by default each is judged.
+      max_cache_gb: see `prepare_cases`.
 
     Returns:
       one record per epoch, see `fit`.
@@ -98,14 +100,7 @@ def train(
       StoppedError: see `fit`.
     """
     task = TASKS[config.task]
-    make_loss(config.train.loss, losses)
-    check_transforms(config.augment, augmentations)
-    build_model(config, architectures=architectures)
-    if not config.preprocess.is_physical and config.augment.lesion_densify_prob + config.augment.lesion_fade_prob > 0:
-        raise InputError(
-            "lesion_densify_prob and lesion_fade_prob change intensities in HU, which normalization minmax does not "
-            "keep; set both to 0, or choose another normalization"
-        )
+    _check_settings(config, losses, augmentations, architectures)
     check_output_dir(workdir)
     mesh = make_mesh(devices, config.train.batch_size)
     lung, config = _load_lung(config, task, lung_checkpoint, architectures)
@@ -113,7 +108,10 @@ def train(
     config = dataclasses.replace(config, train_patients=_patients(train_cases), val_patients=_patients(val_cases))
     with dir_lock(workdir) if is_primary() else contextlib.nullcontext():
         _check_resumable(workdir, config, chosen)
-        prepared = prepare_cases([*train_cases, *val_cases], config.preprocess, cache_dir, readers, assumed=assumed)
+        cases = [*train_cases, *val_cases]
+        prepared = prepare_cases(
+            cases, config.preprocess, cache_dir, readers, assumed=assumed, max_cache_gb=max_cache_gb
+        )
         digests = {one.case.id: one.digest for one in prepared}
         check_data_unchanged(workdir, digests)
         train_set, val_set = prepared[: len(train_cases)], prepared[len(train_cases) :]
@@ -147,6 +145,23 @@ def train(
                 _use_validation(workdir, Predictor(*models), val_set, task, readers)
         logger.info("done: %s", workdir)
     return history
+
+
+def _check_settings(
+    config: Config,
+    losses: Mapping[str, Loss],
+    augmentations: Mapping[str, Augmentation],
+    architectures: Mapping[str, Architecture],
+) -> None:
+    """Refuses what the tables lack, and augmentation that the normalization does not allow."""
+    make_loss(config.train.loss, losses)
+    check_transforms(config.augment, augmentations)
+    build_model(config, architectures=architectures)
+    if not config.preprocess.is_physical and config.augment.lesion_densify_prob + config.augment.lesion_fade_prob > 0:
+        raise InputError(
+            "lesion_densify_prob and lesion_fade_prob change intensities in HU, which normalization minmax does not "
+            "keep; set both to 0, or choose another normalization"
+        )
 
 
 def _patients(cases: Sequence[Case]) -> tuple[str, ...]:

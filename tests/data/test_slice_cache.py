@@ -1,4 +1,9 @@
 import dataclasses
+import logging
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -56,7 +61,7 @@ def test_settings_and_content_make_the_key(cases, tmp_path: Path) -> None:
     prepare_cases(cases, dataclasses.replace(CONFIG, normalization="minmax"), tmp_path)
     other = dataclasses.replace(cases[0], lung_mask=cases[0].infection_mask)
     prepare_cases([other], CONFIG, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 5
+    assert len([path for path in tmp_path.iterdir() if path.name[0] != "."]) == 5
 
 
 def test_an_interrupted_build_is_not_taken_for_a_complete_one(
@@ -194,3 +199,93 @@ def test_the_same_scan_from_two_windows_is_the_same_to_a_model() -> None:
     assert lung == pytest.approx([hu_to_window(-850)] * 2, abs=2 / 255)
     apart = [np.abs(first - second).mean() for first, second in images.values()]
     assert apart[1] < 0.1 * apart[0]
+
+
+GB = 1e-9  # a byte
+
+
+def size(cache: Path) -> int:
+    return sum(file.stat().st_size for file in cache.glob("*/*.npy"))
+
+
+def made(cache: Path) -> list[str]:
+    """Names of the scans in the cache, used longest ago first; each use is dated a second after the one before."""
+    folders = sorted((path.parent for path in cache.glob("*/boxes.npy")), key=lambda path: path.stat().st_mtime)
+    for i, folder in enumerate(folders):
+        os.utime(folder, (1e9 + i, 1e9 + i))
+    return [folder.name for folder in folders]
+
+
+@pytest.fixture
+def full_cache(cases, tmp_path: Path) -> tuple[Path, int]:
+    """A cache of three settings of two scans that nobody uses, and its size in bytes; the first setting used last."""
+    for image_size in (16, 32, 48):
+        for case in cases:
+            prepare_cases([case], dataclasses.replace(CONFIG, image_size=image_size), tmp_path)
+            made(tmp_path)
+    prepare_cases(cases, dataclasses.replace(CONFIG, image_size=16), tmp_path)
+    (tmp_path / "compiled").mkdir()
+    (tmp_path / "compiled" / "program-cache").write_bytes(bytes(10**6))
+    return tmp_path, size(tmp_path)
+
+
+def test_the_scans_used_longest_ago_are_removed(full_cache, cases, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    cache, total = full_cache
+    kept = made(cache)
+    prepare_cases(cases, dataclasses.replace(CONFIG, image_size=16), cache, max_cache_gb=total * GB)
+    assert (made(cache), caplog.records) == (kept, [])
+    prepare_cases(cases, dataclasses.replace(CONFIG, image_size=16), cache, max_cache_gb=(total - 1) * GB)
+    assert set(kept) - set(made(cache)) == {kept[0]}
+    (record,) = caplog.records
+    assert re.fullmatch(rf"{cache}: removed the slices of 1 scans, used longest ago; .*`max_cache_gb`", record.message)
+    prepare_cases(cases, dataclasses.replace(CONFIG, image_size=16), cache, max_cache_gb=0)
+    assert made(cache) == kept[-2:]  # what the call itself uses
+    assert (cache / "compiled" / "program-cache").is_file()
+    assert not [path for path in cache.iterdir() if path.name.startswith(".partial")]
+
+
+def test_no_scan_that_is_in_use_is_removed(full_cache, cases) -> None:
+    """By this process, and by another one until it is killed."""
+    cache, _ = full_cache
+    ours = prepare_cases(cases, dataclasses.replace(CONFIG, image_size=48), cache)
+    code = (
+        "import sys, dataclasses; from pathlib import Path\n"
+        "from resunet_jax.config import PreprocessConfig\n"
+        "from resunet_jax.data.cases import find_cases\n"
+        "from resunet_jax.data.slice_cache import prepare_cases\n"
+        "cases = find_cases(Path(sys.argv[1]))[:2]\n"
+        "config = PreprocessConfig(image_size=32, normalization='window')\n"
+        "prepared = prepare_cases(cases, config, Path(sys.argv[2]))\n"
+        "print(prepared[0].digest, prepared[1].digest, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    data = cases[0].ct.parent.parent
+    with subprocess.Popen(
+        [sys.executable, "-c", code, data, cache], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        theirs = other.stdout.readline().split()
+        prepare_cases(cases[:1], dataclasses.replace(CONFIG, image_size=16), cache, max_cache_gb=0)
+        left = {one.digest for one in ours} | set(theirs)
+        assert len(left) == 4
+        assert left < set(made(cache))
+        other.kill()
+    images = ours[0].images.copy()
+    del ours
+    prepare_cases(cases[:1], dataclasses.replace(CONFIG, image_size=16), cache, max_cache_gb=0)
+    assert len(made(cache)) == 1
+    again = prepare_cases(cases, dataclasses.replace(CONFIG, image_size=48), cache)
+    np.testing.assert_array_equal(again[0].images, images)
+    assert len(list((cache / ".in_use").glob("*.lock"))) <= 3  # of the living, and the one of all
+
+
+def test_a_cache_that_can_only_be_read_serves(cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepare_cases(cases, CONFIG, tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(slice_cache.FileLock, "acquire", refuse)
+    monkeypatch.setattr(slice_cache, "write_text", refuse)
+    second = prepare_cases(cases, CONFIG, tmp_path, max_cache_gb=0)
+    np.testing.assert_array_equal(first[0].images, second[0].images)
