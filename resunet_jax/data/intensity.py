@@ -6,7 +6,7 @@ elsewhere is refused, with what was found and what to do: it would give a wrong 
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,15 @@ LUNG_LEVEL = (45.0, 140.0)
 LUNG_FRACTION = (0.06, 0.6)
 """Where lung may lie between air (0) and soft tissue (1) in a scan in 0..255."""
 
+MUSCLE_HU = 45.0
+"""Where muscle and blood lie; `calibration` puts them there, and air at -1000."""
+SOUND_AIR_HU = (-1025.0, -980.0)
+"""Where air lies in scans in Hounsfield units that are left as they are."""
+SOUND_MUSCLE_HU = (-15.0, 90.0)
+"""Where muscle lies in scans that are left as they are, air being at -1000 HU."""
+FAT_HU = -60.0
+"""Below it, the brightest tissue may be the fat of a scan that shows no muscle: it is left as it is, with a warning."""
+
 SAMPLED_SLICES = 16
 """Of a scan, evenly spread, that are looked at."""
 
@@ -41,6 +50,9 @@ _MIN_VISIBLE = 0.005  # of the voxels: a level that fewer show is not judged
 _PADDING_BELOW = -1100.0  # values beyond the field of view, in HU
 INSIDE_FIELD = 0.2
 """Of the voxels around the body; fewer above 0 are the table and clothes, and air itself is at 0."""
+_PROMINENT = 0.5  # of the highest peak: fat and muscle are both so high, vessels with contrast agent are not
+_NEAR_AIR = 0.06  # of the way from air to soft tissue, about 60 HU
+_CUT_BINS = 8  # below the largest value, where values that a window cuts off pile up
 _CLIPPED = 0.45  # of the bright voxels at the largest value: soft tissue is cut off
 
 
@@ -53,6 +65,7 @@ class Levels(NamedTuple):
       tissue: most frequent value of what is bright.
       distinct: how many different values there are.
       clipped: whether most of what is bright has the largest value.
+      anchors: air, and muscle: of what is bright the brightest frequent value, for the most frequent one may be fat.
     """
 
     air: float | None
@@ -60,6 +73,7 @@ class Levels(NamedTuple):
     tissue: float | None
     distinct: int
     clipped: bool
+    anchors: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         found = {"air": self.air, "lung": self.lung, "soft tissue": self.tissue}
@@ -95,18 +109,20 @@ def measure_levels(volume: Volume) -> Levels:
         outside = outside[outside > 0]  # 0 is beyond the field of view
     tissue = values[bright & (values < high)] if (values[bright] == high).mean() < _CLIPPED else values[bright]
     bin_width = float(np.ptp(values[valid])) / 250
+    uncut = tissue[tissue < high - _CUT_BINS * bin_width]
     least = _MIN_VISIBLE * values.size
 
     def mode(some: npt.NDArray[np.float32]) -> float | None:
         return _mode(some, bin_width) if some.size > least else None
 
-    inside = values[dark & ~around]
+    inside, air, soft = values[dark & ~around], mode(outside), mode(tissue)
     return Levels(
-        mode(outside),
+        air,
         float(np.median(inside)) if inside.size > least else None,
-        mode(tissue),
+        soft,
         len(np.unique(values)),
         clipped=bool((values[bright] == high).mean() >= _CLIPPED),
+        anchors=_anchors(outside, uncut, air, soft),
     )
 
 
@@ -130,13 +146,65 @@ def _touches_border(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
 
 
 def _mode(values: npt.NDArray[np.float32], bin_width: float) -> float:
+    smooth, centres = _smooth_histogram(values, bin_width)
+    return float(centres[smooth.argmax()])
+
+
+def _anchors(
+    outside: npt.NDArray[np.float32], tissue: npt.NDArray[np.float32], air: float | None, soft: float | None
+) -> tuple[float, float] | None:
+    """The median of what is near air, and the brightest of the frequent values of tissue, smoothed by about 20 HU."""
+    if air is None or soft is None or soft <= air or not tissue.size:
+        return None
+    near_air = outside[np.abs(outside - air) < _NEAR_AIR * (soft - air)]  # the rest is lung, the table, clothes
+    smooth, centres = _smooth_histogram(tissue, (soft - air) / 200, 4.0)
+    padded = np.pad(smooth, 1)
+    peaks = (smooth >= padded[:-2]) & (smooth > padded[2:]) & (smooth >= _PROMINENT * smooth.max())
+    return float(np.median(near_air)), float(centres[np.flatnonzero(peaks)[-1]])
+
+
+def _smooth_histogram(
+    values: npt.NDArray[np.float32], bin_width: float, sigma: float = 2.0
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Counts of values, smoothed over a few bins, and the bins' centres."""
     low, high = float(values.min()), float(values.max())
     if high - low <= bin_width:
-        return float(np.median(values))
+        return np.ones(1), np.array([float(np.median(values))])
     counts, edges = np.histogram(values, int(np.ceil((high - low) / bin_width)))
-    smooth: npt.NDArray[Any] = ndimage.gaussian_filter1d(counts.astype(float), 2.0, mode="constant")
-    k = int(smooth.argmax())
-    return float(edges[k] + edges[k + 1]) / 2
+    smooth: npt.NDArray[np.float64] = ndimage.gaussian_filter1d(counts.astype(float), sigma, mode="constant")
+    return smooth, (edges[1:] + edges[:-1]) / 2
+
+
+def muscle_hu(levels: Levels, scale: IntensityScale) -> float | None:
+    """Where muscle lies on a scan's scale when air is put at -1000 HU; None where either of them cannot be seen."""
+    if levels.anchors is None or not sees_air(levels):
+        return None
+    air, muscle = levels.anchors
+    return (muscle - air) * (1.0 if scale == "hu" else (HU_WINDOW[1] - HU_WINDOW[0]) / 255) - 1000
+
+
+def calibration(levels: Levels, scale: IntensityScale) -> tuple[float, float] | None:
+    """The stored values that HU -1250 and 250 are, where air and muscle lie off the scale that a scan is on.
+
+    A slope or window that is a little off changes what ground glass looks like; where air and muscle lie is known.
+
+    Args:
+      levels: of the scan.
+      scale: as `infer_scale` has found it.
+
+    Returns:
+      the values; None for a scan that is left as it is, which sound ones are, and where air or muscle cannot be seen.
+    """
+    found = muscle_hu(levels, scale)
+    if levels.anchors is None or found is None or found < FAT_HU:
+        return None
+    air, muscle = levels.anchors
+    air_fits = scale == "windowed" or _within(air, SOUND_AIR_HU)  # a window's place is what `air_offset` is for
+    if air_fits and _within(found, SOUND_MUSCLE_HU):
+        return None
+    slope = (muscle - air) / (MUSCLE_HU + 1000)
+    low, high = (air + slope * (hu + 1000) for hu in HU_WINDOW)
+    return low, high
 
 
 def parse_assumption(text: str) -> tuple[float, float]:

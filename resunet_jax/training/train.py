@@ -279,7 +279,7 @@ def check_data_unchanged(workdir: Path, digests: Mapping[str, str]) -> None:
     if changed:
         raise InputError(
             f"{workdir}: a scan or mask of {', '.join(changed)} has changed since this run began, or `assume` "
-            "has; restore it, or choose a new `workdir`"
+            "has, or an older version prepared it otherwise; restore it, or choose a new `workdir`"
         )
 
 

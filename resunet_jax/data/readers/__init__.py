@@ -10,14 +10,16 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from resunet_jax.data.intensity import SAMPLED_SLICES, infer_scale
+from resunet_jax.data.intensity import FAT_HU, SAMPLED_SLICES, calibration, infer_scale, measure_levels, muscle_hu
 from resunet_jax.data.readers import dicom, itk, nifti
 from resunet_jax.data.readers.source import Source as Source
 from resunet_jax.data.readers.source import by_suffix, file_digest
 from resunet_jax.data.volume import Array, Grid, Scan, Volume, max_corner_distance_mm
 from resunet_jax.errors import InputError
+from resunet_jax.progress import logger
 
 _CHUNK_BYTES = 2**25  # of a scan, in memory at a time
+_RESCALED = "Intensities were off the scale: they are rescaled, air to -1000 HU and muscle to 45 HU."
 _ROUNDING = 1e-3  # of labels that were scaled by a slope, as in 1.00001526
 
 
@@ -151,7 +153,17 @@ def judge_scan(scan: Scan, path: Path, *, assumed: tuple[float, float] | None = 
     if assumed is not None:
         return dataclasses.replace(scan, stored_window=assumed)
     sample = scan.sample_slices(SAMPLED_SLICES)
-    return dataclasses.replace(scan, intensity_scale=infer_scale(path, sample, (low, high), physical=physical))
+    scale = infer_scale(path, sample, (low, high), physical=physical)
+    if not physical:
+        return dataclasses.replace(scan, intensity_scale=scale)
+    levels = measure_levels(sample)
+    window, muscle = calibration(levels, scale), muscle_hu(levels, scale)
+    if muscle is not None and muscle < FAT_HU:
+        logger.warning(
+            "%s: no tissue brighter than fat (%.0f HU) is seen; if the scale is off, use `assume`", path, muscle
+        )
+    notes = scan.notes if window is None else (*scan.notes, _RESCALED)
+    return dataclasses.replace(scan, intensity_scale=scale, stored_window=window, notes=notes)
 
 
 def read_grid(path: Path, readers: Mapping[str, Reader] = READERS) -> Grid:
