@@ -23,7 +23,7 @@ TISSUE_HU = (-200.0, 200.0)
 """Where soft tissue may lie in it, from a patient who is mostly fat to contrast agent."""
 AIR_LEVEL = (17.0, 70.0)
 """Where air may lie in a scan in 0..255, which is moved to -1000 HU: within about 150 HU of a window from -1250."""
-TISSUE_LEVEL = (165.0, 255.0)
+TISSUE_LEVEL = (165.0, 248.0)
 """Where soft tissue may lie in it."""
 TISSUE_ABOVE_AIR = (138.0, 205.0)
 """By how many levels soft tissue may lie above air: windows of about 1,300 to 1,800 HU."""
