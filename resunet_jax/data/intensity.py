@@ -36,6 +36,8 @@ MUSCLE_HU = 45.0
 """Where muscle and blood lie; `calibration` puts them there, and air at -1000."""
 SOUND_AIR_HU = (-1025.0, -980.0)
 """Where air lies in scans in Hounsfield units that are left as they are."""
+SOUND_AIR_LEVEL = (34.0, 70.0)
+"""The same of scans in 0..255; `air_offset` moves it to -1000 HU, the body box is found before."""
 SOUND_MUSCLE_HU = (-15.0, 90.0)
 """Where muscle lies in scans that are left as they are, air being at -1000 HU."""
 FAT_HU = -60.0
@@ -199,8 +201,7 @@ def calibration(levels: Levels, scale: IntensityScale) -> tuple[float, float] | 
     if levels.anchors is None or found is None or found < FAT_HU:
         return None
     air, muscle = levels.anchors
-    air_fits = scale == "windowed" or _within(air, SOUND_AIR_HU)  # a window's place is what `air_offset` is for
-    if air_fits and _within(found, SOUND_MUSCLE_HU):
+    if _within(air, SOUND_AIR_HU if scale == "hu" else SOUND_AIR_LEVEL) and _within(found, SOUND_MUSCLE_HU):
         return None
     slope = (muscle - air) / (MUSCLE_HU + 1000)
     low, high = (air + slope * (hu + 1000) for hu in HU_WINDOW)
