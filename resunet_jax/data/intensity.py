@@ -38,8 +38,8 @@ SOUND_AIR_HU = (-1025.0, -980.0)
 """Where air lies in scans in Hounsfield units that are left as they are."""
 SOUND_AIR_LEVEL = (34.0, 70.0)
 """The same of scans in 0..255; `air_offset` moves it to -1000 HU, the body box is found before."""
-SOUND_MUSCLE_HU = (-15.0, 90.0)
-"""Where muscle lies in scans that are left as they are, air being at -1000 HU."""
+SOUND_MUSCLE_HU: dict[IntensityScale, tuple[float, float]] = {"hu": (-15.0, 130.0), "windowed": (-15.0, 90.0)}
+"""Where muscle, or an organ with contrast agent, lies in scans that are left as they are, air being at -1000 HU."""
 FAT_HU = -60.0
 """Below it, the brightest tissue may be the fat of a scan that shows no muscle: it is left as it is, with a warning."""
 
@@ -201,7 +201,7 @@ def calibration(levels: Levels, scale: IntensityScale) -> tuple[float, float] | 
     if levels.anchors is None or found is None or found < FAT_HU:
         return None
     air, muscle = levels.anchors
-    if _within(air, SOUND_AIR_HU if scale == "hu" else SOUND_AIR_LEVEL) and _within(found, SOUND_MUSCLE_HU):
+    if _within(air, SOUND_AIR_HU if scale == "hu" else SOUND_AIR_LEVEL) and _within(found, SOUND_MUSCLE_HU[scale]):
         return None
     slope = (muscle - air) / (MUSCLE_HU + 1000)
     low, high = (air + slope * (hu + 1000) for hu in HU_WINDOW)
