@@ -28,7 +28,7 @@ from resunet_jax.studies.calibrate import (
     summarize_errors,
 )
 from resunet_jax.weights.uncertainty import UNCERTAINTY_FILE, load_record
-from tests.conftest import COMPILE_FAST, Trained, run_script
+from tests.conftest import Trained, run_script
 
 
 def scan(
@@ -154,7 +154,7 @@ def test_from_patients_left_out_to_the_report_of_a_scan(trained: Trained, tmp_pa
     shutil.copytree(trained.infection, infection)
     models = (f"--lung_checkpoint={trained.lung}", f"--infection_checkpoint={infection}")
     data = (f"--data_dir={trained.data}", f"--cache_dir={trained.cache}")
-    result = run_script("calibrate", *data, *models, f"--output_dir={tmp_path / 'c'}", env=COMPILE_FAST)
+    result = run_script("calibrate", *data, *models, f"--output_dir={tmp_path / 'c'}")
     assert result.returncode == 0, result.stderr
     assert "| without |" in result.stdout
     record = load_record(infection)
@@ -166,7 +166,7 @@ def test_from_patients_left_out_to_the_report_of_a_scan(trained: Trained, tmp_pa
         json.loads((tmp_path / "c" / "summary.json").read_text())
     )
     flags = (*models, f"--input={case.ct}", f"--output_dir={tmp_path / 'out'}")
-    result = run_script("predict", *flags, "--uncertainty", env=COMPILE_FAST)
+    result = run_script("predict", *flags, "--uncertainty")
     assert result.returncode == 0, result.stderr
     assert "_uncertainty.nii.gz" in result.stdout
     (file,) = (tmp_path / "out").glob("*_report.json")
@@ -182,7 +182,7 @@ def test_from_patients_left_out_to_the_report_of_a_scan(trained: Trained, tmp_pa
     with (tmp_path / "out" / "cohort.csv").open(encoding="utf-8", newline="") as table:
         (row,) = csv.DictReader(table)
     assert float(row["infection_high_ml"]) == pytest.approx(report["infection"]["volume_interval_ml"][1], abs=1e-4)
-    result = run_script("evaluate", *data, *models, f"--output_dir={tmp_path / 'e'}", "--uncertainty", env=COMPILE_FAST)
+    result = run_script("evaluate", *data, *models, f"--output_dir={tmp_path / 'e'}", "--uncertainty")
     assert result.returncode == 0, result.stderr
     assert "Intervals at 0.67 cover" in result.stdout
     assert "with temperature" in result.stdout
