@@ -54,6 +54,7 @@ def main() -> None:
     tables = load_plugins()
     arguments = settings.model_arguments()
     target = load_predictor(**arguments, architectures=tables.architectures)
+    calibrate.require_pair(target)
     judge = calibrate.Judge(
         settings.path("data_dir"),
         settings.path("cache_dir"),
@@ -61,6 +62,7 @@ def main() -> None:
         FLAGS.batch_size,
         tables,
         settings.assumption(),
+        FLAGS.max_cache_gb,
     )
     if study_dir is None:
         errors = judge.errors(split_file=split_file, **{k: v for k, v in arguments.items() if k != "batch_size"})

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from resunet_jax.data.slice_cache import MAX_CACHE_GB
 from resunet_jax.errors import InputError, first_line
 from resunet_jax.evaluation.evaluate import evaluate
 from resunet_jax.inference.predictor import Predictor
@@ -30,7 +31,7 @@ from resunet_jax.metrics.conformal import (
     worst_third_found,
 )
 from resunet_jax.plugins import Tables
-from resunet_jax.weights.store import fingerprint
+from resunet_jax.weights.store import LoadedModel, fingerprint
 from resunet_jax.weights.uncertainty import Method, UncertaintyRecord
 
 _LEAST_PATIENTS = 2
@@ -95,6 +96,7 @@ class Judge:
       batch_size: slices at a time.
       tables: of readers and architectures.
       assumed: see `open_scan`.
+      max_cache_gb: see `prepare_cases`.
     """
 
     data_dir: Path
@@ -103,6 +105,7 @@ class Judge:
     batch_size: int = 8
     tables: Tables = dataclasses.field(default_factory=Tables)
     assumed: tuple[float, float] | None = None
+    max_cache_gb: float = MAX_CACHE_GB
 
     def errors(self, fold: int = 0, *, uncertainty: bool = True, **models: Any) -> Errors:
         """Of the test cases of a split; for `models` see `evaluate`.
@@ -117,6 +120,7 @@ class Judge:
             batch_size=self.batch_size,
             uncertainty=uncertainty,
             assumed=self.assumed,
+            max_cache_gb=self.max_cache_gb,
             **{**self.tables.for_evaluation, "metrics": {"dice": METRICS["dice"]}},
             **models,
         )
@@ -181,7 +185,13 @@ def study_folds(study_dir: Path, variant: str | None = None, seed: int | None = 
 
 
 def fold_errors(judge: Judge, folds: Sequence[Fold], target: Predictor) -> Errors:
-    """Each test case of a study by the models that have not seen it, with the masks made as `target` makes them."""
+    """Each test case of a study by the models that have not seen it, with the masks made as `target` makes them.
+
+    Where `target` has validated thresholds, each fold has its own.
+
+    Raises:
+      InputError: see `Judge.errors`.
+    """
     scans: list[ScanErrors] = []
     logits: dict[str, LogitHistogram] = {}
     for number, fold in enumerate(folds):
@@ -195,9 +205,21 @@ def _models(fold: Fold, target: Predictor) -> dict[str, Any]:
     return {
         "lung_checkpoint": fold.lung,
         "infection_checkpoint": fold.infection,
+        "validated_threshold": bool(target.thresholds),
         "min_component_fraction": target.min_component_fraction,
         "infection_postprocess": target.infection_postprocess,
     }
+
+
+def require_pair(target: Predictor) -> dict[str, LoadedModel]:
+    """Its models, "lung" and "infection".
+
+    Raises:
+      InputError: there is only one.
+    """
+    if target.lung is None or target.infection is None:
+        raise InputError("a pair is calibrated: give `lung_checkpoint` and `infection_checkpoint`, or neither")
+    return {"lung": target.lung, "infection": target.infection}
 
 
 def make_record(errors: Errors, target: Predictor, method: Method, source: str) -> UncertaintyRecord:
@@ -206,13 +228,11 @@ def make_record(errors: Errors, target: Predictor, method: Method, source: str) 
     Raises:
       InputError: there are too few patients, or only one model.
     """
-    if target.lung is None or target.infection is None:
-        raise InputError("a pair is calibrated: give `lung_checkpoint` and `infection_checkpoint`, or neither")
+    models = require_pair(target)
     residuals = {name: sorted(errors.patient_residuals(name).values()) for name in QUANTITIES}
     least = min(sum(one.has_both for one in errors.logits.values()), *map(len, residuals.values()))
     if least < _LEAST_PATIENTS:
         raise InputError(f"{least} patient(s) with lungs and infection in them; at least {_LEAST_PATIENTS} are needed")
-    models = {"lung": target.lung, "infection": target.infection}
     return UncertaintyRecord(
         fingerprints={name: fingerprint(model.variables) for name, model in models.items()},
         temperature=fit_temperature(list(errors.logits.values())),
@@ -317,7 +337,7 @@ def cv_plus_coverage(
             "guarantee": cv_plus_guarantee(level, len(residuals), len(folds)),
             "covered": sum(covered),
             "scans": len(covered),
-            "width": float(np.median(widths)),
+            "width": float(np.median(widths)) if widths else math.nan,
         }
     return results
 

@@ -1,10 +1,12 @@
 """Residuals, temperatures and tables in closed form; and the script, from split and from folds to a report."""
 
 import csv
+import dataclasses
 import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from resunet_jax.data.cases import find_cases
 from resunet_jax.errors import InputError
 from resunet_jax.metrics.calibration import LogitHistogram, fit_temperature, logit_histogram
 from resunet_jax.metrics.conformal import QUANTITIES, split_interval
+from resunet_jax.studies import calibrate as module
 from resunet_jax.studies.calibrate import (
     Errors,
     Judge,
@@ -24,6 +27,7 @@ from resunet_jax.studies.calibrate import (
     failure_detection,
     fold_errors,
     make_record,
+    require_pair,
     study_folds,
     summarize_errors,
 )
@@ -132,6 +136,48 @@ def test_folds_judge_their_own_cases_and_cv_plus_uses_all(
         assert (found[name]["covered"], found[name]["scans"]) == (sum(covered), len(known))
     with pytest.raises(InputError, match="at least 2"):
         make_record(Errors(own.scans[:1], dict(list(own.logits.items())[:1])), target, "split_conformal", "one patient")
+
+
+def test_folds_have_their_own_validated_thresholds(
+    judge: Judge, study: Path, target: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def errors(self: Judge, fold: int = 0, **models: object) -> Errors:
+        asked.append(models["validated_threshold"])
+        return Errors([], {})
+
+    monkeypatch.setattr(Judge, "errors", errors)
+    folds = study_folds(study)
+    fold_errors(judge, folds, target)
+    fold_errors(judge, folds, dataclasses.replace(target, thresholds={"lung": 0.5, "infection": 0.3}))
+    assert asked == [False, False, True, True]
+
+
+def test_one_model_is_refused(target: Predictor) -> None:
+    with pytest.raises(InputError, match="a pair is calibrated"):
+        require_pair(dataclasses.replace(target, lung=None))
+
+
+def test_the_bound_of_the_cache_is_handed_on(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds: list[object] = []
+
+    def evaluate(*_: object, **options: object) -> SimpleNamespace:
+        bounds.append(options["max_cache_gb"])
+        return SimpleNamespace(settings={"seen_patients": []}, volumes=[], logits={})
+
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    dataclasses.replace(judge, max_cache_gb=3.0).errors()
+    assert bounds == [3.0]
+
+
+def test_without_a_defined_scan_cv_plus_has_no_width(
+    judge: Judge, target: Predictor, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Judge, "errors", lambda *_, **__: Errors([scan("x", math.nan, 3)], {}))
+    for values in cv_plus_coverage(judge, study_folds(study), ERRORS, target, study).values():
+        assert values["scans"] == 0
+        assert math.isnan(values["width"])
 
 
 def test_what_is_no_study_is_named(study: Path, tmp_path: Path) -> None:
