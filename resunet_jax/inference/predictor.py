@@ -350,7 +350,7 @@ def _checked_record(
     if record is None or record.fingerprints == found:
         return record
     logger.warning(
-        "%s: %s was made for other weights than those of this pair, and is not used; run calibrate again",
+        "%s: %s was made for other weights than those given, and is not used; give the pair it is of, or run calibrate",
         infection_checkpoint,
         UNCERTAINTY_FILE,
     )

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from resunet_jax.errors import InputError, first_line
 from resunet_jax.files import expand_user, write_text
+from resunet_jax.metrics.calibration import TEMPERATURES
 from resunet_jax.metrics.conformal import QUANTITIES, default_level, split_interval
 
 UNCERTAINTY_FILE = "uncertainty.json"
@@ -84,11 +85,13 @@ def parse_record(text: str | bytes, where: str) -> UncertaintyRecord:
         numbers = [record.temperature, *(r for name in QUANTITIES for r in record.residuals[name])]
         if not all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers):
             raise ValueError("a number is missing or negative")
-        if not record.temperature or not record.patients or record.method not in get_args(Method):
-            raise ValueError("no temperature, no patient, or an unknown method")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if not TEMPERATURES[0] <= record.temperature <= TEMPERATURES[1]:
+            raise ValueError(f"temperature {record.temperature}")
+        if not record.patients or record.method not in get_args(Method):
+            raise ValueError("no patient, or an unknown method")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise InputError(
-            f"{where}: no record of an uncertainty ({first_line(error)}); delete it, or run calibrate"
+            f"{where}: no record of an uncertainty ({first_line(error)}); delete it, then run calibrate to make another"
         ) from error
     return record
 

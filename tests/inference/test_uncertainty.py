@@ -195,6 +195,8 @@ def test_a_record_is_read_back_and_bound_to_its_models(
     [
         {"temperature": 0},
         {"temperature": None},
+        {"temperature": 1e-300},
+        {"temperature": 10**400},
         {"residuals": {name: [] for name in QUANTITIES}},
         {"residuals": {"infection_ml": [1.0]}},
         {"residuals": {name: [-1.0] for name in QUANTITIES}},
