@@ -56,7 +56,7 @@ def segment_scan(
       save_probabilities: also writes the probabilities, float32 in [0, 1]: that of the infection calibrated, see
         `Predictor.reported_probability`.
       uncertainty: also segments the scan's other views (`VIEWS`), and writes the entropy of the members' mean
-        probability of infection as <scan>_uncertainty.nii.gz, uint8, 0 certain to 100 (one bit).
+        probability of infection, calibrated likewise, as <scan>_uncertainty.nii.gz, uint8, 0 certain to 100 (one bit).
       readers: the table of formats.
       assumed: see `open_scan`.
 

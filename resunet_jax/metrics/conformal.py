@@ -126,6 +126,8 @@ def cv_plus_interval(
 def cv_plus_guarantee(level: float, patients: int, folds: int) -> float:
     """How often a CV+ interval covers at least (Barber et al., 2021, theorem 4): 1 − 2α, less where folds hold several.
 
+    The theorem is for folds of equal size.
+
     Args:
       level: 1 − α.
       patients: of all folds.
