@@ -31,6 +31,7 @@ from resunet_jax.metrics.conformal import (
     worst_third_found,
 )
 from resunet_jax.plugins import Tables
+from resunet_jax.progress import logger
 from resunet_jax.weights.store import LoadedModel, fingerprint
 from resunet_jax.weights.uncertainty import Method, UncertaintyRecord
 
@@ -233,6 +234,8 @@ def make_record(errors: Errors, target: Predictor, method: Method, source: str) 
     least = min(sum(one.has_both for one in errors.logits.values()), *map(len, residuals.values()))
     if least < _LEAST_PATIENTS:
         raise InputError(f"{least} patient(s) with lungs and infection in them; at least {_LEAST_PATIENTS} are needed")
+    if method == "split_conformal" and not all(model.config.train_patients for model in models.values()):
+        logger.warning("the models do not say who trained them: intervals are right only if none of these patients did")
     return UncertaintyRecord(
         fingerprints={name: fingerprint(model.variables) for name, model in models.items()},
         temperature=fit_temperature(list(errors.logits.values())),

@@ -159,6 +159,14 @@ def test_one_model_is_refused(target: Predictor) -> None:
         require_pair(dataclasses.replace(target, lung=None))
 
 
+def test_models_of_unknown_patients_are_named(target: Predictor, caplog: pytest.LogCaptureFixture) -> None:
+    make_record(ERRORS, target, "split_conformal", "4 patients")
+    assert "do not say who trained them" not in caplog.text
+    unknown = target.lung._replace(config=dataclasses.replace(target.lung.config, train_patients=()))
+    make_record(ERRORS, dataclasses.replace(target, lung=unknown), "split_conformal", "4 patients")
+    assert "do not say who trained them" in caplog.text
+
+
 def test_the_bound_of_the_cache_is_handed_on(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
     bounds: list[object] = []
 
