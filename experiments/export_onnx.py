@@ -49,6 +49,7 @@ def main() -> None:
     )
     del model.graph.value_info[:]  # shapes within the graph, of which the converter notes some in another order
     form = {"format": f"ONNX, opset {model.opset_import[0].version}"}
+    # Of the probabilities as the models give them: the file has no calibrated one.
     write_files(output, model.SerializeToString(), {**form, **describe_cascade(*pair, thresholds=thresholds)})
     print(f"{output.resolve()}: images float32 (b, {size}, {size}, 1)")
 

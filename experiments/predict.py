@@ -26,7 +26,7 @@ flags.DEFINE_bool("probabilities", False, "Also writes the probabilities, as <sc
 flags.DEFINE_bool(
     "uncertainty",
     False,
-    "Also segments mirrored and shifted: <scan>_uncertainty.nii.gz, a layer, agreement in a number.",
+    "Also segments mirrored and shifted (test-time augmentation): <scan>_uncertainty.nii.gz, agreement.",
 )
 flags.DEFINE_bool("report", True, "Writes <scan>_report.json, .html and <scan>_preview.png, and a table of all scans.")
 flags.DEFINE_bool("multilabel", False, "Also writes <scan>_labels.nii.gz: 1 left lung, 2 right lung, 3 infection.")
@@ -53,6 +53,8 @@ def main() -> None:
         raise InputError(f"--output_dir={output_dir} is the input folder; choose another, or masks would become scans")
     check_output_dir(output_dir)
     predictor = load_predictor(**settings.model_arguments(), architectures=tables.architectures)
+    if FLAGS.uncertainty and predictor.infection is None:
+        raise InputError("--uncertainty is of the infection; give --infection_checkpoint too, or leave it out")
     with_both = len(predictor.structures) == 2
     outputs = make_outputs(
         report=FLAGS.report and with_both,

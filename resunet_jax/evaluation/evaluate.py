@@ -77,6 +77,8 @@ def evaluate(
         infection_postprocess=infection_postprocess,
         architectures=architectures,
     )
+    if uncertainty and predictor.infection is None:
+        raise InputError("`uncertainty` is of the infection; give `infection_checkpoint` too, or leave it out")
     cases = find_cases(data_dir, readers)
     if subset == "all":
         protocol = "all cases of the folder, those of the training among them"
@@ -93,7 +95,7 @@ def evaluate(
         prepared,
         tolerance_mm=tolerance_mm,
         protocol=protocol,
-        uncertainty=uncertainty and predictor.infection is not None,
+        uncertainty=uncertainty,
         metrics=metrics,
         readers=readers,
     )

@@ -1,4 +1,4 @@
-"""How far a pair of models agrees with itself on a scan: the same slices mirrored and shifted, through the same models.
+"""How far a pair of models agrees with itself on a scan: test-time augmentation by mirroring and shifting its slices.
 
 A user has no reference. What is known without one is whether a mask stays what it is when nothing that matters changes:
 each member segments another view of the scan, and the members' masks are compared (Zenk et al., "Comparative

@@ -69,7 +69,8 @@ def batch_normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, *, relu: bo
       relu: whether negative values become 0.
 
     Returns:
-      (x − mean) / √(variance + 1e-5) · scale + bias; the mean; the biased variance; all float32.
+      (x − mean) / √(variance + 1e-5) · scale + bias; the mean; the biased variance; all float32. The variance is
+      E[x²] − mean², whose relative error is about 1e-7 · (1 + mean² / variance).
     """
     return _normalize(relu, x.astype(jnp.float32), scale, bias)
 

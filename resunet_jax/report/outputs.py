@@ -14,7 +14,6 @@ from resunet_jax.data.readers.nifti import nifti_writer
 from resunet_jax.files import write_text
 from resunet_jax.inference.batch import Finding, Output
 from resunet_jax.inference.scan import SegmentedScan
-from resunet_jax.inference.uncertainty import UNCERTAINTY_STEPS
 from resunet_jax.metrics.lung_sides import LEFT, RIGHT
 from resunet_jax.progress import logger
 from resunet_jax.report.cohort import write_cohort_csv, write_cohort_page
@@ -89,10 +88,7 @@ def _write_report(
     totals, shown = Totals(segmented, consolidation_hu), []
     for slices in iter_slices(segmented):
         totals.add(slices, None if lobes is None else lobes[..., slices.start : slices.start + slices.hu.shape[-1]])
-        uncertainty = None
-        if slices.uncertainty is not None:
-            uncertainty = slices.uncertainty.astype(np.float32) / np.float32(UNCERTAINTY_STEPS)
-        shown.extend(encode_slices(slices.hu, slices.lung, slices.infection, uncertainty=uncertainty))
+        shown.extend(encode_slices(slices.hu, slices.lung, slices.infection, uncertainty=slices.uncertainty))
     scan = {"name": source.name, "file": source.path.name, "format": source.format}
     report = measure(segmented, totals, scan, seconds, consolidation_hu=consolidation_hu)
     write_scan_page(folder / f"{source.name}{PAGE}", report, shown, segmented.scan.grid.spacing_mm)

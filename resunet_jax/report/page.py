@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image
 
 from resunet_jax.files import atomic_file, write_text
+from resunet_jax.inference.uncertainty import UNCERTAINTY_STEPS
 from resunet_jax.report.markup import fill_page, items, json_block, number, table_row, to_base85
 from resunet_jax.report.slices import (
     HU_LOWEST,
     HU_STEP,
     INFECTION_BIT,
-    UNCERTAINTY_STEPS,
     Bytes2D,
     EncodedSlice,
     Sampling,
@@ -189,22 +189,29 @@ def _warnings(report: Mapping[str, Any]) -> str:
 
 def _figures(report: Mapping[str, Any]) -> str:
     lung, infection = report["lung"], report["infection"]
+    level = (report.get("uncertainty") or {}).get("interval") or {}
     percent, ml = (
-        infection.get(f"{name}_interval_{unit}") for name, unit in (("involvement", "percent"), ("volume", "ml"))
+        _interval(infection.get(f"{name}_interval_{unit}"), sign, level)
+        for name, unit, sign in (("involvement", "percent", "%"), ("volume", "ml", "ml"))
     )
     pairs = (
-        ("Lung involvement", number(infection["involvement_percent"], 1, "%") + _interval(percent, "%")),
+        ("Lung involvement", number(infection["involvement_percent"], 1, "%") + percent),
         ("Grade", f"{number(report.get('grade'))}<small> of 5</small>"),
-        ("Infection", number(infection["volume_ml"], 1, "ml") + _interval(ml, "ml")),
+        ("Infection", number(infection["volume_ml"], 1, "ml") + ml),
         ("Lung", number(lung["volume_ml"], 0, "ml")),
         ("Lesions", number(infection["lesions"])),
     )
     return "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in pairs)
 
 
-def _interval(bounds: Sequence[float] | None, unit: str) -> str:
-    """What the number before it may be; the notes say how sure that is."""
-    return f"<small> {number(bounds[0], 1)} to {number(bounds[1], 1, unit)}</small>" if bounds else ""
+def _interval(bounds: Sequence[float] | None, unit: str, level: Mapping[str, Any]) -> str:
+    """What the number before it may be, and how often it is; the notes say for whom."""
+    if not bounds:
+        return ""
+    sure = f"{100 * level['level']:.0f} %" if level.get("level") else ""
+    kind = "" if level.get("guarantee") else "estimate"
+    said = f" ({', '.join(word for word in (sure, kind) if word)})" if sure or kind else ""
+    return f"<small> {number(bounds[0], 1)} to {number(bounds[1], 1, unit)}{said}</small>"
 
 
 def _layer_switch(layer: Layer) -> str:

@@ -19,7 +19,6 @@ HU_STEP = 10
 """Level v of 0..255 stands for HU_LOWEST + HU_STEP * v; values outside -1350..1200 HU are clipped."""
 INFECTION_BIT = 4
 """A mask byte is the label of the lung (0, 1 left, 2 right), plus 4 where infected."""
-UNCERTAINTY_STEPS = 100
 
 WIDTHS = (320, 288, 256)
 """Shown pixels along the longer side of the body's box; the first that fits the budget is taken, else the last."""
@@ -70,7 +69,7 @@ def encode_slices(
     lung: npt.NDArray[np.uint8],
     infection: npt.NDArray[np.bool_],
     *,
-    uncertainty: npt.NDArray[np.float32] | None = None,
+    uncertainty: Bytes2D | None = None,
 ) -> list[EncodedSlice]:
     """Packs consecutive axial slices; to be called chunk by chunk.
 
@@ -78,7 +77,7 @@ def encode_slices(
       hu: float32 (rows, columns, n) in Hounsfield units, finite; rows to posterior, columns to the patient's left.
       lung: uint8 (rows, columns, n): 0, 1 left, 2 right.
       infection: bool (rows, columns, n).
-      uncertainty: float (rows, columns, n) in [0, 1], or None.
+      uncertainty: uint8 (rows, columns, n), as `uncertainty_map` gives it, or None.
 
     Returns:
       n slices, in the same order.
@@ -95,9 +94,7 @@ def encode_slices(
     for k in range(hu.shape[-1]):
         levels = np.clip(np.rint((hu[..., k] - HU_LOWEST) / HU_STEP), 0, 255).astype(np.uint8)
         masks = (lung[..., k] + INFECTION_BIT * (infection[..., k] > 0)).astype(np.uint8)
-        extra = None
-        if uncertainty is not None:
-            extra = _store(np.rint(np.clip(uncertainty[..., k], 0, 1) * UNCERTAINTY_STEPS).astype(np.uint8))
+        extra = None if uncertainty is None else _store(uncertainty[..., k])
         box = _body_box((hu[..., k] > _BODY_HU), masks > 0)
         encoded.append(EncodedSlice((hu.shape[0], hu.shape[1]), _store(levels), _store(masks), extra, box))
     return encoded

@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     report = example_report(
         HOSTILE, 30, warnings=[HOSTILE], by_slice={"lung_ml": INFECTION_ML, "infection_ml": INFECTION_ML}
     )
-    uncertainty = ARRAYS["infection"].astype(np.float32)
+    uncertainty = 100 * ARRAYS["infection"].astype(np.uint8)
     write_scan_page(folder / "scan.html", report, encode_slices(**ARRAYS, uncertainty=uncertainty), (0.8, 0.8))
     volumes = {"b": 5.0, "a": None, "c": -2.0, "a10": 30.0, "a9": 30.5}
     reports = [example_report(name) for name in volumes]

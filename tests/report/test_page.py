@@ -65,7 +65,7 @@ def test_levels_are_within_half_a_step() -> None:
 
 def test_a_page_holds_the_very_voxels(tmp_path: Path) -> None:
     arrays = example_arrays()
-    uncertainty = np.linspace(0, 1, arrays["hu"].size, dtype=np.float32).reshape(arrays["hu"].shape)
+    uncertainty = np.linspace(0, 100, arrays["hu"].size).astype(np.uint8).reshape(arrays["hu"].shape)
     chunks = [
         encode_slices(**{key: a[..., k : k + 5] for key, a in {**arrays, "uncertainty": uncertainty}.items()})
         for k in range(0, 12, 5)
@@ -82,7 +82,7 @@ def test_a_page_holds_the_very_voxels(tmp_path: Path) -> None:
         assert np.abs(ct * 10.0 - 1350 - arrays["hu"][..., k][grid]).max() <= 5
         np.testing.assert_array_equal(masks & 3, arrays["lung"][..., k][grid])
         np.testing.assert_array_equal(masks & 4 > 0, arrays["infection"][..., k][grid])
-        assert np.abs(extra / 100 - uncertainty[..., k][grid]).max() <= 0.00501
+        np.testing.assert_array_equal(extra, uncertainty[..., k][grid])
     coronal = unpack(from_base85(data["coronal"]["masks"]), (12, shape[1]))
     np.testing.assert_array_equal(coronal[::-1].T & 3, arrays["lung"][data["row"]][data["columns"]])
 
@@ -196,14 +196,24 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         write_scan_page(tmp_path / "none" / "a.html", example_report(), example_slices(), (1, 1))
 
 
-def test_intervals_stand_beside_their_numbers_where_there_are_any(tmp_path: Path) -> None:
-    report = example_report(uncertainty={"members": 4, "pairwise_dice": 0.8412})
+@pytest.mark.parametrize(
+    ("interval", "said"),
+    [
+        ({"level": 0.8333, "guarantee": None}, " (83 %, estimate)"),
+        ({"level": 0.9, "guarantee": 0.9}, " (90 %)"),
+        (None, " (estimate)"),
+    ],
+)
+def test_intervals_stand_beside_their_numbers_where_there_are_any(
+    tmp_path: Path, interval: dict | None, said: str
+) -> None:
+    report = example_report(uncertainty={"members": 4, "pairwise_dice": 0.8412, "interval": interval})
     report["infection"] |= {"volume_interval_ml": [400.0, 700.25], "involvement_interval_percent": [8.0, 16.04]}
     path = tmp_path / "a.html"
     write_scan_page(path, report, example_slices(), (0.8, 0.8))
     html = path.read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
-    assert "12.6 %<small> 8.0 to 16.0 %</small>" in html
-    assert "543.2 ml<small> 400.0 to 700.2 ml</small>" in html
+    assert f"12.6 %<small> 8.0 to 16.0 %{said}</small>" in html
+    assert f"543.2 ml<small> 400.0 to 700.2 ml{said}</small>" in html
     assert "Agreement of 4 members" in html
     assert ">0.84<" in html
     without = page(tmp_path)
