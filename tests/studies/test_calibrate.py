@@ -14,6 +14,7 @@ import pytest
 from resunet_jax import Predictor, load_predictor
 from resunet_jax.data.cases import find_cases
 from resunet_jax.errors import InputError
+from resunet_jax.evaluation.evaluate import evaluate
 from resunet_jax.metrics.calibration import LogitHistogram, fit_temperature, logit_histogram
 from resunet_jax.metrics.conformal import QUANTITIES, split_interval
 from resunet_jax.studies import calibrate as module
@@ -244,3 +245,13 @@ def test_from_patients_left_out_to_the_report_of_a_scan(trained: Trained, tmp_pa
     assert set(metrics["reported_calibration"]) == {"without_temperature", "with_temperature"}
     rows = [row for row in metrics["volumes"] if row["structure"] == "infection"]
     assert all(row["volume_low_ml"] <= row["volume_ml"] <= row["volume_high_ml"] for row in rows)
+
+
+def test_uncertainty_is_refused_without_an_infection_model(trained: Trained, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="`uncertainty` is of the infection"):
+        evaluate(trained.data, trained.cache, output_dir=tmp_path / "e", lung_checkpoint=trained.lung, uncertainty=True)
+    flags = (f"--lung_checkpoint={trained.lung}", f"--input={find_cases(trained.data)[0].ct}", "--uncertainty")
+    result = run_script("predict", *flags, f"--output_dir={tmp_path / 'out'}")
+    assert result.returncode == 2
+    assert "--uncertainty is of the infection" in result.stderr
+    assert not list(tmp_path.glob("**/*.nii.gz"))
