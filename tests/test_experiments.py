@@ -399,3 +399,13 @@ def test_bad_scans_are_named_one_by_one(trained: Trained, tmp_path: Path) -> Non
         assert name in line
         assert message in line
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".locks"]
+
+
+def test_nobody_reads_what_is_printed() -> None:
+    command = [sys.executable, ROOT / "experiments" / "info.py"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141

@@ -22,6 +22,9 @@ BAD_INPUT = 2
 STOPPED = 75
 """Exit code of a training that was asked to stop and saved its state (EX_TEMPFAIL: the same command resumes)."""
 
+CLOSED_PIPE = 141
+"""Exit code where nobody reads what is printed any more (128 + SIGPIPE, as of other programs)."""
+
 _CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 _CACHE_SIZE_VARIABLE = "JAX_COMPILATION_CACHE_MAX_SIZE"
 _CACHE_BYTES = 2**30  # what has not been used for longest is deleted first
@@ -34,16 +37,16 @@ def run(main: Callable[[], None]) -> None:
 
     def guarded(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
-            logging.getLogger().setLevel(logging.WARNING)
-            logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs every file, and what it raises
-            logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home folder it uses a temporary one
-            for name in ("nibabel.global", "pydicom"):
-                logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters comes as an `InputError`
+            _quiet_libraries()
         if len(argv) > 1:
             _fail(f"unexpected argument {argv[1]}; flags look like --name=value")
         try:
             _keep_compiled_programs()
             main()
+            sys.stdout.flush()
+        except BrokenPipeError:  # of what is printed, as by `| head`; flushing it once more at exit would fail again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(CLOSED_PIPE)
         except InputError as error:
             _fail(with_flags(str(error)))
         except StoppedError as stopped:
@@ -58,6 +61,14 @@ def run(main: Callable[[], None]) -> None:
             _end_one_of_several(error)
 
     app.run(guarded)
+
+
+def _quiet_libraries() -> None:
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs every file, and what it raises
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home folder it uses a temporary one
+    for name in ("nibabel.global", "pydicom"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters comes as an `InputError`
 
 
 def with_flags(message: str) -> str:
