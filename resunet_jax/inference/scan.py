@@ -22,13 +22,11 @@ from resunet_jax.data.volume import FloatArray, Scan
 from resunet_jax.errors import InputError
 from resunet_jax.files import make_output_dir
 from resunet_jax.inference.predictor import NativeSlices, Predictor
-from resunet_jax.inference.uncertainty import VIEWS, ScanUncertainty, compare_members, uncertainty_map
+from resunet_jax.inference.uncertainty import CHUNK_SLICES, VIEWS, ScanUncertainty, compare_members, uncertainty_map
 from resunet_jax.progress import progress
 
 UNCERTAINTY = "_uncertainty.nii.gz"
 """What the file of an uncertainty map is called, after the scan's name."""
-
-_CHUNK_SLICES = 32  # of a scan at a time: a scan may have any number of them
 
 _T = TypeVar("_T")
 Mask = npt.NDArray[np.bool_]
@@ -100,8 +98,8 @@ class ScanChunk:
 def iter_chunks(scan: Scan, preprocess: PreprocessConfig, offset: float) -> Iterator[ScanChunk]:
     """The slices of an open scan, a chunk in memory at a time; `offset` as in `air_offset`."""
     slices = scan.grid.oriented_shape[-1]
-    for start in range(0, slices, _CHUNK_SLICES):
-        volume = scan.read_slices(start, min(start + _CHUNK_SLICES, slices))
+    for start in range(0, slices, CHUNK_SLICES):
+        volume = scan.read_slices(start, min(start + CHUNK_SLICES, slices))
         yield ScanChunk(start, *prepare_volume(volume, preprocess, offset))
 
 
@@ -172,7 +170,7 @@ class SegmentedScan:
     def chunks(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of as many slices as fit in memory at a time."""
         slices = len(self.boxes)
-        return ((start, min(start + _CHUNK_SLICES, slices)) for start in range(0, slices, _CHUNK_SLICES))
+        return ((start, min(start + CHUNK_SLICES, slices)) for start in range(0, slices, CHUNK_SLICES))
 
     @property
     def body_columns(self) -> tuple[int, int]:
@@ -198,12 +196,15 @@ def segment_opened(
     if uncertainty and predictor.infection is None:
         raise InputError("`uncertainty`: of the infection; give `infection_checkpoint` too, or leave it out")
     slices = scan.grid.oriented_shape[-1]
-    chunks = -(-slices // _CHUNK_SLICES)
+    chunks = -(-slices // CHUNK_SLICES)
     passes = 2 + len(VIEWS) * uncertainty
     offset = air_offset(scan, predictor.preprocess)
     with contextlib.ExitStack() as stack:
         advance = stack.enter_context(progress(name, passes * chunks))
-        new_array = lambda shape: stack.enter_context(_temp_memmap(shape, name))  # noqa: E731
+
+        def new_array(shape: tuple[int, ...]) -> FloatArray:
+            return stack.enter_context(_temp_memmap(shape, name))
+
         found: dict[str, FloatArray] = {}
         boxes: list[npt.NDArray[np.int32]] = []
         prepared = prefetch(iter_chunks(scan, predictor.preprocess, offset))

@@ -22,7 +22,8 @@ from resunet_jax.inference.predictor import Predictor
 UNCERTAINTY_STEPS = 100
 """An uncertainty map is in hundredths of a bit: 0 certain, 100 where inside and outside are equally likely."""
 
-_CHUNK_SLICES = 32
+CHUNK_SLICES = 32
+"""Of a scan in memory at a time: a scan may have any number of them."""
 
 
 class View(NamedTuple):
@@ -98,7 +99,7 @@ def compare_members(
     """
     found = {structure: new_array(images.shape) for structure in predictor.structures}
     mean, share = new_array(images.shape), 1 / (1 + len(views))
-    chunks = [slice(start, start + _CHUNK_SLICES) for start in range(0, len(images), _CHUNK_SLICES)]
+    chunks = [slice(start, start + CHUNK_SLICES) for start in range(0, len(images), CHUNK_SLICES)]
 
     def add(probability: FloatArray) -> npt.NDArray[np.uint8]:
         for some in chunks:

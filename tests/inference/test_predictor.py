@@ -86,7 +86,7 @@ def test_the_size_of_chunks_changes_nothing(
     predictor: Predictor, scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = segment_scan(scan, tmp_path / "whole", predictor)
-    monkeypatch.setattr(module, "_CHUNK_SLICES", 4)
+    monkeypatch.setattr(module, "CHUNK_SLICES", 4)
     for a, b in zip(whole, segment_scan(scan, tmp_path / "chunks", predictor), strict=True):
         assert a.read_bytes() == b.read_bytes()
 
@@ -94,7 +94,7 @@ def test_the_size_of_chunks_changes_nothing(
 def test_air_is_looked_for_in_the_whole_scan_not_in_a_chunk(
     scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_CHUNK_SLICES", 2)
+    monkeypatch.setattr(module, "CHUNK_SLICES", 2)
     volume = read_volume(scan)
     values = volume.values.copy()
     values[..., :2] = np.minimum(values[..., :2], 238) + 17  # by themselves, these would be shifted by 100 HU
@@ -132,7 +132,7 @@ def test_small_components_are_removed_from_masks_and_probabilities(
     trained: Trained, scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that finds lung wherever it is bright: by components of the whole scan, not of the chunk in memory."""
-    monkeypatch.setattr(module, "_CHUNK_SLICES", 4)
+    monkeypatch.setattr(module, "CHUNK_SLICES", 4)
     lung, infection = load_model(trained.lung), load_model(trained.infection)
     large = load_predictor(trained.lung, trained.infection, min_component_fraction=1.0)
     plain, cleaned = (

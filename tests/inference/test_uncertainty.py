@@ -121,7 +121,7 @@ def test_the_map_lies_on_the_scans_grid_and_changes_no_mask(
     assert found.affine.tobytes() == original.affine.tobytes()
     assert 0 < data(written[-1]).max() <= 100
     for chunked in (module, members):
-        monkeypatch.setattr(chunked, "_CHUNK_SLICES", 5)
+        monkeypatch.setattr(chunked, "CHUNK_SLICES", 5)
     for a, b in zip(written, segment_scan(scan, tmp_path / "chunks", predictor, uncertainty=True), strict=True):
         np.testing.assert_array_equal(data(a), data(b))
 
