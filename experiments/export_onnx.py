@@ -38,11 +38,11 @@ def main() -> None:
         raise InputError("a cascade is exported: give --lung_checkpoint and --infection_checkpoint, or neither")
     pair = predictor.lung, predictor.infection
     thresholds = {name: predictor.threshold(name) for name in predictor.structures}
-    size = predictor.preprocess.image_size
+    size, channels = predictor.preprocess.image_size, predictor.preprocess.channels
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of every shape that it leaves out
     model = jax2onnx.to_onnx(
         cascade_program(*pair, thresholds=thresholds),
-        [("b", size, size, 1)],
+        [("b", size, size, channels)],
         model_name="cascade",
         input_names=["images"],
         output_names=["lung_probability", "infection_probability"],
@@ -51,7 +51,7 @@ def main() -> None:
     form = {"format": f"ONNX, opset {model.opset_import[0].version}"}
     # Of the probabilities as the models give them: the file has no calibrated one.
     write_files(output, model.SerializeToString(), {**form, **describe_cascade(*pair, thresholds=thresholds)})
-    print(f"{output.resolve()}: images float32 (b, {size}, {size}, 1)")
+    print(f"{output.resolve()}: images float32 (b, {size}, {size}, {channels})")
 
 
 if __name__ == "__main__":

@@ -54,11 +54,27 @@ class PreprocessConfig:
         (), "two thresholds on each slice's own range instead of body_threshold_hu: HU scans, windowed scans", above=0
     )
     body_dilation: int = setting(5, "iterations of the body's dilation before its bounding box", unit="pixels", low=0)
+    context_mm: float = setting(
+        0.0,
+        "distance of the slices below and above that the model sees as further channels, the nearest; 0 for none",
+        unit="mm",
+        low=0,
+        high=50,
+    )
 
     @property
     def is_physical(self) -> bool:
         """Whether intensities mean the same in every scan, which a slice's own range does not."""
         return self.normalization != "minmax"
+
+    @property
+    def channels(self) -> int:
+        """C of a prepared slice: itself, and with context the slices below and above."""
+        return 3 if self.context_mm else 1
+
+    def can_feed(self, other: "PreprocessConfig") -> bool:
+        """Whether a lung model of these slices may feed an infection model of `other`: the same, or without context."""
+        return self in (other, dataclasses.replace(other, context_mm=0.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +98,9 @@ class CascadeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PostprocessConfig:
-    """From probabilities to the masks of a whole scan; the gate is the infection model's, the rest the lung model's."""
+    """From probabilities to masks: threshold of each model, components of the lung, gate of the infection."""
 
+    threshold: float = setting(0.5, "a voxel whose probability is above it is in the mask", above=0, high=0.999)
     min_component_fraction: float = setting(
         0.1,
         "components of the lung mask below this fraction of the largest are removed, and the infection in slices where "
@@ -156,6 +173,9 @@ class TrainConfig:
     learning_rate: float = setting(2e-3, "Adam's, at its highest", above=0, high=10)
     decay_epochs: int = setting(20, "see schedule", unit="epochs", low=1)
     decay_factor: float = setting(0.1, "see schedule", above=0, high=1)
+    ema_decay: float = setting(
+        0.99, "of the exponential moving average of the variables that is the model; 0 for the variables", low=0, high=1
+    )
     weight_decay: float = setting(1e-4, "AdamW's, times the learning rate; 0 is Adam", low=0, high=10)
     loss: str = setting("bce:1,pooled_dice:1", "weighted terms from the table of losses, as in bce:1,pooled_dice:1")
     patience: int = setting(60, "epochs without a lower validation loss before training stops", low=1)
@@ -240,6 +260,7 @@ DEFAULTS_BY_VERSION: dict[str, dict[str, Any]] = {
         "postprocess.min_lesion_ml": 0.0,
         "postprocess.min_lesion_probability": 0.0,
     },
+    "0.10.0": {"train.ema_decay": 0.0},
 }
 """By version, oldest first: what a field that a file of that version or an older one lacks meant, where it is not
 today's default. Before 0.7.0 files did not say their version."""

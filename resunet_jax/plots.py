@@ -158,7 +158,7 @@ def save_roi_steps(path: Path, volumes: Mapping[str, Volume], config: Preprocess
         _show(row[3], image, "box of the largest component")
         corner = (box.column - 0.5, box.row - 0.5)
         row[3].add_patch(mpl.patches.Rectangle(corner, box.width, box.height, fill=False, color="yellow"))
-        crop, _ = prepare_slice(volume, k, config, offsets[title])
+        crop = prepare_slice(volume, k, config, offsets[title])
         _show(row[4], crop, f"crop, {config.image_size}×{config.image_size}")
     _save(figure, path, dpi=90)
 

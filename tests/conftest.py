@@ -1,6 +1,7 @@
 """Shared fixtures: the small phantom, a small trained cascade, and a way to run the scripts."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -47,13 +48,23 @@ TINY = {
     "preprocess": PreprocessConfig(image_size=32, normalization="air"),
     "model": ModelConfig(filters=(4, 8, 16, 32)),
     "cascade": CascadeConfig(closing_fraction=0.125),
-    "postprocess": PostprocessConfig(0.0, "none", min_lesion_ml=0.0, min_lesion_probability=0.0),
+    "postprocess": PostprocessConfig(0.5, 0.0, "none", min_lesion_ml=0.0, min_lesion_probability=0.0),
     "augment": recipe("original", "lung").augment,
     # By steps, not by one cycle: such a run may grow.
     "train": TrainConfig(
-        epochs=2, learning_rate=3e-3, batch_size=4, schedule="step", loss="bce", weight_decay=0.0, patience=10
+        epochs=2,
+        learning_rate=3e-3,
+        ema_decay=0.1,
+        batch_size=4,
+        schedule="step",
+        loss="bce",
+        weight_decay=0.0,
+        patience=10,
     ),
 }
+WITH_CONTEXT = dataclasses.replace(TINY["preprocess"], context_mm=5.0)
+"""How the tiny infection model's slices are prepared."""
+
 TINY_FLAGS = ("--image_size=32", "--filters=4,8,16,32", "--learning_rate=3e-3", "--batch_size=4")
 
 
@@ -138,6 +149,8 @@ def trained(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
             )
             for task, workdir, lung in (("lung", paths.lung, None), ("infection", paths.infection, paths.lung)):
                 config, split = Config(task=task, **TINY), SplitRequest(paths.split_file)
+                if lung:
+                    config = dataclasses.replace(config, preprocess=WITH_CONTEXT)
                 train(config, phantom, workdir, paths.cache, split=split, lung_checkpoint=lung)
     return paths
 

@@ -61,7 +61,8 @@ def make_batch(batch_size: int, size: int) -> dict[str, np.ndarray[Any, Any]]:
     """Slices of noise; the time of a step does not depend on what they show."""
     rng = np.random.default_rng(0)
     shape = (batch_size, size, size, 1)
-    return {"image": rng.random(shape, np.float32), "mask": (rng.random(shape) > 0.7).astype(np.uint8)}
+    mask = np.repeat((rng.random(shape) > 0.7).astype(np.uint8), 2, axis=-1)  # the target, and the same as infection
+    return {"image": rng.random(shape, np.float32), "mask": mask}
 
 
 def step_flops(setting: Setting) -> float:

@@ -174,7 +174,10 @@ def define_checkpoint_flags() -> None:
     )
     define_path("infection_checkpoint", "Infection model, the same.")
     flags.DEFINE_enum(
-        "threshold", "0.5", ["0.5", "validated"], "Of the masks: 0.5, or what each training chose on validation cases."
+        "threshold",
+        None,
+        ["0.5", "validated"],
+        "Of the masks: 0.5, or what each training chose on validation cases; by default as each model's recipe says.",
     )
 
 
@@ -183,6 +186,7 @@ def checkpoint_arguments() -> dict[str, Any]:
     return {
         "lung_checkpoint": optional_path("lung_checkpoint"),
         "infection_checkpoint": optional_path("infection_checkpoint"),
+        "thresholds": {"lung": 0.5, "infection": 0.5} if flags.FLAGS.threshold == "0.5" else None,
         "validated_threshold": flags.FLAGS.threshold == "validated",
     }
 

@@ -18,8 +18,9 @@ class Batch(TypedDict):
     """One batch of slices, or without the leading N one slice.
 
     Keys:
-      image: float32 (N, S, S, 1) in [0, 1].
-      mask: uint8 (N, S, S, 1), 0 or 1: the target.
+      image: float32 (N, S, S, C) in [0, 1], see `prepare_volume`.
+      mask: uint8 (N, S, S, 1 + C), 0 or 1: the target, and for augmentation the infection in each channel of the image,
+        0 where it is not known.
       valid: bool (N,), False for slices that only fill up the last batch of an evaluation.
       index: int32 (N,), the slice's place in its `SliceSource`.
     """
@@ -36,7 +37,8 @@ class SliceSource:
     def __init__(self, cases: Sequence[PreparedCase], target: Structure) -> None:
         """Takes cases that all have the target's mask."""
         self._images = [case.images for case in cases]
-        self._masks = [getattr(case, target) for case in cases]
+        self._targets = [getattr(case, target) for case in cases]
+        self._infection = [case.infection for case in cases]
         self._case_ids = [case.case.id for case in cases]
         self._starts = np.cumsum([0] + [len(images) for images in self._images])
         self._target = target
@@ -50,14 +52,16 @@ class SliceSource:
 
     def batch(self, indices: npt.NDArray[np.integer[Any]], size: int) -> Batch:
         """Some slices by their indices, filled up with zeros to `size` slices."""
-        side = self._images[0].shape[-1]
-        image, mask = np.zeros((size, side, side, 1), np.float32), np.zeros((size, side, side, 1), np.uint8)
+        *shape, channels = size, *self._images[0].shape[1:]
+        image, mask = np.zeros((*shape, channels), np.float32), np.zeros((*shape, 1 + channels), np.uint8)
         index, valid = np.zeros(size, np.int32), np.arange(size) < len(indices)
         index[: len(indices)] = indices
         cases = np.searchsorted(self._starts, indices, side="right") - 1
         for i, (case, k) in enumerate(zip(cases, indices - self._starts[cases], strict=True)):
-            image[i, ..., 0] = self._images[case][k]
-            mask[i, ..., 0] = self._masks[case][k]
+            image[i] = self._images[case][k]
+            mask[i, ..., 0] = self._targets[case][k, ..., 0]
+            if (infection := self._infection[case]) is not None:
+                mask[i, ..., 1:] = infection[k]
         return Batch(image=image, mask=mask, valid=valid, index=index)
 
     def names(self, indices: Sequence[int]) -> list[str]:

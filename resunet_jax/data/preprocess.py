@@ -7,7 +7,7 @@ from scipy.ndimage import binary_fill_holes, gaussian_filter1d
 from resunet_jax.config import PreprocessConfig
 from resunet_jax.data.intensity import INSIDE_FIELD, measure_levels, sees_air
 from resunet_jax.data.roi import Box, body_mask, bounding_box, crop_resize
-from resunet_jax.data.volume import Array, FloatArray, Scan, Volume, hu_to_window
+from resunet_jax.data.volume import Array, FloatArray, Grid, Scan, Volume, hu_to_window
 
 _AIR_HU = -1000.0
 _AIR_SLICES = 16  # of a scan are looked at for its air
@@ -76,45 +76,74 @@ def air_offset(scan: Scan | Volume, config: PreprocessConfig) -> float:
     return 0.0 if level is None else hu_to_window(_AIR_HU) - level
 
 
-def prepare_slice(volume: Volume, k: int, config: PreprocessConfig, offset: float) -> tuple[FloatArray, Box]:
-    """Slice k as a model sees it: float32 (S, S) in [0, 1], and where it was cropped; `offset` as in `air_offset`."""
-    box = slice_box(volume, k, config)
+def context_slices(config: PreprocessConfig, grid: Grid) -> int:
+    """How many slices away the neighbours lie that a model sees: the nearest to `context_mm`, at least 1; 0 for none.
+
+    Example:
+      >>> import numpy as np
+      >>> grid = Grid((8, 8, 20), np.diag([-0.7, -0.7, 2.0, 1.0]))
+      >>> context_slices(PreprocessConfig(context_mm=5), grid)
+      2
+    """
+    return max(1, round(config.context_mm / grid.spacing_mm[2])) if config.context_mm else 0
+
+
+def prepare_slice(
+    volume: Volume, k: int, config: PreprocessConfig, offset: float, box: Box | None = None
+) -> FloatArray:
+    """Slice k cropped to a box, by default its own, and resized: float32 (S, S) in [0, 1]; see `air_offset`."""
     values = volume.normalize_minmax(k) if config.normalization == "minmax" else volume.normalize_hu(k, offset)
-    return crop_resize(values, box, config.image_size), box
+    return crop_resize(values, box or slice_box(volume, k, config), config.image_size)
 
 
 def prepare_volume(
-    volume: Volume, config: PreprocessConfig, offset: float | None = None
+    volume: Volume, config: PreprocessConfig, offset: float | None = None, start: int = 0, stop: int | None = None
 ) -> tuple[FloatArray, npt.NDArray[np.int32]]:
     """All slices of a scan, or some consecutive ones, as a model sees them.
 
     Args:
-      volume: the slices.
+      volume: the slices, and around those asked for as many as `context_slices` says, where the scan has them.
       config: how to prepare them.
       offset: the whole scan's `air_offset`; must be given for some slices of a scan; computed where it is not given.
+      start: the first slice asked for.
+      stop: the one after the last; None for all that follow.
 
     Returns:
-      float32 (slices, S, S) in [0, 1], and int32 (slices, 4) boxes: row, column, height, width.
+      float32 (slices, S, S, C) in [0, 1], and int32 (slices, 4) boxes: row, column, height, width. Channels are the
+      slice and, with context, those below and above it, cropped alike; beyond the ends the last slice is repeated.
     """
     if offset is None:
         offset = air_offset(volume, config)
-    prepared = [prepare_slice(volume, k, config, offset) for k in range(volume.values.shape[-1])]
-    return np.stack([image for image, _ in prepared]), np.array([box for _, box in prepared], np.int32)
+    count, step = volume.values.shape[-1], context_slices(config, volume.grid)
+    boxes = [slice_box(volume, k, config) for k in range(start, count if stop is None else stop)]
+    images = [
+        [prepare_slice(volume, n, config, offset, box) for n in _channel_slices(k, step, count)]
+        for k, box in enumerate(boxes, start)
+    ]
+    return np.moveaxis(np.array(images), 1, -1).copy(), np.array(boxes, np.int32)
 
 
-def prepare_mask(mask: Array, boxes: npt.NDArray[np.int32], size: int) -> npt.NDArray[np.uint8]:
-    """A mask cropped and resized like its scan, then binarised at one half.
+def _channel_slices(k: int, step: int, count: int) -> tuple[int, ...]:
+    """The slices that the channels of slice k show."""
+    return (k, max(k - step, 0), min(k + step, count - 1)) if step else (k,)
+
+
+def prepare_mask(mask: Array, boxes: npt.NDArray[np.int32], size: int, step: int = 0) -> npt.NDArray[np.uint8]:
+    """A scan's mask, cropped and resized like its slices and their context, then binarised at one half.
 
     Args:
       mask: labels (rows, columns, slices); above 0 belongs to the mask.
       boxes: int32 (slices, 4).
       size: S.
+      step: as `context_slices` has it; 0 for the slices alone.
 
     Returns:
-      uint8 (slices, S, S), 0 or 1.
+      uint8 (slices, S, S, C), 0 or 1, with the channels of `prepare_volume`.
     """
-    prepared = np.zeros((len(boxes), size, size), np.uint8)
+    shown = [bool(mask[..., k].any()) for k in range(len(boxes))]
+    prepared = np.zeros((len(boxes), size, size, len(_channel_slices(0, step, 1))), np.uint8)
     for k, box in enumerate(boxes):
-        if mask[..., k].any():
-            prepared[k] = crop_resize(mask[..., k] > 0, Box(*map(int, box)), size) > 0.5
+        for channel, n in enumerate(_channel_slices(k, step, len(boxes))):
+            if shown[n]:
+                prepared[k, ..., channel] = crop_resize(mask[..., n] > 0, Box(*map(int, box)), size) > 0.5
     return prepared

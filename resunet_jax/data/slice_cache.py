@@ -23,14 +23,14 @@ from filelock import FileLock, Timeout
 
 from resunet_jax.config import PreprocessConfig
 from resunet_jax.data.cases import Case
-from resunet_jax.data.preprocess import prepare_mask, prepare_volume
+from resunet_jax.data.preprocess import context_slices, prepare_mask, prepare_volume
 from resunet_jax.data.readers import READERS, Reader, digest, read_mask, read_volume
 from resunet_jax.data.volume import FloatArray
 from resunet_jax.errors import InputError
 from resunet_jax.files import atomic_dir, make_output_dir, remove_dir, write_text
 from resunet_jax.progress import logger, progress
 
-_FORMAT = 3  # raise it when the same files and settings would give other slices
+_FORMAT = 4  # raise it when the same files and settings would give other slices
 _MAX_WORKERS = 4  # each holds a volume in memory
 _IN_USE = ".in_use"  # folder of the cache: for each `prepare_cases` whose result is alive, a lock and the names
 
@@ -45,10 +45,10 @@ class PreparedCase:
     Attributes:
       case: where they come from.
       digest: of the content of its files, the settings, and what its values were assumed to be.
-      images: float32 (slices, S, S) in [0, 1].
+      images: float32 (slices, S, S, C) in [0, 1], see `prepare_volume`.
       boxes: int32 (slices, 4): row, column, height, width of each crop in its slice, in pixels.
-      lung: uint8 (slices, S, S), 1 in either lung.
-      infection: uint8 (slices, S, S), or None where the case has no infection mask.
+      lung: uint8 (slices, S, S, 1), 1 in either lung.
+      infection: uint8 (slices, S, S, C), of each channel of the images; None where the case has no infection mask.
       assumed: what its values were taken to be, see `open_scan`; None where they were judged.
       lease: as long as it lives, the arrays stay in the cache.
     """
@@ -146,7 +146,8 @@ def _build(
         np.save(partial / "images.npy", images)
         np.save(partial / "boxes.npy", boxes)
         for name, label in labels.items():
-            np.save(partial / f"{name}.npy", prepare_mask(label, boxes, config.image_size))
+            step = context_slices(config, volume.grid) if name == "infection" else 0
+            np.save(partial / f"{name}.npy", prepare_mask(label, boxes, config.image_size, step))
     return case.id
 
 
@@ -154,15 +155,12 @@ def _open(case: Case, folder: Path, assumed: tuple[float, float] | None, lease: 
     try:
         images, boxes, lung = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "boxes", "lung"))
         infection = np.load(folder / "infection.npy", mmap_mode="r") if case.infection_mask else None
-        slices = images.shape
-        expected = {
-            np.float32: [images],
-            np.int32: [boxes],
-            np.uint8: [lung] if infection is None else [lung, infection],
-        }
-        if any(a.dtype != dtype for dtype, some in expected.items() for a in some) or images.ndim != 3:
+        masks = [lung] if infection is None else [lung, infection]
+        expected = {np.float32: [images], np.int32: [boxes], np.uint8: masks}
+        if any(a.dtype != dtype for dtype, some in expected.items() for a in some) or images.ndim != 4:
             raise ValueError("arrays of another type")
-        if boxes.shape != (slices[0], 4) or any(mask.shape != slices for mask in expected[np.uint8]):
+        shapes = [(*images.shape[:3], 1), images.shape][: len(masks)]
+        if boxes.shape != (len(images), 4) or [mask.shape for mask in masks] != shapes:
             raise ValueError("arrays of other shapes")
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{folder}: damaged ({error}); delete this folder, it will be made again") from error

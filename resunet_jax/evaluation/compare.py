@@ -157,15 +157,15 @@ def evaluate_cases(
             )
             probabilities = predictor.scan_probabilities(prepared.images, prepared.boxes, volume.grid)
             for structure in predictor.structures:
-                target = getattr(prepared, structure)
-                if target is not None:
+                if (masks := getattr(prepared, structure)) is not None:
+                    target = masks[..., 0]
                     soft[structure].add(probabilities[structure], target)
                     sums = calibration_sums(probabilities[structure], target)
                     calibration[structure] = calibration[structure] + sums if structure in calibration else sums
                     counts = _counts(probabilities[structure] > predictor.threshold(structure), target > 0)
                     model_grid.append({**_names(prepared, structure), **hard_metrics(counts), **counts})
             if prepared.infection is not None and "infection" in probabilities:
-                own = logit_histogram(probabilities["infection"], prepared.infection)
+                own = logit_histogram(probabilities["infection"], prepared.infection[..., 0])
                 patient = prepared.case.patient
                 logits[patient] = logits[patient] + own if patient in logits else own
             comparisons = _comparisons(predictor, prepared, volume, probabilities, tolerance_mm, readers)

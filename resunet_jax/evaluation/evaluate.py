@@ -28,6 +28,7 @@ def evaluate(
     subset: str = "test",
     split_file: Path | None = None,
     batch_size: int = 8,
+    thresholds: Mapping[str, float] | None = None,
     validated_threshold: bool = False,
     min_component_fraction: float | None = None,
     infection_postprocess: Mapping[str, Any] | None = None,
@@ -50,6 +51,7 @@ def evaluate(
       subset: "train", "val", "test", or "all" for every case of the data folder.
       split_file: see `read_split`; by default the split that the models were trained on.
       batch_size: slices at a time.
+      thresholds: see `load_predictor`.
       validated_threshold: see `load_predictor`.
       min_component_fraction: see `load_predictor`.
       infection_postprocess: see `load_predictor`.
@@ -72,6 +74,7 @@ def evaluate(
         lung_checkpoint,
         infection_checkpoint,
         batch_size,
+        thresholds=thresholds,
         validated_threshold=validated_threshold,
         min_component_fraction=min_component_fraction,
         infection_postprocess=infection_postprocess,

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from resunet_jax.config import INFECTION_POSTPROCESS, GateName, PreprocessConfig, Structure
+from resunet_jax.config import INFECTION_POSTPROCESS, GateName, PostprocessConfig, PreprocessConfig, Structure
 from resunet_jax.data.roi import Box, resize_paste
 from resunet_jax.data.slice_cache import PreparedCase
 from resunet_jax.data.volume import Array, FloatArray, Grid
@@ -30,9 +30,6 @@ from resunet_jax.progress import logger, progress
 from resunet_jax.weights.pretrained import load_pair, load_pair_record
 from resunet_jax.weights.store import LoadedModel, fingerprint, load_model_for, load_threshold
 from resunet_jax.weights.uncertainty import UNCERTAINTY_FILE, UncertaintyRecord, load_record
-
-THRESHOLD = 0.5
-"""A voxel whose probability is above it belongs to the mask, unless another threshold is asked for."""
 
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 """Those that `choose_threshold` chooses from."""
@@ -64,7 +61,7 @@ class Predictor:
       lung: on CT, or None.
       infection: on CT or on [CT, lung probability], or None.
       batch_size: slices at a time, at most; on CPUs narrow models take fewer, which is faster.
-      thresholds: by structure, in (0, 1); `THRESHOLD` where there is none.
+      thresholds: by structure, in (0, 1), instead of the models' own, see `PostprocessConfig`.
       record: of these models' errors, or None; it changes what is reported of the infection, never a mask.
     """
 
@@ -82,12 +79,14 @@ class Predictor:
 
     @property
     def preprocess(self) -> PreprocessConfig:
-        """How slices have to be prepared."""
-        return next(model.config.preprocess for model in (self.lung, self.infection) if model is not None)
+        """How slices have to be prepared; the lung model sees their first channels."""
+        return next(model.config.preprocess for model in (self.infection, self.lung) if model is not None)
 
     def threshold(self, structure: str) -> float:
         """A voxel belongs to the structure where its probability is above this."""
-        return self.thresholds.get(structure, THRESHOLD)
+        model: LoadedModel | None = getattr(self, structure)
+        own = PostprocessConfig().threshold if model is None else model.config.postprocess.threshold
+        return self.thresholds.get(structure, own)
 
     @property
     def min_component_fraction(self) -> float:
@@ -158,7 +157,7 @@ class Predictor:
         """Runs the models over prepared slices; after a lung model, the infection model only where it found lung.
 
         Args:
-          images: float32 (slices, S, S) in [0, 1].
+          images: float32 (slices, S, S, C) in [0, 1], see `prepare_volume`.
 
         Returns:
           for each structure, float32 (slices, S, S) in [0, 1]; it does not depend on the batch size. In slices without
@@ -166,14 +165,14 @@ class Predictor:
         """
         outputs: dict[str, FloatArray] = {}
         if self.lung is not None:
-            outputs["lung"] = self._run("lung", images)
+            outputs["lung"] = self._run("lung", images[..., : self.lung.config.preprocess.channels])
         if self.infection is not None and self.lung is None:
             outputs["infection"] = self._run("infection", images)
         elif self.infection is not None:
             with_lung = np.flatnonzero((outputs["lung"] > self.threshold("lung")).any(axis=(1, 2)))
-            inputs = (images, outputs["lung"])[: self.infection.model.in_channels]
-            outputs["infection"] = np.zeros(images.shape, np.float32)
-            outputs["infection"][with_lung] = self._run("infection", *(channel[with_lung] for channel in inputs))
+            inputs = np.concatenate([images[with_lung], outputs["lung"][with_lung, ..., None]], axis=-1)
+            outputs["infection"] = np.zeros(images.shape[:-1], np.float32)
+            outputs["infection"][with_lung] = self._run("infection", inputs)
         return outputs
 
     def postprocess(self, probabilities: Mapping[str, FloatArray], boxes: npt.NDArray[np.int32], grid: Grid) -> None:
@@ -222,12 +221,12 @@ class Predictor:
             native[name] = NativeSlices(probability, probability > self.threshold(name))
         return native
 
-    def _run(self, name: str, *channels: FloatArray) -> FloatArray:
-        """One model over (slices, S, S) channels, by batches of one size, so that it is compiled once."""
-        outputs = np.empty(channels[0].shape, np.float32)
-        size = self._slices_at_a_time(name, channels[0])
+    def _run(self, name: str, inputs: FloatArray) -> FloatArray:
+        """One model over (slices, S, S, C), by batches of one size, so that it is compiled once."""
+        outputs = np.empty(inputs.shape[:-1], np.float32)
+        size = self._slices_at_a_time(name, inputs)
         for start in range(0, len(outputs), size):
-            batch = np.stack([channel[start : start + size] for channel in channels], axis=-1)
+            batch = inputs[start : start + size]
             padded = np.pad(batch, ((0, size - len(batch)), (0, 0), (0, 0), (0, 0)))
             probability = self._jitted[name](getattr(self, name).variables, padded.astype(np.float32))
             outputs[start : start + len(batch)] = np.asarray(probability)[: len(batch), ..., 0]
@@ -245,7 +244,8 @@ class Predictor:
             model = loaded.model.clone(convolution=default_convolution())
 
             def probability(variables: Variables, x: jax.Array) -> jax.Array:
-                x = infection_input(model, x[..., :1], x[..., 1:])  # CT alone is passed on
+                channels = loaded.config.preprocess.channels
+                x = infection_input(model, x[..., :channels], x[..., channels:])
                 return predict_probability(model, variables, x, patch_grid=loaded.config.model.patch_grid)
 
             return jax.jit(probability)
@@ -267,6 +267,7 @@ def load_predictor(
     infection_checkpoint: str | Path | None = None,
     batch_size: int = 8,
     *,
+    thresholds: Mapping[str, float] | None = None,
     validated_threshold: bool = False,
     min_component_fraction: float | None = None,
     infection_postprocess: Mapping[str, Any] | None = None,
@@ -278,7 +279,8 @@ def load_predictor(
       lung_checkpoint: for `load_model`, or None to segment no lungs.
       infection_checkpoint: for `load_model`, or None to segment no infection.
       batch_size: slices at a time, at most; see `Predictor`.
-      validated_threshold: takes the thresholds that the trainings chose on their validation cases, instead of 0.5.
+      thresholds: by structure, in (0, 1), instead of the models' own.
+      validated_threshold: takes the thresholds that the trainings chose on their validation cases.
       min_component_fraction: in [0, 1], instead of the lung model's own; see `PostprocessConfig`.
       infection_postprocess: fields of `PostprocessConfig` instead of the infection model's own.
       architectures: the table of models.
@@ -294,7 +296,9 @@ def load_predictor(
         (lung, infection), record = load_pair(), load_pair_record()
         logger.info("no model is given: using the pair that resunet_jax ships, see its model card (`info`)")
         if validated_threshold:
-            raise InputError("`threshold`: the shipped pair has no validated threshold; use 0.5, or give your models")
+            raise InputError(
+                "`threshold`: the shipped pair has no validated threshold; leave it out, or give your models"
+            )
     _check_pair(lung, infection, lung_checkpoint, infection_checkpoint)
     record = _checked_record(record, lung, infection, infection_checkpoint)
     if min_component_fraction is not None:
@@ -309,8 +313,9 @@ def load_predictor(
             raise InputError(f"{names}: of the infection; give `infection_checkpoint` too, or leave it out")
         infection = _with_postprocess(infection, **infection_postprocess)
     paths = {"lung": lung_checkpoint, "infection": infection_checkpoint}
-    chosen = {name: load_threshold(path) for name, path in paths.items() if path} if validated_threshold else {}
-    return Predictor(lung, infection, batch_size, chosen, record)
+    if validated_threshold:
+        thresholds = {name: load_threshold(path) for name, path in paths.items() if path}
+    return Predictor(lung, infection, batch_size, thresholds or {}, record)
 
 
 def _check_pair(
@@ -331,7 +336,7 @@ def _check_pair(
                 infection_checkpoint,
                 lung_checkpoint,
             )
-    if lung and infection and lung.config.preprocess != infection.config.preprocess:
+    if lung and infection and not lung.config.preprocess.can_feed(infection.config.preprocess):
         raise InputError(
             f"{lung_checkpoint} and {infection_checkpoint} were trained on slices prepared differently "
             f"({lung.config.preprocess}, {infection.config.preprocess}); use models trained alike"
@@ -387,7 +392,7 @@ def choose_threshold(
             for threshold, counts in _counts(predictor, structure, unprocessed, prepared, reference, grid):
                 dice[threshold] += hard_metrics(counts)["dice"] / len(with_structure)
             advance(prepared.case.id)
-    best = max(THRESHOLDS, key=lambda threshold: (dice[threshold], -abs(threshold - THRESHOLD)))
+    best = max(THRESHOLDS, key=lambda threshold: (dice[threshold], -abs(threshold - 0.5)))
     return best, dice[best]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from resunet_jax.config import PreprocessConfig
-from resunet_jax.data.preprocess import air_offset, prepare_volume
+from resunet_jax.data.preprocess import air_offset, context_slices, prepare_volume
 from resunet_jax.data.readers import READERS, Reader, Source, find_sources, open_scan
 from resunet_jax.data.readers.disk import temporary_file
 from resunet_jax.data.readers.nifti import nifti_writer
@@ -86,7 +86,7 @@ class ScanChunk:
 
     Attributes:
       start: number of the first slice.
-      images: float32 (slices, S, S) in [0, 1].
+      images: float32 (slices, S, S, C) in [0, 1], see `prepare_volume`.
       boxes: int32 (slices, 4), see `prepare_volume`.
     """
 
@@ -99,8 +99,17 @@ def iter_chunks(scan: Scan, preprocess: PreprocessConfig, offset: float) -> Iter
     """The slices of an open scan, a chunk in memory at a time; `offset` as in `air_offset`."""
     slices = scan.grid.oriented_shape[-1]
     for start in range(0, slices, CHUNK_SLICES):
-        volume = scan.read_slices(start, min(start + CHUNK_SLICES, slices))
-        yield ScanChunk(start, *prepare_volume(volume, preprocess, offset))
+        stop = min(start + CHUNK_SLICES, slices)
+        yield ScanChunk(start, *prepare_slices(scan, preprocess, offset, start, stop))
+
+
+def prepare_slices(
+    scan: Scan, preprocess: PreprocessConfig, offset: float, start: int, stop: int
+) -> tuple[FloatArray, npt.NDArray[np.int32]]:
+    """Slices start to stop of an open scan, with the context around them; see `prepare_volume`."""
+    around = context_slices(preprocess, scan.grid)
+    first, last = max(start - around, 0), min(stop + around, scan.grid.oriented_shape[-1])
+    return prepare_volume(scan.read_slices(first, last), preprocess, offset, start - first, stop - first)
 
 
 def prefetch(items: Iterator[_T], dispose: Callable[[_T], object] = lambda item: None) -> Generator[_T]:
@@ -211,7 +220,7 @@ def segment_opened(
         for chunk in stack.enter_context(contextlib.closing(prepared)):
             if not found:
                 shape = (slices, *chunk.images.shape[1:])
-                found = {structure: new_array(shape) for structure in predictor.structures}
+                found = {structure: new_array(shape[:-1]) for structure in predictor.structures}
                 images = new_array(shape) if uncertainty else None
             for structure, probabilities in predictor.slice_probabilities(chunk.images).items():
                 found[structure][chunk.start : chunk.start + len(probabilities)] = probabilities

@@ -40,7 +40,7 @@ class View(NamedTuple):
     columns: int
 
     def apply(self, slices: FloatArray) -> FloatArray:
-        """Slices (n, S, S) so seen; what a shift leaves free repeats the edge."""
+        """Slices (n, S, S, C) so seen; what a shift leaves free repeats the edge."""
         return _shift(slices[:, :, ::-1] if self.is_mirrored else slices, self.rows, self.columns)
 
     def undo(self, slices: FloatArray) -> FloatArray:
@@ -89,7 +89,7 @@ def compare_members(
 
     Args:
       predictor: with an infection model.
-      images: float32 (slices, S, S) of a whole scan, prepared.
+      images: float32 (slices, S, S, C) of a whole scan, prepared.
       boxes: int32 (slices, 4), see `prepare_volume`.
       grid: of the scan.
       infection: its probabilities after `postprocess`: the first member.
@@ -97,8 +97,9 @@ def compare_members(
       new_array: makes an array of zeros, float32; called for each structure and for the mean.
       advance: called after each chunk.
     """
-    found = {structure: new_array(images.shape) for structure in predictor.structures}
-    mean, share = new_array(images.shape), 1 / (1 + len(views))
+    shape = images.shape[:-1]
+    found = {structure: new_array(shape) for structure in predictor.structures}
+    mean, share = new_array(shape), 1 / (1 + len(views))
     chunks = [slice(start, start + CHUNK_SLICES) for start in range(0, len(images), CHUNK_SLICES)]
 
     def add(probability: FloatArray) -> npt.NDArray[np.uint8]:

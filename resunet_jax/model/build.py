@@ -25,11 +25,6 @@ class Task:
     target: Structure
     uses_lung: bool
 
-    @property
-    def in_channels(self) -> int:
-        """Channels that the model sees."""
-        return 2 if self.uses_lung else 1
-
 
 TASKS: dict[TaskName, Task] = {
     "lung": Task(target="lung", uses_lung=False),
@@ -43,7 +38,7 @@ Architecture = Callable[[Config, Convolution], Any]
 def _resunet(config: Config, convolution: Convolution) -> ResUnet:
     first, second, third, fourth = config.model.filters
     return ResUnet(
-        in_channels=TASKS[config.task].in_channels,
+        in_channels=config.preprocess.channels + TASKS[config.task].uses_lung,
         filters=(first, second, third, fourth),
         dtype=jnp.dtype(config.model.dtype),
         remat=config.train.remat,

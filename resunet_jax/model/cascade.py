@@ -90,14 +90,14 @@ def close_lung_probability(probability: jax.Array, fraction: float) -> jax.Array
 
 
 def infection_input(infection_model: ResUnet, image: jax.Array, lung_probability: jax.Array | None) -> jax.Array:
-    """What the infection model sees: CT alone (one channel), or CT and the closed lung probability (two channels).
+    """What the infection model sees: CT alone, or CT and the closed lung probability as one more channel.
 
     Args:
       infection_model: says which, by its `in_channels`, and how far to close, by its `closing_fraction`.
-      image: CT (N, H, W, 1).
-      lung_probability: the same shape; may be None for CT alone.
+      image: CT (N, H, W, C), see `prepare_volume`.
+      lung_probability: (N, H, W, 1); may be None for CT alone.
     """
-    if infection_model.in_channels == 1:
+    if infection_model.in_channels == image.shape[-1]:
         return image
     if lung_probability is None:
         raise ValueError("this infection model was trained on [CT, lung probability]: give it a lung model")
@@ -117,11 +117,11 @@ def cascade(
     """Both probabilities for a batch of slices; jit, vmap and differentiate it as you like.
 
     Args:
-      lung_model: on CT.
+      lung_model: on CT: the first `in_channels` channels of the image.
       infection_model: see `infection_input`.
       lung_variables: of the lung model; nothing stops gradients to them.
       infection_variables: of the infection model.
-      image: CT (N, H, W, 1) in [0, 1], prepared as the models' configs say; H and W divisible by 8.
+      image: CT (N, H, W, C) in [0, 1], prepared as the models' configs say; H and W divisible by 8.
       lung_patch_grid: see `apply_logits`.
       infection_patch_grid: see `apply_logits`.
 
@@ -138,7 +138,8 @@ def cascade(
       >>> [one.shape for one in probabilities]
       [(2, 32, 32, 1), (2, 32, 32, 1)]
     """
-    lung = predict_probability(lung_model, lung_variables, image, patch_grid=lung_patch_grid)
+    slices = image[..., : lung_model.in_channels]
+    lung = predict_probability(lung_model, lung_variables, slices, patch_grid=lung_patch_grid)
     stacked = infection_input(infection_model, image, lung)
     infection = predict_probability(infection_model, infection_variables, stacked, patch_grid=infection_patch_grid)
     return lung, infection

@@ -139,7 +139,7 @@ class ResUnet(nn.Module):
     With the default filters it has 13,040,705 parameters for one input channel and 13,041,857 for two.
 
     Attributes:
-      in_channels: 1 for CT, 2 for CT and lung probability.
+      in_channels: those of the CT (1, or 3 with context), and one more for a lung probability.
       filters: channels of the four levels, from full to an eighth of the resolution.
       dtype: type of the computation; parameters, batch statistics and logits are float32.
       remat: computes each residual block again when its gradient is taken, instead of keeping what lies within.

@@ -9,10 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from resunet_jax import __version__
-from resunet_jax.data.preprocess import prepare_volume
 from resunet_jax.data.volume import FloatArray
 from resunet_jax.inference.predictor import Predictor
-from resunet_jax.inference.scan import SegmentedScan
+from resunet_jax.inference.scan import SegmentedScan, prepare_slices
 from resunet_jax.metrics.lesions import SMALLEST_LESION_ML
 from resunet_jax.metrics.lung_sides import LEFT, RIGHT, left_lung, sagittal_plane
 from resunet_jax.metrics.severity import component_sizes, grade, involvement_percent, thirds
@@ -259,8 +258,12 @@ def is_upside_down(segmented: SegmentedScan, totals: Totals) -> bool:
         return False
     picks = with_lung[np.linspace(0, len(with_lung) - 1, _DOUBTFUL_SLICES + 2).round().astype(int)][1:-1]
     preprocess = segmented.predictor.preprocess
-    chunks = [segmented.scan.read_slices(k, k + 1) for k in sorted({int(pick) for pick in picks})]
-    images = np.concatenate([prepare_volume(chunk, preprocess, segmented.offset)[0] for chunk in chunks])
+    images = np.concatenate(
+        [
+            prepare_slices(segmented.scan, preprocess, segmented.offset, k, k + 1)[0]
+            for k in sorted({int(pick) for pick in picks})
+        ]
+    )
     as_it_is, turned = (
         {name: _entropy(p) for name, p in segmented.predictor.slice_probabilities(some).items()}
         for some in (images, np.ascontiguousarray(images[:, ::-1]))

@@ -188,8 +188,6 @@ def study_folds(study_dir: Path, variant: str | None = None, seed: int | None = 
 def fold_errors(judge: Judge, folds: Sequence[Fold], target: Predictor) -> Errors:
     """Each test case of a study by the models that have not seen it, with the masks made as `target` makes them.
 
-    Where `target` has validated thresholds, each fold has its own.
-
     Raises:
       InputError: see `Judge.errors`.
     """
@@ -206,7 +204,7 @@ def _models(fold: Fold, target: Predictor) -> dict[str, Any]:
     return {
         "lung_checkpoint": fold.lung,
         "infection_checkpoint": fold.infection,
-        "validated_threshold": bool(target.thresholds),
+        "thresholds": {name: target.threshold(name) for name in target.structures},
         "min_component_fraction": target.min_component_fraction,
         "infection_postprocess": target.infection_postprocess,
     }

@@ -64,10 +64,12 @@ _MINMAX = {
     "augment.fill": 0.0,
 }
 _WINDOW = {"preprocess.normalization": "window"}
+_NO_AVERAGE = {"train.ema_decay": 0.0}
 
 VARIANTS: tuple[Variant, ...] = (
     Variant("robust", "robust"),
     Variant("original", "original"),
+    Variant("infection: single slices", infection={"preprocess.context_mm": 0.0}),
     Variant("infection: unprocessed lung probability", infection={"cascade.closing_fraction": 0.0}),
     Variant("infection: no densified lesions", infection={"augment.lesion_densify_prob": 0.0}),
     Variant("infection: no faded lesions", infection={"augment.lesion_fade_prob": 0.0}),
@@ -82,6 +84,7 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("lung: no intensity augmentation", lung=_NO_INTENSITY, infection=None),
     Variant("lung: all components kept", lung={"postprocess.min_component_fraction": 0.0}, infection=None),
     Variant("both: per-slice min–max", lung=_MINMAX, infection=_MINMAX),
+    Variant("both: no moving average", lung=_NO_AVERAGE, infection=_NO_AVERAGE),
     Variant("both: no air calibration", lung=_WINDOW, infection=_WINDOW),
 )
 """The variants of an ablation: the default recipe, the original, and the default with one thing changed."""

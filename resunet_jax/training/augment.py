@@ -1,6 +1,7 @@
 """Random transforms of slices and their masks, on the device.
 
 A transform is one function of one slice and one row of `AUGMENTATIONS`: (key, image, mask, config) to (image, mask).
+The first channel of the mask is the target, the others are the infection in each channel of the image.
 """
 
 from collections.abc import Callable, Mapping
@@ -79,8 +80,8 @@ def spatial(key: jax.Array, image: jax.Array, mask: jax.Array, config: AugmentCo
 
     Args:
       key: a JAX random key.
-      image: float32 (S, S, 1) in [0, 1].
-      mask: float32 (S, S, 1) in [0, 1].
+      image: float32 (S, S, C) in [0, 1].
+      mask: float32 (S, S, 1 + C) in [0, 1].
       config: probabilities and limits.
 
     Returns:
@@ -93,14 +94,14 @@ def spatial(key: jax.Array, image: jax.Array, mask: jax.Array, config: AugmentCo
 def lesion_intensity(
     key: jax.Array, image: jax.Array, mask: jax.Array, config: AugmentConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Makes what a mask covers denser or fainter, everywhere by the same random fraction of the way.
+    """Makes the infection denser or fainter, everywhere by the same random fraction of the way.
 
     Denser goes up to soft tissue, and what is denser already stays; fainter goes most of the way down to healthy lung.
 
     Args:
       key: a JAX random key.
-      image: float32 (S, S, 1), HU [-1250, 250] as [0, 1].
-      mask: float32 (S, S, 1) in [0, 1].
+      image: float32 (S, S, C), HU [-1250, 250] as [0, 1].
+      mask: float32 (S, S, 1 + C) in [0, 1]; its last C channels are the infection.
       config: how often either happens; never both.
 
     Returns:
@@ -111,7 +112,7 @@ def lesion_intensity(
         denser = jnp.where(chance < config.lesion_densify_prob, fraction, 0.0)
         fainter = jnp.where(chance > 1 - config.lesion_fade_prob, _MAX_FADE * fraction, 0.0)
         up, down = jnp.maximum(SOFT_TISSUE - image, 0), jnp.maximum(image - AERATED_LUNG, 0)
-        image = image + mask * (denser * up - fainter * down)
+        image = image + mask[..., -image.shape[-1] :] * (denser * up - fainter * down)
     return image, mask
 
 
@@ -164,8 +165,8 @@ def augment(
 
     Args:
       key: a JAX random key, split over the slices and then over the transforms.
-      image: float32 (N, S, S, 1) in [0, 1].
-      mask: float32 (N, S, S, 1), 0 or 1.
+      image: float32 (N, S, S, C) in [0, 1].
+      mask: float32 (N, S, S, 1 + C), 0 or 1.
       config: which transforms, how often and by how much.
       augmentations: the table to find them in.
 

@@ -96,7 +96,7 @@ class Checkpoints:
         if not is_primary():
             return
         step = int(state.step)
-        trees = {VARIABLES: state.variables, _OPTIMIZER: _optimizer(state)}
+        trees = {VARIABLES: state.model_variables, _OPTIMIZER: _optimizer(state)}
         trees = jax.tree.map(np.array, jax.device_get(trees))  # a copy: the next step overwrites the state
         values = {CONFIG_FILE: to_dict(config), HISTORY_FILE: {"epochs": list(history), "unfinished": partial_epoch}}
         there = checkpoint_steps(self._folder)
@@ -162,7 +162,9 @@ class Checkpoints:
 
 
 def _optimizer(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "state": state.opt_state}
+    """What a training needs besides the model; the variables too, where the model is their average."""
+    variables = {} if state.average is None else {"variables": state.variables}
+    return {"step": state.step, "state": state.opt_state, **variables}
 
 
 def _read(folder: Path, state: TrainState) -> RestoredState:
@@ -173,8 +175,8 @@ def _read(folder: Path, state: TrainState) -> RestoredState:
             "resumed: choose a new `workdir`"
         )
     history = read_values(folder, HISTORY_FILE)
-    variables = restore_tree(folder / VARIABLES, state.variables)
+    model = restore_tree(folder / VARIABLES, state.variables)
     optimizer = restore_tree(folder / _OPTIMIZER, _optimizer(state))
-    return RestoredState(
-        TrainState(optimizer["step"], variables, optimizer["state"]), history["epochs"], history["unfinished"]
-    )
+    average = None if state.average is None else model
+    restored = TrainState(optimizer["step"], optimizer.get("variables", model), optimizer["state"], average)
+    return RestoredState(restored, history["epochs"], history["unfinished"])

@@ -155,7 +155,7 @@ def fit(
                 if len(totals.losses) < steps_per_epoch:
                     checkpoints.save(state, config, history, dataclasses.asdict(totals))
                     raise StoppedError(f"{workdir}: stopped after step {state.step}; the same command resumes there")
-                history.append(run.record(state, totals, validate(state.variables)))
+                history.append(run.record(state, totals, validate(state.model_variables)))
                 checkpoints.save(state, config, history, None)
                 write_history(workdir, history)
                 report(history[-1])

@@ -28,11 +28,18 @@ class TrainState(flax.struct.PyTreeNode):
       step: int32 scalar, steps taken.
       variables: {"params": ..., "batch_stats": ...}.
       opt_state: of the optax optimizer.
+      average: exponential moving average of the variables, None where `ema_decay` is 0.
     """
 
     step: jax.Array
     variables: Variables
     opt_state: Any
+    average: Variables | None = None
+
+    @property
+    def model_variables(self) -> Variables:
+        """Those to evaluate and to keep as the model."""
+        return self.variables if self.average is None else self.average
 
 
 class FrozenLung(NamedTuple):
@@ -90,7 +97,23 @@ def create_state(
     """The state before the first step, decided by the config's seed."""
     key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
     variables = init_variables(build_model(config, architectures=architectures), key)
-    return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables["params"]))
+    # A copy, because the state is donated, and one buffer cannot be donated twice.
+    average = jax.tree.map(jnp.copy, variables) if config.train.ema_decay else None
+    return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables["params"]), average)
+
+
+def update_average(average: Variables, variables: Variables, step: jax.Array, decay: float) -> Variables:
+    """The exponential moving average after a step, which has not yet been counted.
+
+    At the beginning the decay is lower, (1 + step) / (10 + step), so that the initial parameters are forgotten.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> update_average({"w": jnp.float32(0)}, {"w": jnp.float32(1)}, jnp.int32(90), decay=0.75)["w"].item()
+      0.25
+    """
+    kept = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, average, variables)
 
 
 def _pixel_counts(logits: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
@@ -136,6 +159,7 @@ def make_train_step(
             config.augment,
             augmentations,
         )
+        target = target[..., :1]
         x = _model_input(model, image, frozen, lung_variables)
 
         def loss(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
@@ -156,7 +180,10 @@ def make_train_step(
                 (state.variables["batch_stats"], jax.tree.map(jnp.zeros_like, counts)),
             )
         variables = {"params": optax.apply_updates(params, updates), "batch_stats": batch_stats}
-        return TrainState(state.step + 1, variables, opt_state), {"loss": value, "finite": finite, **counts}
+        average = state.average
+        if average is not None:
+            average = update_average(average, variables, state.step, config.train.ema_decay)
+        return TrainState(state.step + 1, variables, opt_state, average), {"loss": value, "finite": finite, **counts}
 
     return step
 
@@ -183,8 +210,9 @@ def compile_train_step(
     """
     optimizer, size = make_optimizer(config, 100), config.preprocess.image_size
     state: Any = jax.eval_shape(lambda: create_state(config, optimizer, architectures))
-    shape = (config.train.batch_size, size, size, 1)
-    batch: Any = {"image": jax.ShapeDtypeStruct(shape, np.float32), "mask": jax.ShapeDtypeStruct(shape, np.uint8)}
+    shape = (config.train.batch_size, size, size, config.preprocess.channels)
+    masks = (*shape[:-1], 1 + shape[-1])
+    batch: Any = {"image": jax.ShapeDtypeStruct(shape, np.float32), "mask": jax.ShapeDtypeStruct(masks, np.uint8)}
     frozen = frozen_lung(lung, architectures) if lung else None
     lung_variables = (
         jax.eval_shape(lambda: init_variables(build_model(lung, architectures=architectures), jax.random.key(0)))
@@ -227,7 +255,7 @@ def make_eval_step(
     loss_fn, patches = make_loss(config.train.loss, losses), config.model.patch_grid
 
     def step(variables: Variables, batch: Batch, lung_variables: Variables | None) -> dict[str, Any]:
-        target = batch["mask"].astype(jnp.float32)
+        target = batch["mask"][..., :1].astype(jnp.float32)
         x = _model_input(model, batch["image"], frozen, lung_variables)
         logits, _ = apply_logits(model, variables, x, train=False, patch_grid=patches)
         valid = batch["valid"].astype(jnp.float32)
@@ -242,7 +270,8 @@ def _model_input(
 ) -> jax.Array:
     if frozen is None or lung_variables is None:
         return infection_input(model, image, None)
-    lung = predict_probability(frozen.model, lung_variables, image, patch_grid=frozen.patch_grid)
+    slices = image[..., : frozen.model.in_channels]
+    lung = predict_probability(frozen.model, lung_variables, slices, patch_grid=frozen.patch_grid)
     return infection_input(model, image, lung)
 
 

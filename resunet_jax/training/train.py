@@ -23,7 +23,7 @@ from resunet_jax.data.splits import DEFAULT_SPLIT, Split, SplitRequest, make_spl
 from resunet_jax.data.volume import Array, Grid
 from resunet_jax.errors import InputError
 from resunet_jax.files import check_output_dir, dir_lock, make_output_dir, write_text
-from resunet_jax.inference.predictor import THRESHOLD, Predictor, choose_threshold
+from resunet_jax.inference.predictor import Predictor, choose_threshold
 from resunet_jax.model.build import ARCHITECTURES, TASKS, Architecture, Task, build_model
 from resunet_jax.progress import logger
 from resunet_jax.training.augment import AUGMENTATIONS, Augmentation, augment, check_transforms
@@ -198,7 +198,7 @@ def _load_lung(
             "(task infection_ct)"
         )
     lung = load_model_for(lung_checkpoint, "lung", architectures)
-    if lung.config.preprocess != config.preprocess:
+    if not lung.config.preprocess.can_feed(config.preprocess):
         raise InputError(
             f"{lung_checkpoint}: its slices were prepared by {lung.config.preprocess}, this training asks for "
             f"{config.preprocess}; use the same `recipe`, `image_size` and `normalization`"
@@ -348,12 +348,15 @@ def _use_validation(
             continue
         grid = read_grid(case.ct, readers)
         references.append((prepared, read_mask(path, case.ct, grid, readers) > 0, grid))
-        targets = getattr(prepared, task.target)
+        targets = getattr(prepared, task.target)[..., 0]
         areas = targets.sum(axis=(1, 2))
         probabilities = predictor.scan_probabilities(prepared.images, prepared.boxes, grid)[task.target]
         for k in sorted({int(np.argmax(areas)), len(areas) // 2}) if len(overlays) < _MAX_OVERLAYS else ():
-            masks = {str(task.target): targets[k]}, {str(task.target): probabilities[k] > THRESHOLD}
-            overlays.append(plots.Overlay(f"{case.id} slice {k}", prepared.images[k], *masks))
+            masks = (
+                {str(task.target): targets[k]},
+                {str(task.target): probabilities[k] > predictor.threshold(task.target)},
+            )
+            overlays.append(plots.Overlay(f"{case.id} slice {k}", prepared.images[k, ..., 0], *masks))
     plots.save_overlays(workdir / "figures" / "validation_samples.png", overlays)
     if chosen := choose_threshold(predictor, task.target, references):
         save_threshold(workdir, *chosen, [prepared.case.id for prepared in val_set])

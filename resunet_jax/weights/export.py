@@ -11,7 +11,7 @@ and flatbuffers only:
     with open("cascade.jaxexport", "rb") as file:
         cascade = export.deserialize(bytearray(file.read()))
     run = jax.jit(cascade.call)
-    images = np.load("images.npy")  # float32 (slices, S, S, 1) in [0, 1]; S stands in cascade.jaxexport.json
+    images = np.load("images.npy")  # float32 (slices, S, S, C) in [0, 1]; S and C stand in cascade.jaxexport.json
     lung, infection, *calibrated = run(images)  # the third one where the models were calibrated
     np.savez("probabilities.npz", lung=lung, infection=infection)
 """
@@ -64,8 +64,8 @@ def cascade_program(
     """The pure function that `export_cascade` exports, for other converters; for arguments and errors see there.
 
     Returns:
-      float32 (N, S, S, 1) in [0, 1] to lung and infection probability and, with a temperature, the calibrated infection
-      probability, each of the same shape.
+      float32 (N, S, S, C) in [0, 1] to lung and infection probability and, with a temperature, the calibrated infection
+      probability, each (N, S, S, 1).
     """
     _check(lung, infection, thresholds, temperature)
     lung_model, infection_model = (one.model.clone(convolution=lax.conv_general_dilated) for one in (lung, infection))
@@ -105,7 +105,7 @@ def export_cascade(
     that convolution to 1e-6, and with `default_convolution` to 1e-5. GPUs and TPUs round convolutions as
     `jax.default_matmul_precision` was when the export was made.
 
-    Its input is float32 (b, S, S, 1) in [0, 1], as `prepare_volume` makes it; its outputs are lung and infection
+    Its input is float32 (b, S, S, C) in [0, 1], as `prepare_volume` makes it; its outputs are lung and infection
     probability, each float32 (b, S, S, 1) in [0, 1]. The infection's is 0 in slices without lung. Weights and the
     closing of the lung probability are inside; both models evaluate by their running statistics. With a temperature
     there is a third output, the calibrated infection probability, to be reported; masks are made of the second, for
@@ -127,17 +127,19 @@ def export_cascade(
       >>> import jax, numpy as np
       >>> from resunet_jax.weights.export import export_cascade
       >>> from resunet_jax.weights.pretrained import load_pair
-      >>> exported = export_cascade(*load_pair(), thresholds={"lung": 0.5, "infection": 0.5})
+      >>> pair = load_pair()
+      >>> exported = export_cascade(*pair, thresholds={"lung": 0.5, "infection": 0.5})
       >>> exported.platforms
       ('cpu', 'cuda', 'tpu')
-      >>> lung, infection = jax.jit(exported.call)(np.zeros((2, 128, 128, 1), np.float32))
+      >>> images = np.zeros((2, 128, 128, pair.infection.config.preprocess.channels), np.float32)
+      >>> lung, infection = jax.jit(exported.call)(images)
       >>> lung.shape
       (2, 128, 128, 1)
     """
     run = cascade_program(lung, infection, thresholds=thresholds, temperature=temperature)
-    size = lung.config.preprocess.image_size
+    size, channels = infection.config.preprocess.image_size, infection.config.preprocess.channels
     (b,) = jax.export.symbolic_shape("b")
-    images = jax.ShapeDtypeStruct((b, size, size, 1), jnp.float32)
+    images = jax.ShapeDtypeStruct((b, size, size, channels), jnp.float32)
     return _export(run, images)
 
 
@@ -146,8 +148,9 @@ def export_cascade_from_hu(
 ) -> jax.export.Exported:
     """`export_cascade` with the preparation of slices inside, but for the choice of the body's boxes.
 
-    Its inputs are slices in Hounsfield units, float32 (b, H, W) of any size, oriented (posterior, left), and their
-    boxes, int32 (b, 4): row, column, height and width, at least 1 and within the slice. HU are mapped to [0, 1] over
+    Its inputs are slices in Hounsfield units, float32 (b, H, W, C) of any size, oriented (posterior, left), channels as
+    in `prepare_volume`, and their boxes, int32 (b, 4): row, column, height and width, at least 1 and within the slice;
+    for models without context the slices are (b, H, W). HU are mapped to [0, 1] over
     `HU_WINDOW`, cropped, and resized with antialiasing by `resize_matrix`: equal to `prepare_volume` to 1e-6.
 
     Args:
@@ -160,7 +163,7 @@ def export_cascade_from_hu(
       InputError: see `export_cascade`; or the models see each slice's own range, not Hounsfield units.
     """
     run = cascade_program(lung, infection, thresholds=thresholds, temperature=temperature)
-    preprocess = lung.config.preprocess
+    preprocess = infection.config.preprocess
     if not preprocess.is_physical:
         raise InputError(
             "`from_hu`: these models see each slice's own range (normalization minmax), not Hounsfield units; export "
@@ -168,10 +171,10 @@ def export_cascade_from_hu(
         )
 
     def from_hu(hu: jax.Array, boxes: jax.Array) -> tuple[jax.Array, ...]:
-        return run(prepare_hu(hu, boxes, preprocess.image_size)[..., None])
+        return run(prepare_hu(hu.reshape(*hu.shape[:3], -1), boxes, preprocess.image_size))
 
     b, height, width = jax.export.symbolic_shape("b, h, w")
-    hu = jax.ShapeDtypeStruct((b, height, width), jnp.float32)
+    hu = jax.ShapeDtypeStruct((b, height, width, *_context_shape(infection)), jnp.float32)
     return _export(from_hu, hu, jax.ShapeDtypeStruct((b, 4), jnp.int32))
 
 
@@ -179,19 +182,19 @@ def prepare_hu(hu: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
     """What `prepare_volume` does with slices in Hounsfield units, where their boxes are known; in JAX, to 1e-6.
 
     Args:
-      hu: float32 (N, H, W).
+      hu: float32 (N, H, W, C).
       boxes: int32 (N, 4): row, column, height, width.
       size: S.
 
     Returns:
-      float32 (N, S, S) in [0, 1].
+      float32 (N, S, S, C) in [0, 1].
     """
     low, high = HU_WINDOW
     windowed = jnp.clip((hu - low) / (high - low), 0, 1)
     rows = jax.vmap(lambda box: resize_matrix(box[0], box[2], hu.shape[1], size))(boxes)
     columns = jax.vmap(lambda box: resize_matrix(box[1], box[3], hu.shape[2], size))(boxes)
-    narrow = jnp.einsum("nhw,ntw->nht", windowed, columns, precision=lax.Precision.HIGHEST)
-    return jnp.einsum("nsh,nht->nst", rows, narrow, precision=lax.Precision.HIGHEST)
+    narrow = jnp.einsum("nhwc,ntw->nhtc", windowed, columns, precision=lax.Precision.HIGHEST)
+    return jnp.einsum("nsh,nhtc->nstc", rows, narrow, precision=lax.Precision.HIGHEST)
 
 
 def resize_matrix(first: jax.Array, length: jax.Array, total: Any, size: int) -> jax.Array:
@@ -274,16 +277,16 @@ def describe_cascade(
 ) -> dict[str, Any]:
     """What somebody without this package has to know of an export, in JSON values; for arguments see `write_export`."""
     size, postprocess = lung.config.preprocess.image_size, infection.config.postprocess
-    fraction = infection.model.closing_fraction if infection.model.in_channels > 1 else 0.0
+    fraction = infection.model.closing_fraction if TASKS[infection.config.task].uses_lung else 0.0
     probability = {"shape": ["b", size, size, 1], "dtype": "float32", "range": [0, 1]}
     outputs = ["lung probability", "infection probability"]
     if temperature is not None:
         outputs.append("calibrated infection probability, to be reported; masks are made of the other")
     return {
         "written_on": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "inputs": _inputs(size, from_hu),
+        "inputs": _inputs(infection, from_hu),
         "outputs": [{"name": name, **probability} for name in outputs],
-        "preprocessing": _preprocessing(lung, from_hu),
+        "preprocessing": _preprocessing(infection, from_hu),
         "thresholds": {name: thresholds[name] for name in ("lung", "infection")},
         "threshold_rule": "a voxel belongs to a mask where its probability is above the threshold; in slices without "
         "lung above its threshold the infection probability is 0",
@@ -354,7 +357,7 @@ def _check(
             raise InputError(f"`{name}`: expected a {name} model, this one segments {found}; give the other model")
         if not 0 < thresholds.get(name, 0) < 1:
             raise InputError(f"`thresholds`: that of {name} is {thresholds.get(name)}; it must be in (0, 1)")
-    if lung.config.preprocess != infection.config.preprocess:
+    if not lung.config.preprocess.can_feed(infection.config.preprocess):
         raise InputError(
             f"the models were trained on slices prepared differently ({lung.config.preprocess}, "
             f"{infection.config.preprocess}); use models trained alike"
@@ -377,17 +380,24 @@ def _without_folders() -> Iterator[None]:
         jax.config.update(_SOURCE_FILES, before)
 
 
-def _inputs(size: int, from_hu: bool) -> list[dict[str, Any]]:
+def _context_shape(infection: LoadedModel) -> tuple[int, ...]:
+    """The axis of channels of slices in HU, which models without context do not have."""
+    channels = infection.config.preprocess.channels
+    return (channels,) if channels > 1 else ()
+
+
+def _inputs(infection: LoadedModel, from_hu: bool) -> list[dict[str, Any]]:
+    size, channels = infection.config.preprocess.image_size, infection.config.preprocess.channels
     if not from_hu:
-        return [{"name": "images", "shape": ["b", size, size, 1], "dtype": "float32", "range": [0, 1]}]
+        return [{"name": "images", "shape": ["b", size, size, channels], "dtype": "float32", "range": [0, 1]}]
     return [
-        {"name": "hu", "shape": ["b", "h", "w"], "dtype": "float32", "unit": "HU"},
+        {"name": "hu", "shape": ["b", "h", "w", *_context_shape(infection)], "dtype": "float32", "unit": "HU"},
         {"name": "boxes", "shape": ["b", 4], "dtype": "int32", "unit": "pixels: row, column, height, width"},
     ]
 
 
-def _preprocessing(lung: LoadedModel, from_hu: bool) -> dict[str, Any]:
-    config = lung.config.preprocess
+def _preprocessing(infection: LoadedModel, from_hu: bool) -> dict[str, Any]:
+    config = infection.config.preprocess
     if config.is_physical:
         window: dict[str, Any] = {"hu_window": list(HU_WINDOW), "range": [0, 1], "outside": "clipped"}
     else:
@@ -403,5 +413,7 @@ def _preprocessing(lung: LoadedModel, from_hu: bool) -> dict[str, Any]:
         "body_dilation": config.body_dilation,
         "resize": "the box to image_size × image_size, bilinear with antialiasing (as PIL's BILINEAR)",
         "image_size": config.image_size,
+        "context_mm": config.context_mm,
+        "channels": ["the slice", "the slice context_mm below", "the slice context_mm above"][: config.channels],
         "inside": ["window", "crop", "resize"] if from_hu else [],
     }

@@ -27,10 +27,11 @@ def source(prepared) -> SliceSource:
 def test_source_is_the_slices_in_order(source: SliceSource, prepared) -> None:
     assert len(source) == 33
     for index, case, k in ((0, 0, 0), (11, 0, 11), (12, 1, 0), (24, 2, 0), (32, 2, 8)):
-        np.testing.assert_array_equal(source[index]["image"][..., 0], prepared[case].images[k])
-        np.testing.assert_array_equal(source[index]["mask"][..., 0], prepared[case].lung[k])
+        np.testing.assert_array_equal(source[index]["image"], prepared[case].images[k])
+        np.testing.assert_array_equal(source[index]["mask"][..., :1], prepared[case].lung[k])
+        np.testing.assert_array_equal(source[index]["mask"][..., 1:], prepared[case].infection[k])
     record = source[5]
-    assert record["image"].shape == record["mask"].shape == (16, 16, 1)
+    assert (record["image"].shape, record["mask"].shape) == ((16, 16, 1), (16, 16, 2))
     assert (record["image"].dtype, record["mask"].dtype) == (np.float32, np.uint8)
     assert "33 slices of coronacases_002" in repr(source)
 

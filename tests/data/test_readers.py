@@ -104,7 +104,7 @@ def test_a_table_of_readers_serves_every_step(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a scan"):
         prepare_cases([case], CONFIG, tmp_path / "cache")
     (prepared,) = prepare_cases([case], CONFIG, tmp_path / "cache", NPY)
-    assert prepared.images.shape == (5, 16, 16)
+    assert prepared.images.shape == (5, 16, 16, 1)
     assert prepared.lung.any(axis=(1, 2)).all()
     assert not prepared.infection.any()
 

@@ -13,7 +13,7 @@ import pytest
 from resunet_jax.config import PreprocessConfig
 from resunet_jax.data import slice_cache
 from resunet_jax.data.cases import find_cases
-from resunet_jax.data.preprocess import air_level, air_offset, prepare_slice, prepare_volume
+from resunet_jax.data.preprocess import air_level, air_offset, prepare_slice, prepare_volume, slice_box
 from resunet_jax.data.readers import open_scan, read_mask, read_volume
 from resunet_jax.data.slice_cache import prepare_cases
 from resunet_jax.data.volume import Volume, hu_to_window
@@ -32,8 +32,8 @@ def test_slices_are_those_of_the_scan(cases, tmp_path: Path) -> None:
     prepared = prepare_cases(cases, CONFIG, tmp_path)[1]
     volume = read_volume(cases[1].ct)
     for k in range(volume.values.shape[-1]):
-        image, box = prepare_slice(volume, k, CONFIG, 0.0)
-        np.testing.assert_array_equal(prepared.images[k], image)
+        image, box = prepare_slice(volume, k, CONFIG, 0.0), slice_box(volume, k, CONFIG)
+        np.testing.assert_array_equal(prepared.images[k, ..., 0], image)
         np.testing.assert_array_equal(prepared.boxes[k], box)
     assert prepared.images.dtype == np.float32
     assert 0 <= prepared.images.min() < prepared.images.max() <= 1
@@ -46,7 +46,7 @@ def test_masks_cover_what_they_did(cases, tmp_path: Path) -> None:
     volume = read_volume(cases[0].ct)
     lung = read_mask(cases[0].lung_mask, cases[0].ct, volume.grid) > 0
     pixels = prepared.boxes[:, 2] * prepared.boxes[:, 3] / CONFIG.image_size**2
-    np.testing.assert_allclose((prepared.lung.sum(axis=(1, 2)) * pixels).sum(), lung.sum(), rtol=0.02)
+    np.testing.assert_allclose((prepared.lung[..., 0].sum(axis=(1, 2)) * pixels).sum(), lung.sum(), rtol=0.02)
 
 
 def test_second_time_nothing_is_read(cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from resunet_jax.inference.predictor import load_predictor
 from resunet_jax.inference.scan import segment_scan
 from resunet_jax.metrics import LEGACY_KEYS, METRICS, Metric, without_legacy_keys
 from resunet_jax.metrics.overlap import soft_metrics
-from tests.conftest import TINY, Trained
+from tests.conftest import WITH_CONTEXT, Trained
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_counts_are_those_of_the_written_masks(evaluation: Evaluation, trained: 
 
 def test_does_not_depend_on_batch_size_or_order(evaluation: Evaluation, trained: Trained) -> None:
     cases = [case for case in find_cases(trained.data) if case.id in {row["case"] for row in evaluation.volumes}]
-    prepared = prepare_cases(cases[::-1], TINY["preprocess"], trained.cache)
+    prepared = prepare_cases(cases[::-1], WITH_CONTEXT, trained.cache)
     other = evaluate_cases(load_predictor(trained.lung, trained.infection, batch_size=5), prepared)
     key = itemgetter("case", "structure")
     np.testing.assert_equal(sorted(other.volumes, key=key), sorted(evaluation.volumes, key=key))
@@ -63,10 +63,10 @@ def test_does_not_depend_on_batch_size_or_order(evaluation: Evaluation, trained:
 
 def test_soft_metrics_are_means_over_batches_of_four(evaluation: Evaluation, trained: Trained) -> None:
     cases = [case for case in find_cases(trained.data) if case.id in {row["case"] for row in evaluation.volumes}]
-    prepared = prepare_cases(cases, TINY["preprocess"], trained.cache)
+    prepared = prepare_cases(cases, WITH_CONTEXT, trained.cache)
     predictor = load_predictor(trained.lung, None)
     probability = np.concatenate([predictor.slice_probabilities(one.images)["lung"] for one in prepared])
-    target = np.concatenate([one.lung for one in prepared])
+    target = np.concatenate([one.lung[..., 0] for one in prepared])
     batches = [soft_metrics(probability[i : i + 4], target[i : i + 4]) for i in range(0, len(target), 4)]
     expected = np.mean([batch["dice"] for batch in batches])
     np.testing.assert_allclose(evaluation.soft_batch["lung"]["dice"], expected, rtol=1e-5)
@@ -111,7 +111,7 @@ def test_threshold_of_the_validation_cases_is_used(trained: Trained, tmp_path: P
     predictor = load_predictor(tmp_path / "lung", None, validated_threshold=True)
     assert predictor.threshold("lung") == 0.05
     (case,) = [case for case in find_cases(trained.data) if case.id == "coronacases_003"]
-    prepared = prepare_cases([case], TINY["preprocess"], trained.cache)
+    prepared = prepare_cases([case], WITH_CONTEXT, trained.cache)
     low, half = (evaluate_cases(s, prepared).volumes[0] for s in (predictor, load_predictor(trained.lung, None)))
     assert low["tp"] + low["fp"] > half["tp"] + half["fp"]
     (mask,) = segment_scan(case.ct, tmp_path / "masks", predictor)

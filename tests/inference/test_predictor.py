@@ -33,7 +33,7 @@ from resunet_jax.inference.predictor import THRESHOLDS, choose_threshold
 from resunet_jax.metrics.overlap import confusion_counts, hard_metrics
 from resunet_jax.model.build import build_model
 from resunet_jax.model.resunet import Variables
-from tests.conftest import TINY, Trained
+from tests.conftest import TINY, WITH_CONTEXT, Trained
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_air_is_looked_for_in_the_whole_scan_not_in_a_chunk(
     values = volume.values.copy()
     values[..., :2] = np.minimum(values[..., :2], 238) + 17  # by themselves, these would be shifted by 100 HU
     write_nifti(tmp_path / "scan.nii", values, volume.grid)
-    preprocess = TINY["preprocess"]
+    preprocess = WITH_CONTEXT
     with open_scan(tmp_path / "scan.nii") as opened:
         chunks = list(module.iter_chunks(opened, preprocess, air_offset(opened, preprocess)))
     images, _ = prepare_volume(read_volume(tmp_path / "scan.nii"), preprocess)
@@ -111,11 +111,9 @@ def test_air_is_looked_for_in_the_whole_scan_not_in_a_chunk(
 
 def test_is_the_cascade_where_there_is_lung_and_nothing_elsewhere(trained: Trained, scan: Path) -> None:
     lung, infection = load_model(trained.lung), load_model(trained.infection)
-    images, _ = prepare_volume(read_volume(scan), lung.config.preprocess)
+    images, _ = prepare_volume(read_volume(scan), infection.config.preprocess)
     assert infection.model.closing_fraction > 0
-    expected = jax.jit(partial(cascade, lung.model, infection.model))(
-        lung.variables, infection.variables, images[..., None]
-    )
+    expected = jax.jit(partial(cascade, lung.model, infection.model))(lung.variables, infection.variables, images)
     expected_lung, expected_infection = (np.asarray(p)[..., 0] for p in expected)
     areas = np.sort(expected_lung.max(axis=(1, 2)))
     between = float((areas[len(areas) // 2 - 1] + areas[len(areas) // 2]) / 2)  # half of the slices have lung
@@ -139,7 +137,7 @@ def test_small_components_are_removed_from_masks_and_probabilities(
         segment_scan(scan, tmp_path / name, predictor, save_probabilities=True)
         for name, predictor in (("plain", Predictor(lung, infection)), ("large", large))
     )
-    images, boxes = prepare_volume(read_volume(scan), lung.config.preprocess)
+    images, boxes = prepare_volume(read_volume(scan), infection.config.preprocess)
     probabilities = large.slice_probabilities(images)
     before = {name: values.copy() for name, values in probabilities.items()}
     grid = read_volume(scan).grid
@@ -176,13 +174,13 @@ def test_narrow_models_take_few_slices_at_a_time_on_cpus(monkeypatch: pytest.Mon
         return x[..., :1]
 
     monkeypatch.setitem(predictor.__dict__, "_jitted", {"lung": record, "infection": record})
-    images = np.random.default_rng(0).random((5, 128, 128), np.float32)
+    images = np.random.default_rng(0).random((5, 128, 128, 1), np.float32)
     probabilities = predictor.slice_probabilities(images)
     assert shapes == [(2, 128, 128, 1)] * 3 + [(2, 128, 128, 2)] * 3
     for probability in probabilities.values():  # each slice in its place, what fills the last batch in none
-        np.testing.assert_array_equal(probability, images)
+        np.testing.assert_array_equal(probability, images[..., 0])
     shapes.clear()
-    predictor.slice_probabilities(np.ones((9, 256, 256), np.float32))  # not even one slice's memory would be kept
+    predictor.slice_probabilities(np.ones((9, 256, 256, 1), np.float32))  # not even one slice's memory would be kept
     assert {shape[0] for shape in shapes} == {8}
 
 
@@ -256,7 +254,7 @@ def test_infection_on_ct_alone_and_by_patches(trained: Trained, scan: Path) -> N
 def validation(trained: Trained) -> tuple[PreparedCase, dict[str, np.ndarray], Grid]:
     """A case and its reference masks on the native grid."""
     (case,) = [case for case in find_cases(trained.data) if case.id == "coronacases_002"]
-    (prepared,) = prepare_cases([case], TINY["preprocess"], trained.cache)
+    (prepared,) = prepare_cases([case], WITH_CONTEXT, trained.cache)
     grid = read_volume(case.ct).grid
     paths = {"lung": case.lung_mask, "infection": case.infection_mask}
     return prepared, {name: read_mask(path, case.ct, grid) > 0 for name, path in paths.items()}, grid
@@ -280,8 +278,8 @@ def dice_of_written_masks(
 class IntensityPredictor(Predictor):
     """What is as dark as lung is lung, but for one slice, and what is bright is infection: each threshold matters."""
 
-    def _run(self, name: str, *channels: np.ndarray) -> np.ndarray:
-        image = channels[0]
+    def _run(self, name: str, inputs: np.ndarray) -> np.ndarray:
+        image = inputs[..., 0]
         if name == "infection":
             return np.clip(1.4 * image - 0.3, 0, 1)
         lung = np.exp(-(((image - 0.3) / 0.2) ** 2))
@@ -330,14 +328,15 @@ class FixedPredictor(Predictor):
     """Its probabilities are the images."""
 
     def slice_probabilities(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        return {"lung": images.astype(np.float32)}
+        return {"lung": images[..., 0].astype(np.float32)}
 
 
 def fixed_case(probability: np.ndarray, reference: np.ndarray) -> tuple[PreparedCase, np.ndarray, Grid]:
     """Of (slices, S, S) arrays, each slice uncropped."""
     slices, size, _ = probability.shape
     boxes = np.tile(np.array([0, 0, size, size], np.int32), (slices, 1))
-    case: PreparedCase = PreparedCase(SimpleNamespace(id="a"), "digest", probability, boxes, reference, None)
+    images = probability[..., None]
+    case: PreparedCase = PreparedCase(SimpleNamespace(id="a"), "digest", images, boxes, reference[..., None], None)
     return case, np.moveaxis(reference > 0, 0, -1), Grid((size, size, slices), np.eye(4))
 
 
@@ -375,7 +374,30 @@ def test_threshold_weighs_volumes_alike_and_leaves_out_empty_ones() -> None:
 
 def test_no_slice_with_lung_is_no_infection(trained: Trained, scan: Path) -> None:
     lung, infection = load_model(trained.lung), load_model(trained.infection)
-    images, _ = prepare_volume(read_volume(scan), lung.config.preprocess)
+    images, _ = prepare_volume(read_volume(scan), infection.config.preprocess)
     found = Predictor(lung, infection, 8, {"lung": 0.99999}).slice_probabilities(images)
     assert not (found["lung"] > 0.99999).any()
     assert not found["infection"].any()
+
+
+def test_a_models_own_threshold_is_used_unless_another_is_given(trained: Trained) -> None:
+    predictor = load_predictor(trained.lung, trained.infection)
+    assert (predictor.threshold("lung"), predictor.threshold("infection")) == (0.5, 0.5)
+    loaded = load_model(trained.infection)
+    postprocess = dataclasses.replace(loaded.config.postprocess, threshold=0.3)
+    infection = loaded._replace(config=dataclasses.replace(loaded.config, postprocess=postprocess))
+    assert Predictor(predictor.lung, infection).mask_settings["thresholds"] == {"lung": 0.5, "infection": 0.3}
+    assert Predictor(predictor.lung, infection, thresholds={"infection": 0.7}).threshold("infection") == 0.7
+    given = load_predictor(trained.lung, trained.infection, thresholds={"lung": 0.4, "infection": 0.6})
+    assert (given.threshold("lung"), given.threshold("infection")) == (0.4, 0.6)
+
+
+def test_a_lung_model_without_context_feeds_an_infection_model_with_it(trained: Trained) -> None:
+    lung, infection = (load_model(path).config.preprocess for path in (trained.lung, trained.infection))
+    assert (lung.context_mm, infection.context_mm) == (0.0, 5.0)
+    assert lung.can_feed(infection)
+    assert infection.can_feed(infection)
+    assert not infection.can_feed(lung)
+    assert not dataclasses.replace(infection, context_mm=3.0).can_feed(infection)
+    assert not dataclasses.replace(lung, image_size=64).can_feed(infection)
+    assert Predictor(load_model(trained.lung), load_model(trained.infection)).preprocess == infection

@@ -24,6 +24,7 @@ from resunet_jax.training.step import (
     make_optimizer,
     make_schedule,
     make_train_step,
+    update_average,
 )
 from resunet_jax.weights.store import variable_shapes
 
@@ -337,3 +338,34 @@ def test_rows_that_are_added_to_the_tables_are_used(batch) -> None:
     sums = eval_step(state.variables, batch, None)
     np.testing.assert_allclose(sums["loss"]["toy.total"], 4 * batch["mask"].mean(), rtol=1e-5)
     assert built == ["toy"] * 3
+
+
+def test_the_average_follows_the_variables_by_the_closed_form() -> None:
+    decay, values = 0.5, (3.0, 5.0, -2.0)
+    average, expected = {"w": jnp.float32(1)}, 1.0
+    for step, value in enumerate(values, start=20):  # late enough for the decay to be the config's
+        average = update_average(average, {"w": jnp.float32(value)}, jnp.int32(step), decay)
+        expected = decay * expected + (1 - decay) * value
+    np.testing.assert_allclose(average["w"], expected, rtol=1e-6)
+    first = update_average({"w": jnp.float32(1)}, {"w": jnp.float32(11)}, jnp.int32(0), 0.99)
+    np.testing.assert_allclose(first["w"], 0.1 * 1 + 0.9 * 11, rtol=1e-6)
+
+
+def test_the_model_is_the_average_of_the_variables(batch) -> None:
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(PLAIN, ema_decay=0.5))
+    optimizer = make_optimizer(config, 10)
+    step = jax.jit(make_train_step(config, optimizer), donate_argnums=0)
+    state = create_state(config, optimizer)
+    expected = jax.tree.map(np.asarray, state.variables)
+    for number in range(3):
+        state, _ = step(state, batch, jax.random.key(1), None)
+        kept = min(0.5, (1 + number) / (10 + number))
+        expected = jax.tree.map(
+            lambda old, new, kept=kept: kept * old + (1 - kept) * np.asarray(new), expected, state.variables
+        )
+    for found, own in zip(jax.tree.leaves(state.model_variables), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(found, own, rtol=1e-5, atol=1e-6)
+    kernel = state.variables["params"]["output_conv"]["kernel"]
+    assert not np.allclose(kernel, state.model_variables["params"]["output_conv"]["kernel"])
+    plain = create_state(dataclasses.replace(config, train=dataclasses.replace(PLAIN, ema_decay=0)), optimizer)
+    assert plain.model_variables is plain.variables

@@ -87,7 +87,7 @@ def test_the_reloaded_artifact_equals_the_cascade(
     assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
     assert str(exported.in_avals[0].shape[0]) == "b"
     for count in (1, 3, 8):
-        batch = images[2 : 2 + count, ..., None]
+        batch = images[2 : 2 + count]
         expected_lung, expected_infection = run(batch)
         has_lung = (np.asarray(expected_lung) > 0.5).any(axis=(1, 2, 3), keepdims=True)
         found = jax.jit(exported.call)(batch)
@@ -99,7 +99,7 @@ def test_the_reloaded_artifact_equals_the_cascade(
 
 def test_without_lung_there_is_no_infection(written: Path, predictor: Predictor, images: np.ndarray) -> None:
     mixed = np.stack([np.zeros_like(images[0]), images[len(images) // 2]])
-    lung, infection = jax.jit(reload(written).call)(mixed[..., None])
+    lung, infection = jax.jit(reload(written).call)(mixed)
     assert float(lung[0].max()) <= 0.5
     assert not np.asarray(infection[0]).any()
     assert np.asarray(infection[1]).any()
@@ -164,7 +164,7 @@ def test_slices_in_hu_are_prepared_as_by_the_package(shape: tuple[int, int]) -> 
     volume = Volume(hu, "hu", Grid((*shape, 3), np.eye(4)))
     images, boxes = prepare_volume(volume, PreprocessConfig(image_size=48, body_dilation=1))
     assert not np.array_equal(boxes[0], (0, 0, *shape))
-    found = jax.jit(partial(prepare_hu, size=48))(np.moveaxis(hu, -1, 0), boxes)
+    found = jax.jit(partial(prepare_hu, size=48))(np.moveaxis(hu, -1, 0)[..., None], boxes)
     np.testing.assert_allclose(found, images, rtol=0, atol=1e-6)
 
 
@@ -180,7 +180,7 @@ def expected_and_exported(
         volume = opened.read_slices(0, slices)
         images, boxes = prepare_volume(volume, predictor.preprocess, offset)
         call = jax.jit(exported.call)
-        lung, infection = call(np.moveaxis(volume.to_hu(offset), -1, 0), boxes) if from_hu else call(images[..., None])
+        lung, infection = call(np.moveaxis(volume.to_hu(offset), -1, 0), boxes) if from_hu else call(images)
         probabilities = {"lung": np.array(lung)[..., 0], "infection": np.array(infection)[..., 0]}
         predictor.postprocess(probabilities, boxes, opened.grid)
         native = predictor.to_native_grid(probabilities, boxes, opened.grid.oriented_shape[:2])
@@ -209,8 +209,8 @@ def test_a_calibrated_probability_is_the_third_output_and_the_others_stay(
     path = tmp_path / "calibrated"
     metadata = write_export(path, *pair, thresholds=THRESHOLDS, temperature=2.5)
     assert (metadata["temperature"], len(metadata["outputs"])) == (2.5, 3)
-    plain = jax.jit(reload(written).call)(images[..., None])
-    lung, infection, calibrated = jax.jit(reload(path).call)(images[..., None])
+    plain = jax.jit(reload(written).call)(images)
+    lung, infection, calibrated = jax.jit(reload(path).call)(images)
     np.testing.assert_array_equal(lung, plain[0])
     np.testing.assert_array_equal(infection, plain[1])
     np.testing.assert_allclose(calibrated, apply_temperature(np.asarray(infection), 2.5), rtol=0, atol=1e-6)
@@ -263,7 +263,7 @@ def test_a_loader_of_ten_lines_needs_only_jax(written: Path, images: np.ndarray,
     missing = ("resunet_jax", "flax", "orbax", "optax", "grain", "nibabel")
     trap = "".join(f"import sys; sys.modules[{name!r}] = None\n" for name in missing)
     (tmp_path / "sitecustomize.py").write_text(trap)
-    np.save(tmp_path / "images.npy", images[..., None])
+    np.save(tmp_path / "images.npy", images)
     (tmp_path / "cascade.jaxexport").write_bytes(written.read_bytes())
 
     def run(code: str) -> "subprocess.CompletedProcess[str]":
@@ -275,7 +275,7 @@ def test_a_loader_of_ten_lines_needs_only_jax(written: Path, images: np.ndarray,
     assert "import of resunet_jax halted" in run("import resunet_jax").stderr  # the trap works
     result = run(loader)
     assert result.returncode == 0, result.stderr
-    expected = jax.jit(reload(written).call)(images[..., None])
+    expected = jax.jit(reload(written).call)(images)
     with np.load(tmp_path / "probabilities.npz") as found:
         for name, one in zip(("lung", "infection"), expected, strict=True):
             np.testing.assert_allclose(found[name], one, rtol=0, atol=1e-6)
