@@ -94,6 +94,9 @@ class CascadeConfig:
     closing_fraction: float = setting(
         0.0, "width of its morphological closing, as a fraction of the slice; 0 for none", low=0, high=1
     )
+    start_from_lung: bool = setting(
+        False, "the infection training begins with the lung model's variables, where it has the same filters"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ _ROBUST_INFECTION = override(
         # In a thick slice the dome of the diaphragm is as grey as ground glass; the slices around tell.
         "preprocess.context_mm": 5.0,
         "cascade.closing_fraction": 0.125,
+        "cascade.start_from_lung": True,
         "augment.lesion_densify_prob": 0.33,
         "augment.lesion_fade_prob": 0.33,
         # Less than for the lungs: brightness is what tells ground glass.

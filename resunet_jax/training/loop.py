@@ -135,7 +135,8 @@ def fit(
         sums = evaluate_sums(eval_step, variables, eval_batches(val, config.train.batch_size, share))
         return {"loss": float(loss.value(sums["loss"])), **hard_metrics(sums)}
 
-    state, history, totals = create_state(config, optimizer, architectures), [], EpochTotals()
+    state = create_state(config, optimizer, architectures, lung.variables if lung else None)
+    history, totals = [], EpochTotals()
     with Checkpoints(workdir) as checkpoints:
         if saved := checkpoints.restore_latest(state):
             state, history = saved.state, saved.history

@@ -93,13 +93,53 @@ def create_state(
     config: Config,
     optimizer: optax.GradientTransformation,
     architectures: Mapping[str, Architecture] = ARCHITECTURES,
+    lung_variables: Variables | None = None,
 ) -> TrainState:
-    """The state before the first step, decided by the config's seed."""
+    """The state before the first step, decided by the config's seed.
+
+    Args:
+      config: of the run.
+      optimizer: from `make_optimizer`, or any other.
+      architectures: the table of models.
+      lung_variables: of the lung model, to begin with where the config says so; see `transfer`.
+    """
     key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
     variables = init_variables(build_model(config, architectures=architectures), key)
+    if lung_variables is not None and config.cascade.start_from_lung:
+        variables = transfer(lung_variables, variables)
     # A copy, because the state is donated, and one buffer cannot be donated twice.
     average = jax.tree.map(jnp.copy, variables) if config.train.ema_decay else None
     return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables["params"]), average)
+
+
+def transfer(source: Variables, target: Variables) -> Variables:
+    """The variables of a trained model, for one of the same filters that may have further input channels.
+
+    Args:
+      source: of the trained model.
+      target: fresh ones of the other model.
+
+    Returns:
+      those of the source; where a kernel sees further channels, it begins with the source's and goes on with the
+      target's. The target as it is, where the models differ in anything else.
+    """
+
+    def is_fit(old: jax.Array, new: jax.Array) -> bool:
+        inputs = -2  # the axis of a kernel's input channels
+        return old.shape == new.shape or (
+            old.ndim == new.ndim == 4
+            and old.shape[inputs] < new.shape[inputs]
+            and old.shape[:inputs] + old.shape[-1:] == new.shape[:inputs] + new.shape[-1:]
+        )
+
+    trees: Any = jax.tree.structure(source), jax.tree.structure(target)
+    if trees[0] != trees[1] or not all(jax.tree.leaves(jax.tree.map(is_fit, source, target))):
+        return target
+    return jax.tree.map(
+        lambda old, new: jnp.copy(old) if old.shape == new.shape else new.at[:, :, : old.shape[2]].set(old),
+        source,
+        target,
+    )
 
 
 def update_average(average: Variables, variables: Variables, step: jax.Array, decay: float) -> Variables:

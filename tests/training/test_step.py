@@ -24,6 +24,7 @@ from resunet_jax.training.step import (
     make_optimizer,
     make_schedule,
     make_train_step,
+    transfer,
     update_average,
 )
 from resunet_jax.weights.store import variable_shapes
@@ -369,3 +370,29 @@ def test_the_model_is_the_average_of_the_variables(batch) -> None:
     assert not np.allclose(kernel, state.model_variables["params"]["output_conv"]["kernel"])
     plain = create_state(dataclasses.replace(config, train=dataclasses.replace(PLAIN, ema_decay=0)), optimizer)
     assert plain.model_variables is plain.variables
+
+
+def test_a_trained_model_starts_one_with_further_channels() -> None:
+    """Where the further channels are 0, both give the same."""
+    lung, infection = (ResUnet(channels, filters=(2, 4, 4, 8)) for channels in (1, 4))
+    source, fresh = init_variables(lung, jax.random.key(0)), init_variables(infection, jax.random.key(1))
+    started = transfer(source, fresh)
+    image = jax.random.uniform(jax.random.key(2), (2, 16, 16, 1))
+    further = jnp.zeros((2, 16, 16, 3))
+    found = infection.apply(started, jnp.concatenate([image, further], axis=-1), train=False)
+    np.testing.assert_allclose(found, lung.apply(source, image, train=False), rtol=1e-5, atol=1e-6)
+    for layer in ("input_conv1", "input_skip"):
+        kernel = started["params"][layer]["kernel"]
+        np.testing.assert_array_equal(kernel[:, :, 1:], fresh["params"][layer]["kernel"][:, :, 1:])
+    other = init_variables(ResUnet(1, filters=(2, 4, 8, 8)), jax.random.key(0))
+    assert transfer(other, fresh) is fresh
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_an_infection_training_starts_from_the_lung_model_where_its_config_says_so(starts: bool) -> None:
+    config = dataclasses.replace(CONFIG, task="infection", cascade=CascadeConfig(start_from_lung=starts))
+    optimizer = make_optimizer(config, 10)
+    lung = init_variables(build_model(CONFIG), jax.random.key(5))
+    state = create_state(config, optimizer, lung_variables=lung)
+    kernels = [tree["params"]["output_conv"]["kernel"] for tree in (state.variables, state.model_variables, lung)]
+    assert [np.array_equal(kernel, kernels[2]) for kernel in kernels[:2]] == [starts, starts]
