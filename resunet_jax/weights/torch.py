@@ -180,9 +180,10 @@ def to_torch(path: Path, output_file: Path) -> None:
     if config.preprocess != original_preprocess(config.preprocess.image_size) or config.cascade.closing_fraction:
         logger.warning(
             "%s: the original's code prepares slices otherwise; give this model slices as its config says "
-            "(normalization %s, closing_fraction %g)",
+            "(normalization %s, context_mm %g, closing_fraction %g)",
             path,
             config.preprocess.normalization,
+            config.preprocess.context_mm,
             config.cascade.closing_fraction,
         )
     arrays = state_dict_from_params(loaded.variables)

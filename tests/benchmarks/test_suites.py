@@ -38,7 +38,7 @@ def test_torch_baseline_segments_the_same_and_everywhere(trained: Trained) -> No
     if baseline is None:
         pytest.skip("PyTorch is not installed: pip install '.[torch]'")
     lung, infection = load_model(trained.lung), load_model(trained.infection)
-    images, _ = prepare_volume(read_volume(find_cases(trained.data)[0].ct), lung.config.preprocess)
+    images, _ = prepare_volume(read_volume(find_cases(trained.data)[0].ct), infection.config.preprocess)
     by_jax = Predictor(lung, infection, thresholds={"lung": 0.0}).slice_probabilities(images)
     by_torch = baseline.TorchPredictor(lung, infection).slice_probabilities(images)
     for name, probability in by_jax.items():

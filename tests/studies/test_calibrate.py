@@ -139,20 +139,20 @@ def test_folds_judge_their_own_cases_and_cv_plus_uses_all(
         make_record(Errors(own.scans[:1], dict(list(own.logits.items())[:1])), target, "split_conformal", "one patient")
 
 
-def test_folds_have_their_own_validated_thresholds(
+def test_masks_of_the_folds_are_made_at_the_targets_thresholds(
     judge: Judge, study: Path, target: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[object] = []
 
     def errors(self: Judge, fold: int = 0, **models: object) -> Errors:
-        asked.append(models["validated_threshold"])
+        asked.append(models["thresholds"])
         return Errors([], {})
 
     monkeypatch.setattr(Judge, "errors", errors)
     folds = study_folds(study)
     fold_errors(judge, folds, target)
     fold_errors(judge, folds, dataclasses.replace(target, thresholds={"lung": 0.5, "infection": 0.3}))
-    assert asked == [False, False, True, True]
+    assert asked == [{"lung": 0.5, "infection": 0.5}] * 2 + [{"lung": 0.5, "infection": 0.3}] * 2
 
 
 def test_one_model_is_refused(target: Predictor) -> None:

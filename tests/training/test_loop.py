@@ -137,7 +137,7 @@ def test_without_validation_the_last_epoch_is_kept(sources, tmp_path: Path) -> N
     history = fit(tiny(2, patience=1), sources[0], None, without)
     assert [record["val_loss"] for record in history] == [None, None]
     assert [record["val_dice"] for record in history] == [None, None]
-    latest_variables = jax.tree.leaves(latest(without, tiny(2, patience=1)).state.variables)
+    latest_variables = jax.tree.leaves(latest(without, tiny(2, patience=1)).state.model_variables)
     for a, b in zip(latest_variables, parameters(without), strict=True):
         np.testing.assert_array_equal(a, b)
     losses = [record["train_loss"] for record in fit(tiny(2), *sources, with_validation)]
@@ -372,7 +372,7 @@ def test_models_restore_from_their_folder_alone(trained: Trained, tmp_path: Path
     assert config.task == "infection"
     assert config.preprocess.image_size == 32
     assert config.lung_fingerprint == fingerprint(load_model(trained.lung).variables)
-    logits = model.apply(variables, np.zeros((1, 32, 32, 2), np.float32), train=False)
+    logits = model.apply(variables, np.zeros((1, 32, 32, 4), np.float32), train=False)
     assert logits.shape == (1, 32, 32, 1)
 
 

@@ -10,12 +10,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from resunet_jax import load_model, load_predictor, recipe, segment_scan
+from resunet_jax import init_variables, load_model, load_predictor, recipe, save_model, segment_scan
 from resunet_jax.config import Config, ModelConfig
 from resunet_jax.data.preprocess import slice_box
 from resunet_jax.data.readers import read_volume
 from resunet_jax.data.roi import body_mask, bounding_box
 from resunet_jax.errors import InputError
+from resunet_jax.model.build import build_model
 from resunet_jax.weights.torch import (
     from_torch,
     original_preprocess,
@@ -23,7 +24,7 @@ from resunet_jax.weights.torch import (
     state_dict_from_params,
     to_torch,
 )
-from tests.conftest import Trained, run_script
+from tests.conftest import TINY, Trained, run_script
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install '.[torch]'")
 from benchmarks.torch_baseline import TorchResUnet  # noqa: E402 (after the check that torch is there
@@ -78,17 +79,23 @@ def test_logits_agree_and_the_way_back_is_the_identity(channels: int, filters, t
 def test_a_model_of_ours_goes_there_and_back(
     trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    to_torch(trained.infection, tmp_path / "infection.pt")
+    config = Config(task="infection", **TINY)
+    save_model(tmp_path / "ours", init_variables(build_model(config), jax.random.key(0)), config)
+    to_torch(tmp_path / "ours", tmp_path / "infection.pt")
     assert "prepares slices otherwise" in caplog.text
-    assert "normalization air, closing_fraction 0.125" in caplog.text
+    assert "normalization air, context_mm 0, closing_fraction 0.125" in caplog.text
     caplog.clear()
     state = torch.load(tmp_path / "infection.pt", weights_only=True)["model_state_dict"]
     TorchResUnet(2, NARROW).load_state_dict(state)
     from_torch(tmp_path / "infection.pt", tmp_path / "back", "infection", image_size=32)
-    ours, back = load_model(trained.infection).variables, load_model(tmp_path / "back").variables
+    ours, back = load_model(tmp_path / "ours").variables, load_model(tmp_path / "back").variables
     jax.tree.map(np.testing.assert_array_equal, ours, back)
     to_torch(tmp_path / "back", tmp_path / "again.pt")
     assert not caplog.text  # a model of the original's
+    to_torch(trained.infection, tmp_path / "context.pt")
+    assert "context_mm 5" in caplog.text
+    with pytest.raises(InputError, match=r"context\.pt: "):
+        from_torch(tmp_path / "context.pt", tmp_path / "context", "infection", image_size=32)
 
 
 def test_preprocessing_follows_the_weights(tmp_path: Path, phantom: Path) -> None:
