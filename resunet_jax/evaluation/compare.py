@@ -146,28 +146,15 @@ def evaluate_cases(
     Raises:
       InputError: a file that was readable before no longer is.
     """
-    soft = {structure: _SoftBatches() for structure in predictor.structures}
-    calibration: dict[str, Calibration] = {}
-    logits: dict[str, LogitHistogram] = {}
-    volumes, slices, model_grid, overlays = [], [], [], []
+    model_grid = _ModelGrid(predictor)
+    volumes, slices, overlays = [], [], []
     with progress("evaluating", len(cases)) as advance:
         for prepared in cases:
             volume = read_volume(
                 prepared.case.ct, readers, assumed=prepared.assumed, physical=predictor.preprocess.is_physical
             )
             probabilities = predictor.scan_probabilities(prepared.images, prepared.boxes, volume.grid)
-            for structure in predictor.structures:
-                if (masks := getattr(prepared, structure)) is not None:
-                    target = masks[..., 0]
-                    soft[structure].add(probabilities[structure], target)
-                    sums = calibration_sums(probabilities[structure], target)
-                    calibration[structure] = calibration[structure] + sums if structure in calibration else sums
-                    counts = _counts(probabilities[structure] > predictor.threshold(structure), target > 0)
-                    model_grid.append({**_names(prepared, structure), **hard_metrics(counts), **counts})
-            if prepared.infection is not None and "infection" in probabilities:
-                own = logit_histogram(probabilities["infection"], prepared.infection[..., 0])
-                patient = prepared.case.patient
-                logits[patient] = logits[patient] + own if patient in logits else own
+            model_grid.add(prepared, probabilities)
             comparisons = _comparisons(predictor, prepared, volume, probabilities, tolerance_mm, readers)
             seen = _seen_in(predictor, prepared.case.patient)
             rows = [{**_names(prepared, c.structure), **_row(c, metrics), "seen_in": seen} for c in comparisons]
@@ -184,23 +171,60 @@ def evaluate_cases(
             "patients (column seen_in)",
             ", ".join(leaked),
         )
-    settings = {
-        "protocol": protocol,
-        "seen_patients": leaked,
-        "threshold": {s: predictor.threshold(s) for s in predictor.structures},
+    chosen = {"protocol": protocol, "seen_patients": leaked, "tolerance_mm": dict(tolerance_mm)}
+    return Evaluation(
+        volumes=volumes,
+        slices=slices,
+        model_grid=model_grid.rows,
+        soft_batch={structure: batches.mean() for structure, batches in model_grid.soft.items()},
+        calibration=model_grid.calibration,
+        overlays=overlays,
+        settings={**chosen, **_settings(predictor)},
+        metrics=metrics,
+        logits=model_grid.logits,
+    )
+
+
+class _ModelGrid:
+    """What is counted on the slices that the models see; see `Evaluation` for the attributes."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
+        self.rows: list[dict[str, Any]] = []
+        self.soft = {structure: _SoftBatches() for structure in predictor.structures}
+        self.calibration: dict[str, Calibration] = {}
+        self.logits: dict[str, LogitHistogram] = {}
+
+    def add(self, prepared: PreparedCase, probabilities: Mapping[str, FloatArray]) -> None:
+        """A case, with the probabilities of its masks."""
+        for structure, probability in probabilities.items():
+            if (masks := getattr(prepared, structure)) is None:
+                continue
+            target = masks[..., 0]
+            self.soft[structure].add(probability, target)
+            _accumulate(self.calibration, structure, calibration_sums(probability, target))
+            counts = _counts(probability > self._predictor.threshold(structure), target > 0)
+            self.rows.append({**_names(prepared, structure), **hard_metrics(counts), **counts})
+            if structure == "infection":
+                _accumulate(self.logits, prepared.case.patient, logit_histogram(probability, target))
+
+
+def _accumulate(sums: dict[str, Any], key: str, value: Any) -> None:
+    sums[key] = sums[key] + value if key in sums else value
+
+
+def _settings(predictor: Predictor) -> dict[str, Any]:
+    """How masks, reported probabilities and intervals are made."""
+    settings: dict[str, Any] = {
+        "threshold": {structure: predictor.threshold(structure) for structure in predictor.structures},
         "min_component_fraction": predictor.min_component_fraction,
         "infection_postprocess": predictor.infection_postprocess,
-        "tolerance_mm": dict(tolerance_mm),
     }
     if predictor.record is not None:
         settings["temperature"] = predictor.record.temperature
-    if predictor.interval_record is not None:
-        settings["interval"] = {
-            "level": predictor.interval_record.level,
-            "guarantee": predictor.interval_record.guarantee,
-        }
-    soft_batch = {s: batches.mean() for s, batches in soft.items()}
-    return Evaluation(volumes, slices, model_grid, soft_batch, calibration, overlays, settings, metrics, logits)
+    if (record := predictor.interval_record) is not None:
+        settings["interval"] = {"level": record.level, "guarantee": record.guarantee}
+    return settings
 
 
 def _pairwise_dice(
