@@ -95,7 +95,8 @@ class CascadeConfig:
         0.0, "width of its morphological closing, as a fraction of the slice; 0 for none", low=0, high=1
     )
     start_from_lung: bool = setting(
-        False, "the infection training begins with the lung model's variables, where it has the same filters"
+        False,
+        "the infection training begins with its lung model's variables, where the filters are the same",
     )
 
 
@@ -152,7 +153,7 @@ class AugmentConfig:
     max_gamma: float = setting(0.3, "intensities to a power between e^-this and e^this", low=0, high=2)
     max_noise: float = setting(0.03, "largest standard deviation of Gaussian noise, on [0, 1]", low=0, high=0.5)
     lesion_densify_prob: float = setting(
-        0.0, "probability that the masked region is made denser, up to soft tissue", low=0, high=1
+        0.0, "probability that the infection, where its mask is known, is made denser, up to soft tissue", low=0, high=1
     )
     lesion_fade_prob: float = setting(
         0.0, "probability that it is made fainter instead, towards healthy lung", low=0, high=1

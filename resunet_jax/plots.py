@@ -129,7 +129,7 @@ def save_loss_curves(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
 
 
 def save_batch(path: Path, images: Array, masks: Array, structure: str) -> None:
-    """A training batch as the model sees it: (N, S, S, 1) images with their masks tinted."""
+    """A training batch (N, S, S, C), the first channel of each slice with its mask tinted."""
     figure, axes = _tiles(-(-len(images) // 4), 4)
     for axis in axes.flat:
         axis.set_axis_off()

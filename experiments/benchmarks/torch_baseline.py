@@ -144,11 +144,10 @@ class TorchPredictor(Predictor):
         models = self.__dict__.setdefault("_torch", {name: _to_torch(getattr(self, name)) for name in self.structures})
         outputs = {name: np.empty(images.shape[:-1], np.float32) for name in self.structures}
         closing = self.infection.model.closing_fraction if self.infection else 0.0
-        lung_channels = self.lung.model.in_channels if self.lung else 0
         with torch.no_grad():
             for start in range(0, len(images), self.batch_size):
                 image = torch.tensor(images[start : start + self.batch_size].transpose(0, 3, 1, 2))
-                lung = torch.sigmoid(models["lung"](image[:, :lung_channels]))
+                lung = torch.sigmoid(models["lung"](image[:, : models["lung"].input_skip[0].in_channels]))
                 closed = np.array(close_lung_probability(lung.numpy()[:, 0, ..., None], closing))[:, None, ..., 0]
                 infection = torch.sigmoid(models["infection"](torch.cat([image, torch.from_numpy(closed)], dim=1)))
                 outputs["lung"][start : start + len(image)] = lung[:, 0].numpy()

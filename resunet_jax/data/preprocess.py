@@ -116,11 +116,11 @@ def prepare_volume(
         offset = air_offset(volume, config)
     count, step = volume.values.shape[-1], context_slices(config, volume.grid)
     boxes = [slice_box(volume, k, config) for k in range(start, count if stop is None else stop)]
-    images = [
-        [prepare_slice(volume, n, config, offset, box) for n in _channel_slices(k, step, count)]
-        for k, box in enumerate(boxes, start)
-    ]
-    return np.moveaxis(np.array(images), 1, -1).copy(), np.array(boxes, np.int32)
+    images = np.empty((len(boxes), config.image_size, config.image_size, config.channels), np.float32)
+    for image, (k, box) in zip(images, enumerate(boxes, start), strict=True):
+        for channel, n in enumerate(_channel_slices(k, step, count)):
+            image[..., channel] = prepare_slice(volume, n, config, offset, box)
+    return images, np.array(boxes, np.int32)
 
 
 def _channel_slices(k: int, step: int, count: int) -> tuple[int, ...]:
@@ -141,7 +141,7 @@ def prepare_mask(mask: Array, boxes: npt.NDArray[np.int32], size: int, step: int
       uint8 (slices, S, S, C), 0 or 1, with the channels of `prepare_volume`.
     """
     shown = [bool(mask[..., k].any()) for k in range(len(boxes))]
-    prepared = np.zeros((len(boxes), size, size, len(_channel_slices(0, step, 1))), np.uint8)
+    prepared = np.zeros((len(boxes), size, size, 3 if step else 1), np.uint8)
     for k, box in enumerate(boxes):
         for channel, n in enumerate(_channel_slices(k, step, len(boxes))):
             if shown[n]:

@@ -23,7 +23,7 @@ from resunet_jax.inference.postprocess import gate_infection, remove_doubtful_le
 from resunet_jax.metrics.calibration import apply_temperature
 from resunet_jax.metrics.overlap import confusion_counts, hard_metrics
 from resunet_jax.model.build import ARCHITECTURES, Architecture
-from resunet_jax.model.cascade import infection_input, predict_probability
+from resunet_jax.model.cascade import infection_input, lung_input, predict_probability
 from resunet_jax.model.resunet import Variables
 from resunet_jax.model.winograd import default_convolution
 from resunet_jax.progress import logger, progress
@@ -165,7 +165,7 @@ class Predictor:
         """
         outputs: dict[str, FloatArray] = {}
         if self.lung is not None:
-            outputs["lung"] = self._run("lung", images[..., : self.lung.config.preprocess.channels])
+            outputs["lung"] = self._run("lung", lung_input(self.lung.model, images))
         if self.infection is not None and self.lung is None:
             outputs["infection"] = self._run("infection", images)
         elif self.infection is not None:
@@ -286,8 +286,8 @@ def load_predictor(
       architectures: the table of models.
 
     Raises:
-      InputError: a folder holds no such model or threshold, the two do not belong together, or the fraction makes no
-        sense.
+      InputError: a folder holds no such model or threshold, the two do not belong together, or the fraction or a
+        threshold makes no sense.
     """
     lung = load_model_for(lung_checkpoint, "lung", architectures) if lung_checkpoint else None
     infection = load_model_for(infection_checkpoint, "infection", architectures) if infection_checkpoint else None
@@ -312,10 +312,22 @@ def load_predictor(
             names = ", ".join(f"`{name}`" for name in infection_postprocess)
             raise InputError(f"{names}: of the infection; give `infection_checkpoint` too, or leave it out")
         infection = _with_postprocess(infection, **infection_postprocess)
-    paths = {"lung": lung_checkpoint, "infection": infection_checkpoint}
+    if validated_threshold and thresholds:
+        raise InputError("`thresholds`: they are given, and `validated_threshold` asks for others; drop one of them")
     if validated_threshold:
-        thresholds = {name: load_threshold(path) for name, path in paths.items() if path}
-    return Predictor(lung, infection, batch_size, thresholds or {}, record)
+        thresholds = _validated_thresholds({"lung": lung_checkpoint, "infection": infection_checkpoint})
+    return Predictor(lung, infection, batch_size, _checked_thresholds(thresholds or {}), record)
+
+
+def _validated_thresholds(paths: Mapping[str, str | Path | None]) -> dict[str, float]:
+    return {structure: load_threshold(path) for structure, path in paths.items() if path}
+
+
+def _checked_thresholds(thresholds: Mapping[str, float]) -> Mapping[str, float]:
+    for structure, value in thresholds.items():
+        if structure not in ("lung", "infection") or not 0 < value < 1:
+            raise InputError(f"`thresholds`: {structure} is {value}; lung and infection may have one, each in (0, 1)")
+    return thresholds
 
 
 def _check_pair(

@@ -1,12 +1,14 @@
 """Lung, then infection on [CT, lung probability]: one pure function over a batch of slices."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from resunet_jax.model.resunet import ResUnet, Variables
+
+ArrayT = TypeVar("ArrayT", bound=Any)
 
 
 def split_patches(x: jax.Array, factor: int) -> jax.Array:
@@ -89,6 +91,11 @@ def close_lung_probability(probability: jax.Array, fraction: float) -> jax.Array
     return -highest(-highest(probability)) if width > 1 else probability
 
 
+def lung_input(lung_model: ResUnet, image: ArrayT) -> ArrayT:
+    """What the lung model sees of CT (N, H, W, C): the first channels, as many as it has; without context the slice."""
+    return image[..., : lung_model.in_channels]
+
+
 def infection_input(infection_model: ResUnet, image: jax.Array, lung_probability: jax.Array | None) -> jax.Array:
     """What the infection model sees: CT alone, or CT and the closed lung probability as one more channel.
 
@@ -117,7 +124,7 @@ def cascade(
     """Both probabilities for a batch of slices; jit, vmap and differentiate it as you like.
 
     Args:
-      lung_model: on CT: the first `in_channels` channels of the image.
+      lung_model: see `lung_input`.
       infection_model: see `infection_input`.
       lung_variables: of the lung model; nothing stops gradients to them.
       infection_variables: of the infection model.
@@ -138,7 +145,7 @@ def cascade(
       >>> [one.shape for one in probabilities]
       [(2, 32, 32, 1), (2, 32, 32, 1)]
     """
-    slices = image[..., : lung_model.in_channels]
+    slices = lung_input(lung_model, image)
     lung = predict_probability(lung_model, lung_variables, slices, patch_grid=lung_patch_grid)
     stacked = infection_input(infection_model, image, lung)
     infection = predict_probability(infection_model, infection_variables, stacked, patch_grid=infection_patch_grid)

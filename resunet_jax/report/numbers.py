@@ -379,6 +379,7 @@ def _settings(segmented: SegmentedScan) -> dict[str, Any]:
         **predictor.infection_postprocess,
         "min_component_fraction": predictor.min_component_fraction,
         "image_size": predictor.preprocess.image_size,
+        "context_mm": predictor.preprocess.context_mm,
         "intensity_scale": scan.intensity_scale if scan.stored_window is None else list(scan.stored_window),
         "air_offset_hu": round(1500 * segmented.offset, 1),
     }

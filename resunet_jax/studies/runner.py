@@ -167,15 +167,15 @@ def _check_data(study: Study, cases: Sequence[Case], splits: Iterable[Split]) ->
 
 
 def _check_version(file: Path) -> None:
-    """Refuses a study of 0.6.0 or older; notes the versions that begin a new one."""
+    """Refuses a study of 0.10.0 or older, whose runs have the same keys; notes the versions that begin a new one."""
     if not file.is_file():
         make_output_dir(file.parent)
         _write(file, versions())
     begun_by = _read(file, "choose a new `workdir`", "resunet-jax")["resunet-jax"]
-    if [int(number) for number in re.findall(r"\d+", begun_by)] < [0, 7]:
+    if [int(number) for number in re.findall(r"\d+", begun_by)] < [0, 11]:
         raise InputError(
-            f"{file.parent}: was begun by resunet_jax 0.6.0 or older, which draws other random numbers; finish it with "
-            "that version, or choose a new `workdir`"
+            f"{file.parent}: was begun by resunet_jax {begun_by}, whose recipes were others; finish it with that "
+            "version, or choose a new `workdir`"
         )
 
 
@@ -266,6 +266,7 @@ def _run(study: Study, run: Run) -> None:
         lung_checkpoint=study.model(run, "lung"),
         infection_checkpoint=study.model(run, "infection") if "infection" in run.configs else None,
         batch_size=lung.train.batch_size,
+        thresholds={structure: config.postprocess.threshold for structure, config in run.configs.items()},
         min_component_fraction=lung.postprocess.min_component_fraction,
         assumed=study.assumed,
         max_cache_gb=study.max_cache_gb,

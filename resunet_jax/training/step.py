@@ -14,7 +14,7 @@ from resunet_jax.config import Config
 from resunet_jax.data.batches import Batch
 from resunet_jax.metrics.overlap import confusion_counts
 from resunet_jax.model.build import ARCHITECTURES, TASKS, Architecture, build_model
-from resunet_jax.model.cascade import apply_logits, infection_input, predict_probability
+from resunet_jax.model.cascade import apply_logits, infection_input, lung_input, predict_probability
 from resunet_jax.model.resunet import Variables, init_variables
 from resunet_jax.model.winograd import default_convolution
 from resunet_jax.training.augment import AUGMENTATIONS, Augmentation, augment
@@ -112,17 +112,8 @@ def create_state(
     return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables["params"]), average)
 
 
-def transfer(source: Variables, target: Variables) -> Variables:
-    """The variables of a trained model, for one of the same filters that may have further input channels.
-
-    Args:
-      source: of the trained model.
-      target: fresh ones of the other model.
-
-    Returns:
-      those of the source; where a kernel sees further channels, it begins with the source's and goes on with the
-      target's. The target as it is, where the models differ in anything else.
-    """
+def can_transfer(source: Variables, target: Variables) -> bool:
+    """Whether `transfer` takes the source: the same layers, filters and kernels, and no more input channels."""
 
     def is_fit(old: jax.Array, new: jax.Array) -> bool:
         inputs = -2  # the axis of a kernel's input channels
@@ -133,7 +124,21 @@ def transfer(source: Variables, target: Variables) -> Variables:
         )
 
     trees: Any = jax.tree.structure(source), jax.tree.structure(target)
-    if trees[0] != trees[1] or not all(jax.tree.leaves(jax.tree.map(is_fit, source, target))):
+    return trees[0] == trees[1] and all(jax.tree.leaves(jax.tree.map(is_fit, source, target)))
+
+
+def transfer(source: Variables, target: Variables) -> Variables:
+    """The variables of a trained model, for one of the same filters that may have further input channels.
+
+    Args:
+      source: of the trained model.
+      target: fresh ones of the other model.
+
+    Returns:
+      those of the source; where a kernel sees further channels, it begins with the source's and goes on with the
+      target's. The target as it is, where `can_transfer` says no.
+    """
+    if not can_transfer(source, target):
         return target
     return jax.tree.map(
         lambda old, new: jnp.copy(old) if old.shape == new.shape else new.at[:, :, : old.shape[2]].set(old),
@@ -142,18 +147,35 @@ def transfer(source: Variables, target: Variables) -> Variables:
     )
 
 
-def update_average(average: Variables, variables: Variables, step: jax.Array, decay: float) -> Variables:
-    """The exponential moving average after a step, which has not yet been counted.
+def update_average(
+    average: Variables, variables: Variables, step: jax.Array, decay: float, accumulate_steps: int = 1
+) -> Variables:
+    """The exponential moving average after a step.
 
-    At the beginning the decay is lower, (1 + step) / (10 + step), so that the initial parameters are forgotten.
+    At the beginning the decay is lower, (1 + n) / (10 + n) after n updates: the initial variables are forgotten.
+
+    Args:
+      average: of the steps before.
+      variables: after the step.
+      step: its number, counted from 0.
+      decay: of an update, in [0, 1].
+      accumulate_steps: how many steps are an update.
 
     Example:
       >>> import jax.numpy as jnp
       >>> update_average({"w": jnp.float32(0)}, {"w": jnp.float32(1)}, jnp.int32(90), decay=0.75)["w"].item()
       0.25
     """
-    kept = jnp.minimum(decay, (1 + step) / (10 + step))
+    updates = step // accumulate_steps
+    kept = jnp.minimum(decay, (1 + updates) / (10 + updates)) ** (1 / accumulate_steps)
     return jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, average, variables)
+
+
+def _averaged(state: TrainState, variables: Variables, config: Config) -> Variables | None:
+    if state.average is None:
+        return None
+    decay, accumulated = config.train.ema_decay, config.train.accumulate_steps
+    return update_average(state.average, variables, state.step, decay, accumulated)
 
 
 def _pixel_counts(logits: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
@@ -220,10 +242,8 @@ def make_train_step(
                 (state.variables["batch_stats"], jax.tree.map(jnp.zeros_like, counts)),
             )
         variables = {"params": optax.apply_updates(params, updates), "batch_stats": batch_stats}
-        average = state.average
-        if average is not None:
-            average = update_average(average, variables, state.step, config.train.ema_decay)
-        return TrainState(state.step + 1, variables, opt_state, average), {"loss": value, "finite": finite, **counts}
+        after = TrainState(state.step + 1, variables, opt_state, _averaged(state, variables, config))
+        return after, {"loss": value, "finite": finite, **counts}
 
     return step
 
@@ -310,7 +330,7 @@ def _model_input(
 ) -> jax.Array:
     if frozen is None or lung_variables is None:
         return infection_input(model, image, None)
-    slices = image[..., : frozen.model.in_channels]
+    slices = lung_input(frozen.model, image)
     lung = predict_probability(frozen.model, lung_variables, slices, patch_grid=frozen.patch_grid)
     return infection_input(model, image, lung)
 

@@ -30,6 +30,7 @@ from resunet_jax.training.augment import AUGMENTATIONS, Augmentation, augment, c
 from resunet_jax.training.devices import barrier, is_primary, make_mesh
 from resunet_jax.training.loop import fit, ignore_epoch, never_stop
 from resunet_jax.training.losses import LOSSES, Loss, make_loss
+from resunet_jax.training.step import can_transfer
 from resunet_jax.weights.store import (
     CHECKPOINTS,
     History,
@@ -38,6 +39,7 @@ from resunet_jax.weights.store import (
     load_model,
     load_model_for,
     save_threshold,
+    variable_shapes,
 )
 
 _PACKAGES = (
@@ -201,8 +203,11 @@ def _load_lung(
     if not lung.config.preprocess.can_feed(config.preprocess):
         raise InputError(
             f"{lung_checkpoint}: its slices were prepared by {lung.config.preprocess}, this training asks for "
-            f"{config.preprocess}; use the same `recipe`, `image_size` and `normalization`"
+            f"{config.preprocess}; use the same `recipe`, `image_size` and `normalization`, and no other context_mm"
         )
+    model = build_model(config, architectures=architectures)
+    if config.cascade.start_from_lung and not can_transfer(lung.variables, variable_shapes(model)):
+        logger.info("%s: its filters or architecture are others; the infection model begins at random", lung_checkpoint)
     return lung, dataclasses.replace(config, lung_fingerprint=fingerprint(lung.variables))
 
 

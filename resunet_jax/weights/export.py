@@ -32,6 +32,7 @@ import numpy as np
 from jax import lax
 
 from resunet_jax import __version__
+from resunet_jax.config import INFECTION_POSTPROCESS
 from resunet_jax.data.volume import HU_WINDOW
 from resunet_jax.errors import InputError
 from resunet_jax.files import atomic_file, make_output_dir, write_text
@@ -46,6 +47,10 @@ READABLE_DAYS = 180
 """For how long JAX promises to read an export, counted from the release of the version that wrote it."""
 
 _SOURCE_FILES = "jax_hlo_source_file_canonicalization_regex"
+_CONTEXT = (
+    "the slices below (towards the feet) and above lie max(1, round(context_mm / slice distance in mm)) slices away; "
+    "beyond the ends the last one is repeated; all channels are cropped by the box of the slice itself"
+)
 _SIX_MONTHS = (
     "by JAX's policy for six months after the release of the version that wrote it, and by versions up to three weeks "
     "older; export again from the models' folders after that"
@@ -54,6 +59,7 @@ _NOT_INSIDE = (
     "the body's box in each slice",
     "removal of small components of the lung mask, in three dimensions",
     "the gate that removes infection outside the closed lungs, in three dimensions",
+    "removal of small lesions, and of those that are nowhere certain, in three dimensions",
     "pasting back to the scan's own grid",
 )
 
@@ -306,8 +312,7 @@ def describe_cascade(
         "not_inside": list(_NOT_INSIDE),
         "postprocessing_of_the_package": {
             "min_component_fraction": lung.config.postprocess.min_component_fraction,
-            "gate": postprocess.gate,
-            "gate_closing_mm": postprocess.gate_closing_mm,
+            **{name: getattr(postprocess, name) for name in INFECTION_POSTPROCESS},
         },
         "versions": {
             "resunet-jax": __version__,
@@ -414,6 +419,7 @@ def _preprocessing(infection: LoadedModel, from_hu: bool) -> dict[str, Any]:
         "resize": "the box to image_size × image_size, bilinear with antialiasing (as PIL's BILINEAR)",
         "image_size": config.image_size,
         "context_mm": config.context_mm,
-        "channels": ["the slice", "the slice context_mm below", "the slice context_mm above"][: config.channels],
+        "channels": ["the slice", "the one below", "the one above"][: config.channels],
+        **({"context": _CONTEXT} if config.context_mm else {}),
         "inside": ["window", "crop", "resize"] if from_hu else [],
     }

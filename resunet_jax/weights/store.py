@@ -338,14 +338,16 @@ def load_threshold(path: str | Path) -> float:
     except FileNotFoundError as error:
         raise InputError(
             f"{file}: no such file: the training had no validation case to choose a threshold on, or is not done; "
-            "use the threshold 0.5"
+            "leave `threshold` out"
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: holds no threshold in (0, 1) ({first_line(error)}); use 0.5") from error
+        raise InputError(
+            f"{file}: holds no threshold in (0, 1) ({first_line(error)}); leave `threshold` out"
+        ) from error
     if step is not None and (folder / CHECKPOINTS).is_dir() and _best_name(folder) != str(step):
         raise InputError(
             f"{file}: was chosen for the checkpoint of step {step}, which is not the best any more; resume the "
-            "training, which chooses it anew, or use the threshold 0.5"
+            "training, which chooses it anew, or leave `threshold` out"
         )
     return threshold
 

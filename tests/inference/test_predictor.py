@@ -390,6 +390,11 @@ def test_a_models_own_threshold_is_used_unless_another_is_given(trained: Trained
     assert Predictor(predictor.lung, infection, thresholds={"infection": 0.7}).threshold("infection") == 0.7
     given = load_predictor(trained.lung, trained.infection, thresholds={"lung": 0.4, "infection": 0.6})
     assert (given.threshold("lung"), given.threshold("infection")) == (0.4, 0.6)
+    for thresholds in ({"infecton": 0.3}, {"infection": 1.5}, {"lung": 0.0}):
+        with pytest.raises(InputError, match=f"`thresholds`: {next(iter(thresholds))} is"):
+            load_predictor(trained.lung, trained.infection, thresholds=thresholds)
+    with pytest.raises(InputError, match="drop one of them"):
+        load_predictor(trained.lung, trained.infection, thresholds={"lung": 0.4}, validated_threshold=True)
 
 
 def test_a_lung_model_without_context_feeds_an_infection_model_with_it(trained: Trained) -> None:

@@ -159,6 +159,14 @@ def test_faded_lesions_go_down_towards_healthy_lung_in_the_mask_alone() -> None:
     assert 0.69 < fractions.max() <= 0.7 + 1e-6
 
 
+def test_lesions_change_in_each_channel_where_its_own_mask_says() -> None:
+    image, mask = jnp.full((4, 4, 3), 0.4), jnp.zeros((4, 4, 4))
+    mask = mask.at[0, :, 1].set(1).at[1, :, 2].set(1).at[2, :, 3].set(1).at[3, :, 0].set(1)  # the target is elsewhere
+    changed, same = lesion_intensity(jax.random.key(0), image, mask, only(lesion_densify_prob=1))
+    np.testing.assert_array_equal(changed > 0.4, mask[..., 1:] > 0)
+    np.testing.assert_array_equal(same, mask)
+
+
 def test_densified_lesions_follow_the_warped_mask() -> None:
     image, mask = jnp.full((1, 16, 16, 1), 0.4), jnp.zeros((1, 16, 16, 1)).at[0, :4].set(1.0)
     changed, warped = augment(jax.random.key(5), image, mask, only(vertical_flip_prob=1, lesion_densify_prob=1))

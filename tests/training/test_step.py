@@ -350,6 +350,10 @@ def test_the_average_follows_the_variables_by_the_closed_form() -> None:
     np.testing.assert_allclose(average["w"], expected, rtol=1e-6)
     first = update_average({"w": jnp.float32(1)}, {"w": jnp.float32(11)}, jnp.int32(0), 0.99)
     np.testing.assert_allclose(first["w"], 0.1 * 1 + 0.9 * 11, rtol=1e-6)
+    accumulated = {"w": jnp.float32(1)}
+    for step in range(400, 404):  # one update in four steps
+        accumulated = update_average(accumulated, {"w": jnp.float32(3)}, jnp.int32(step), decay, accumulate_steps=4)
+    np.testing.assert_allclose(accumulated["w"], 0.5 * 1 + 0.5 * 3, rtol=1e-6)
 
 
 def test_the_model_is_the_average_of_the_variables(batch) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from resunet_jax import cascade, init_variables, load_pretrained, predict_probability, save_model
-from resunet_jax.config import CascadeConfig, Config, ModelConfig, PreprocessConfig
+from resunet_jax.config import INFECTION_POSTPROCESS, CascadeConfig, Config, ModelConfig, PreprocessConfig
 from resunet_jax.data.cases import find_cases
 from resunet_jax.data.phantom import PhantomConfig, make_phantom
 from resunet_jax.data.preprocess import air_offset, prepare_volume
@@ -246,7 +246,8 @@ def test_the_file_beside_it_says_what_one_has_to_know(
     assert metadata["lung_closing"]["fraction"] == pair[1].config.cascade.closing_fraction
     assert metadata["versions"]["jax"] == jax.__version__
     assert "six months" in metadata["readable"]
-    assert len(metadata["not_inside"]) == 4
+    assert len(metadata["not_inside"]) == 5
+    assert {*INFECTION_POSTPROCESS, "min_component_fraction"} == set(metadata["postprocessing_of_the_package"])
     write_export(tmp_path / "hu", *pair, thresholds=THRESHOLDS, from_hu=True)
     metadata = json.loads((tmp_path / "hu.json").read_text(encoding="utf-8"))
     assert [one["name"] for one in metadata["inputs"]] == ["hu", "boxes"]
