@@ -174,13 +174,13 @@ def test_narrow_models_take_few_slices_at_a_time_on_cpus(monkeypatch: pytest.Mon
         return x[..., :1]
 
     monkeypatch.setitem(predictor.__dict__, "_jitted", {"lung": record, "infection": record})
-    images = np.random.default_rng(0).random((5, 128, 128, 1), np.float32)
+    images = np.random.default_rng(0).random((5, 128, 128, 3), np.float32)
     probabilities = predictor.slice_probabilities(images)
-    assert shapes == [(2, 128, 128, 1)] * 3 + [(2, 128, 128, 2)] * 3
+    assert shapes == [(2, 128, 128, 1)] * 3 + [(2, 128, 128, 4)] * 3
     for probability in probabilities.values():  # each slice in its place, what fills the last batch in none
         np.testing.assert_array_equal(probability, images[..., 0])
     shapes.clear()
-    predictor.slice_probabilities(np.ones((9, 256, 256, 1), np.float32))  # not even one slice's memory would be kept
+    predictor.slice_probabilities(np.ones((9, 256, 256, 3), np.float32))  # not even one slice's memory would be kept
     assert {shape[0] for shape in shapes} == {8}
 
 

@@ -18,10 +18,10 @@ from resunet_jax import cascade, init_variables, load_pretrained, predict_probab
 from resunet_jax.config import INFECTION_POSTPROCESS, CascadeConfig, Config, ModelConfig, PreprocessConfig
 from resunet_jax.data.cases import find_cases
 from resunet_jax.data.phantom import PhantomConfig, make_phantom
-from resunet_jax.data.preprocess import air_offset, prepare_volume
+from resunet_jax.data.preprocess import air_offset, context_slices, prepare_volume
 from resunet_jax.data.readers import open_scan, read_volume
 from resunet_jax.data.roi import Box, crop_resize
-from resunet_jax.data.volume import Grid, Volume
+from resunet_jax.data.volume import Grid, Scan, Volume
 from resunet_jax.errors import InputError
 from resunet_jax.inference.predictor import Predictor
 from resunet_jax.inference.scan import segment_opened
@@ -168,6 +168,13 @@ def test_slices_in_hu_are_prepared_as_by_the_package(shape: tuple[int, int]) -> 
     np.testing.assert_allclose(found, images, rtol=0, atol=1e-6)
 
 
+def with_context(hu: np.ndarray, scan: Scan, predictor: Predictor) -> np.ndarray:
+    """Slices (rows, columns, slices) in HU as the export wants them: with the slices below and above."""
+    step, count = context_slices(predictor.preprocess, scan.grid), hu.shape[-1]
+    around = [np.clip(np.arange(count) + shift, 0, count - 1) for shift in (0, -step, step)]
+    return np.stack([np.moveaxis(hu[..., picks], -1, 0) for picks in around], axis=-1)
+
+
 def expected_and_exported(
     scan: Path, predictor: Predictor, exported: jax.export.Exported, *, from_hu: bool
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -180,7 +187,9 @@ def expected_and_exported(
         volume = opened.read_slices(0, slices)
         images, boxes = prepare_volume(volume, predictor.preprocess, offset)
         call = jax.jit(exported.call)
-        lung, infection = call(np.moveaxis(volume.to_hu(offset), -1, 0), boxes) if from_hu else call(images)
+        lung, infection = (
+            call(with_context(volume.to_hu(offset), opened, predictor), boxes) if from_hu else call(images)
+        )
         probabilities = {"lung": np.array(lung)[..., 0], "infection": np.array(infection)[..., 0]}
         predictor.postprocess(probabilities, boxes, opened.grid)
         native = predictor.to_native_grid(probabilities, boxes, opened.grid.oriented_shape[:2])
@@ -221,9 +230,9 @@ def test_a_calibrated_probability_is_the_third_output_and_the_others_stay(
 
 def test_the_program_from_hu_takes_any_shape(pair: tuple[LoadedModel, LoadedModel]) -> None:
     exported = jax.export.deserialize(export_cascade_from_hu(*pair, thresholds=THRESHOLDS).serialize())
-    assert [str(one.shape) for one in exported.in_avals] == ["(b, h, w)", "(b, 4)"]
+    assert [str(one.shape) for one in exported.in_avals] == ["(b, h, w, 3)", "(b, 4)"]
     for count, rows, columns in ((1, 64, 96), (2, 200, 70)):
-        hu = np.random.default_rng(0).uniform(-1300, 400, (count, rows, columns)).astype(np.float32)
+        hu = np.random.default_rng(0).uniform(-1300, 400, (count, rows, columns, 3)).astype(np.float32)
         boxes = np.tile(np.array([[3, 5, rows - 9, columns - 7]], np.int32), (count, 1))
         found = jax.jit(exported.call)(hu, boxes)
         assert [one.shape for one in found] == [(count, 128, 128, 1)] * 2
@@ -236,12 +245,14 @@ def test_the_file_beside_it_says_what_one_has_to_know(
     assert metadata["file"] == written.name
     assert metadata["sha256"] == hashlib.sha256(written.read_bytes()).hexdigest()
     (given,), results = metadata["inputs"], metadata["outputs"]
-    assert (given["shape"], given["dtype"], given["range"]) == (["b", 128, 128, 1], "float32", [0, 1])
+    assert (given["shape"], given["dtype"], given["range"]) == (["b", 128, 128, 3], "float32", [0, 1])
     assert [one["shape"] for one in results] == [["b", 128, 128, 1]] * 2
     assert metadata["platforms"] == ["cpu", "cuda", "tpu"]
     assert metadata["thresholds"] == THRESHOLDS
     assert metadata["preprocessing"]["hu_window"] == [-1250.0, 250.0]
     assert metadata["preprocessing"]["inside"] == []
+    assert metadata["preprocessing"]["context_mm"] == 5
+    assert len(metadata["preprocessing"]["channels"]) == 3
     assert [one["fingerprint"] for one in metadata["models"].values()] == [fingerprint(one.variables) for one in pair]
     assert metadata["lung_closing"]["fraction"] == pair[1].config.cascade.closing_fraction
     assert metadata["versions"]["jax"] == jax.__version__
@@ -309,7 +320,7 @@ def test_the_script(tmp_path: Path) -> None:
     save_model(tmp_path / "lung", model.variables, model.config)
     result = run_script("export", f"--output={tmp_path / 'new' / 'cascade'}")
     assert result.returncode == 0, result.stderr
-    assert "images float32 (b, 128, 128, 1)" in result.stdout
+    assert "images float32 (b, 128, 128, 3)" in result.stdout
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["cascade", "cascade.json"]
     for flags, message in (
         ((f"--output={tmp_path / 'new' / 'cascade'}",), "exists already"),

@@ -61,7 +61,7 @@ def test_onnxruntime_equals_jax(tmp_path: Path) -> None:
     assert len(made.stderr.splitlines()) <= 1, made.stderr
     assert str(ROOT).encode() not in (tmp_path / "cascade.onnx").read_bytes()
     assert (tmp_path / "cascade.onnx.json").is_file()
-    images = np.random.default_rng(0).random((8, 128, 128, 1), np.float32)
+    images = np.random.default_rng(0).random((8, 128, 128, 3), np.float32)
     images[0] = 0  # a slice without lung
     images[1:, 20:100, 20:60] = images[1:, 20:100, 70:110] = 0.25  # two dark fields in noise
     np.save(tmp_path / "images.npy", images)
