@@ -21,7 +21,7 @@ PREDICTOR = SimpleNamespace(
     infection=None,
     record=None,
     interval_record=None,
-    preprocess=SimpleNamespace(image_size=128),
+    preprocess=SimpleNamespace(image_size=128, context_mm=5.0),
 )
 
 
