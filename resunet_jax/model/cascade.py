@@ -91,19 +91,33 @@ def close_lung_probability(probability: jax.Array, fraction: float) -> jax.Array
     return -highest(-highest(probability)) if width > 1 else probability
 
 
+def symmetric_context(image: ArrayT) -> ArrayT:
+    """CT (N, H, W, 3) with the darker and the brighter of the slices below and above, pixel by pixel, in their place.
+
+    A model cannot tell them apart, so a header that is wrong about up and down changes nothing. Without context the
+    image is as it was.
+    """
+    if image.shape[-1] != 3:
+        return image
+    slices, below, above = jnp.split(image, 3, axis=-1)
+    ordered: Any = jnp.concatenate([slices, jnp.minimum(below, above), jnp.maximum(below, above)], axis=-1)
+    return ordered
+
+
 def lung_input(lung_model: ResUnet, image: ArrayT) -> ArrayT:
     """What the lung model sees of CT (N, H, W, C): the first channels, as many as it has; without context the slice."""
-    return image[..., : lung_model.in_channels]
+    return symmetric_context(image[..., : lung_model.in_channels])
 
 
 def infection_input(infection_model: ResUnet, image: jax.Array, lung_probability: jax.Array | None) -> jax.Array:
-    """What the infection model sees: CT alone, or CT and the closed lung probability as one more channel.
+    """What the infection model sees: CT, see `symmetric_context`, and by its channels the closed lung probability.
 
     Args:
       infection_model: says which, by its `in_channels`, and how far to close, by its `closing_fraction`.
       image: CT (N, H, W, C), see `prepare_volume`.
       lung_probability: (N, H, W, 1); may be None for CT alone.
     """
+    image = symmetric_context(image)
     if infection_model.in_channels == image.shape[-1]:
         return image
     if lung_probability is None:

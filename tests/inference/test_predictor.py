@@ -406,3 +406,17 @@ def test_a_lung_model_without_context_feeds_an_infection_model_with_it(trained: 
     assert not dataclasses.replace(infection, context_mm=3.0).can_feed(infection)
     assert not dataclasses.replace(lung, image_size=64).can_feed(infection)
     assert Predictor(load_model(trained.lung), load_model(trained.infection)).preprocess == infection
+
+
+def test_a_scan_upside_down_gets_the_same_masks_upside_down(trained: Trained, scan: Path) -> None:
+    """A header that is wrong about head and feet exchanges the slices below and above."""
+    predictor = load_predictor(trained.lung, trained.infection)
+    volume = read_volume(scan)
+    turned = dataclasses.replace(volume, values=np.ascontiguousarray(volume.values[..., ::-1]))
+    (images, _), (others, _) = (prepare_volume(one, predictor.preprocess, 0.0) for one in (volume, turned))
+    np.testing.assert_array_equal(others[::-1][..., [0, 2, 1]], images)
+    assert not np.array_equal(images[..., 1], images[..., 2])
+    found, flipped = (predictor.slice_probabilities(one) for one in (images, others))
+    for name in ("lung", "infection"):
+        np.testing.assert_allclose(flipped[name][::-1], found[name], rtol=0, atol=1e-6)
+    assert found["infection"].any()
