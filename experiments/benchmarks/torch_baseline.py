@@ -12,7 +12,7 @@ from torch import nn
 
 from resunet_jax.data.volume import FloatArray
 from resunet_jax.inference.predictor import Predictor
-from resunet_jax.model.cascade import close_lung_probability
+from resunet_jax.model.cascade import close_lung_probability, symmetric_context
 from resunet_jax.weights.store import LoadedModel
 from resunet_jax.weights.torch import state_dict_from_params
 
@@ -146,7 +146,8 @@ class TorchPredictor(Predictor):
         closing = self.infection.model.closing_fraction if self.infection else 0.0
         with torch.no_grad():
             for start in range(0, len(images), self.batch_size):
-                image = torch.tensor(images[start : start + self.batch_size].transpose(0, 3, 1, 2))
+                some = np.array(symmetric_context(images[start : start + self.batch_size]))
+                image = torch.tensor(some.transpose(0, 3, 1, 2))
                 lung = torch.sigmoid(models["lung"](image[:, : models["lung"].input_skip[0].in_channels]))
                 closed = np.array(close_lung_probability(lung.numpy()[:, 0, ..., None], closing))[:, None, ..., 0]
                 infection = torch.sigmoid(models["infection"](torch.cat([image, torch.from_numpy(closed)], dim=1)))
