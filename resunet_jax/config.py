@@ -56,7 +56,7 @@ class PreprocessConfig:
     body_dilation: int = setting(5, "iterations of the body's dilation before its bounding box", unit="pixels", low=0)
     context_mm: float = setting(
         0.0,
-        "distance of the slices below and above that the model sees as further channels, the nearest; 0 for none",
+        "distance of the slices below and above, the nearest, that the model sees too, in no order; 0 for none",
         unit="mm",
         low=0,
         high=50,
@@ -95,8 +95,7 @@ class CascadeConfig:
         0.0, "width of its morphological closing, as a fraction of the slice; 0 for none", low=0, high=1
     )
     start_from_lung: bool = setting(
-        False,
-        "the infection training begins with its lung model's variables, where the filters are the same",
+        False, "the infection training begins with its lung model's variables, where the filters are the same"
     )
 
 

@@ -37,7 +37,7 @@ MUSCLE_HU = 45.0
 SOUND_AIR_HU = (-1025.0, -980.0)
 """Where air lies in scans in Hounsfield units that are left as they are."""
 SOUND_AIR_LEVEL = (34.0, 70.0)
-"""The same of scans in 0..255, where `air_offset` moves it to -1000 HU after the crop."""
+"""The same of scans in 0..255; `air_offset` shifts it to -1000 HU, once the body's box is found."""
 SOUND_MUSCLE_HU: dict[IntensityScale, tuple[float, float]] = {"hu": (-15.0, 130.0), "windowed": (-15.0, 90.0)}
 """Where muscle, or an organ with contrast agent, lies in scans that are left as they are, air being at -1000 HU."""
 FAT_HU = -60.0

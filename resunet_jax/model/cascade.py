@@ -105,12 +105,12 @@ def symmetric_context(image: ArrayT) -> ArrayT:
 
 
 def lung_input(lung_model: ResUnet, image: ArrayT) -> ArrayT:
-    """What the lung model sees of CT (N, H, W, C): the first channels, as many as it has; without context the slice."""
+    """What the lung model sees of CT (N, H, W, C): its first `in_channels` channels, see `symmetric_context`."""
     return symmetric_context(image[..., : lung_model.in_channels])
 
 
 def infection_input(infection_model: ResUnet, image: jax.Array, lung_probability: jax.Array | None) -> jax.Array:
-    """What the infection model sees: CT, see `symmetric_context`, and by its channels the closed lung probability.
+    """What the infection model sees: CT, see `symmetric_context`, and perhaps the closed lung probability.
 
     Args:
       infection_model: says which, by its `in_channels`, and how far to close, by its `closing_fraction`.

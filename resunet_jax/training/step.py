@@ -135,8 +135,8 @@ def transfer(source: Variables, target: Variables) -> Variables:
       target: fresh ones of the other model.
 
     Returns:
-      those of the source; where a kernel sees further channels, it begins with the source's and goes on with the
-      target's. The target as it is, where `can_transfer` says no.
+      those of the source; a kernel with further input channels has the source's for the first and the target's for the
+      others. The target as it is, where `can_transfer` says no.
     """
     if not can_transfer(source, target):
         return target
