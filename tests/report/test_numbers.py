@@ -9,7 +9,7 @@ import pytest
 from resunet_jax.data.volume import Grid, Scan, Volume
 from resunet_jax.inference.scan import SegmentedScan
 from resunet_jax.report import numbers as module
-from resunet_jax.report.numbers import Totals, implausible, is_upside_down, iter_slices, measure, summary_line
+from resunet_jax.report.numbers import Totals, implausible, iter_slices, measure, summary_line
 
 ROWS, COLUMNS, SLICES = 60, 80, 12
 SPACING = (4.0, 3.0, 5.0)
@@ -129,8 +129,7 @@ def test_nothing_found_is_undefined_not_zero_percent() -> None:
 
 
 def warnings_of(scan: SegmentedScan, ml: float = 2 * ML) -> str:
-    totals = totals_of(scan)
-    return " ".join([*implausible(totals, ml), *["upside down"] * bool(is_upside_down(scan, totals))])
+    return " ".join(implausible(totals_of(scan), ml))
 
 
 def test_impossible_masks_are_warned_of_and_possible_ones_are_not() -> None:
@@ -143,9 +142,32 @@ def test_impossible_masks_are_warned_of_and_possible_ones_are_not() -> None:
     assert "denser than lung" in warnings_of(segmented(hu=dense))
     away = box((50, 55), (30, 45), (2, 9))
     assert "% of the infection lies outside" in warnings_of(segmented(infection=away))
-    front = np.where(RIGHT_LUNG | LEFT_LUNG, -850.0, 40.0)
-    front[3:10, 36:44] = 700.0
-    assert warnings_of(segmented(hu=front)) == "upside down"
+
+
+def with_spine(rows: slice, lung: np.ndarray = RIGHT_LUNG | LEFT_LUNG, value: float = 700.0) -> SegmentedScan:
+    hu = np.where(lung, -850.0, 40.0)
+    hu[rows, 36:44] = value
+    return segmented(lung, hu=hu)
+
+
+def test_exchanged_front_and_back_are_told_by_the_spine_and_by_the_ends_of_the_lungs() -> None:
+    behind, in_front = with_spine(slice(48, 55)), with_spine(slice(3, 10))
+    assert totals_of(behind).posterior_signs == 1
+    assert module.warnings_of(behind, totals_of(behind)) == []
+    assert totals_of(in_front).posterior_signs == -1
+    assert "front and back seem to be exchanged" in module.warnings_of(in_front, totals_of(in_front))[0]
+    for between in (
+        with_spine(slice(28, 35)),
+        with_spine(slice(3, 10), value=3071),
+        with_spine(slice(3, 10), value=40),
+    ):
+        assert totals_of(between).posterior_signs == 0  # contrast agent, metal, a window without bone
+    ends = box((35, 45), (10, 70), (1, 3)) | box((15, 45), (10, 70), (3, 8)) | box((35, 45), (10, 70), (8, 10))
+    row, voxels = np.arange(ROWS), ends.sum(axis=(1, 2))
+    centroid = row @ voxels / voxels.sum()
+    spread = np.sqrt((row - centroid) ** 2 @ voxels / voxels.sum())
+    assert totals_of(with_spine(slice(0), ends)).posterior_signs == pytest.approx((39.5 - centroid) / spread)
+    assert totals_of(with_spine(slice(0), ends[::-1])).posterior_signs == pytest.approx((centroid - 39.5) / spread)
 
 
 def test_a_structure_without_a_model_is_empty() -> None:
