@@ -85,6 +85,11 @@ class ModelConfig:
     filters: tuple[int, ...] = setting((64, 128, 256, 512), "channels of the levels, finest first", low=1)
     dtype: Literal["float32", "bfloat16"] = setting("float32", "of the computation; parameters stay float32")
     patch_grid: int = setting(1, "f cuts each slice into f × f patches that are processed independently", low=1)
+    mirroring: bool = setting(
+        False,
+        "test-time augmentation: at prediction the probability is the mean of those of a slice and of its left–right "
+        "mirror image",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ from resunet_jax.data.readers import open_scan
 from resunet_jax.data.splits import SplitRequest
 from resunet_jax.recipes import recipe
 from resunet_jax.training.train import train
+from resunet_jax.weights.store import LoadedModel
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -110,6 +111,12 @@ class Trained(NamedTuple):
     split_file: Path
     lung: Path
     infection: Path
+
+
+def with_mirroring(loaded: LoadedModel) -> LoadedModel:
+    """The model, asked to see a slice and its mirror image."""
+    model = dataclasses.replace(loaded.config.model, mirroring=True)
+    return loaded._replace(config=dataclasses.replace(loaded.config, model=model))
 
 
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -158,7 +158,7 @@ def evaluate_cases(
             comparisons = _comparisons(predictor, prepared, volume, probabilities, tolerance_mm, readers)
             seen = _seen_in(predictor, prepared.case.patient)
             rows = [{**_names(prepared, c.structure), **_row(c, metrics), "seen_in": seen} for c in comparisons]
-            dice = _pairwise_dice(predictor, prepared, volume, probabilities) if uncertainty else None
+            dice = _pairwise_dice(predictor, prepared, volume) if uncertainty else None
             rows = [{**row, **_uncertainty(predictor, row, dice)} for row in rows]
             volumes += rows
             slices += [row for comparison in comparisons for row in _slice_rows(prepared, comparison)]
@@ -227,13 +227,10 @@ def _settings(predictor: Predictor) -> dict[str, Any]:
     return settings
 
 
-def _pairwise_dice(
-    predictor: Predictor, prepared: PreparedCase, volume: Volume, probabilities: Mapping[str, FloatArray]
-) -> float:
-    if "infection" not in probabilities:
+def _pairwise_dice(predictor: Predictor, prepared: PreparedCase, volume: Volume) -> float:
+    if predictor.infection is None:
         return math.nan
-    infection = probabilities["infection"]
-    return compare_members(predictor, prepared.images, prepared.boxes, volume.grid, infection).pairwise_dice
+    return compare_members(predictor, prepared.images, prepared.boxes, volume.grid).pairwise_dice
 
 
 def _uncertainty(predictor: Predictor, row: Mapping[str, Any], pairwise_dice: float | None) -> dict[str, float]:

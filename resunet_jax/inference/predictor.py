@@ -108,6 +108,17 @@ class Predictor:
         config = dataclasses.asdict(self.infection.config.postprocess)
         return {**{name: config[name] for name in INFECTION_POSTPROCESS}, "gate": self.gate}
 
+    def without_mirroring(self) -> "Predictor":
+        """The same with models that see a slice once, see `ModelConfig`."""
+
+        def plain(loaded: LoadedModel | None) -> LoadedModel | None:
+            if loaded is None:
+                return None
+            model = dataclasses.replace(loaded.config.model, mirroring=False)
+            return loaded._replace(config=dataclasses.replace(loaded.config, model=model))
+
+        return dataclasses.replace(self, lung=plain(self.lung), infection=plain(self.infection))
+
     @property
     def mask_settings(self) -> dict[str, Any]:
         """What besides the models decides the masks, in JSON values."""
@@ -244,9 +255,11 @@ class Predictor:
             model = loaded.model.clone(convolution=default_convolution())
 
             def probability(variables: Variables, x: jax.Array) -> jax.Array:
-                channels = loaded.config.preprocess.channels
+                channels, config = loaded.config.preprocess.channels, loaded.config.model
                 x = infection_input(model, x[..., :channels], x[..., channels:])
-                return predict_probability(model, variables, x, patch_grid=loaded.config.model.patch_grid)
+                return predict_probability(
+                    model, variables, x, patch_grid=config.patch_grid, mirroring=config.mirroring
+                )
 
             return jax.jit(probability)
 

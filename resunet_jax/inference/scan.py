@@ -53,7 +53,7 @@ def segment_scan(
       predictor: the models.
       save_probabilities: also writes the probabilities, float32 in [0, 1]: that of the infection calibrated, see
         `Predictor.reported_probability`.
-      uncertainty: also segments the scan's other views (`VIEWS`), and writes the entropy of the members' mean
+      uncertainty: also compares members, see `compare_members`, and writes the entropy of the members' mean
         probability of infection, calibrated likewise, as <scan>_uncertainty.nii.gz, uint8, 0 certain to 100 (one bit).
       readers: the table of formats.
       assumed: see `open_scan`.
@@ -237,7 +237,6 @@ def segment_opened(
                 images,
                 all_boxes,
                 scan.grid,
-                found["infection"],
                 new_array=new_array,
                 advance=functools.partial(advance, ""),
             )

@@ -49,8 +49,8 @@ class View(NamedTuple):
         return back[:, :, ::-1] if self.is_mirrored else back
 
 
-VIEWS = (View(True, 0, 0), View(False, 4, 4), View(True, -4, -4))
-"""The members besides the scan as it is. Four pixels are half of the coarsest cell of the models."""
+VIEWS = (View(False, 0, 0), View(True, 0, 0), View(False, 4, 4), View(True, -4, -4))
+"""One of each member. Four pixels are half of the coarsest cell of the models."""
 
 
 def _shift(slices: FloatArray, rows: int, columns: int) -> FloatArray:
@@ -79,27 +79,25 @@ def compare_members(
     images: FloatArray,
     boxes: npt.NDArray[np.int32],
     grid: Grid,
-    infection: FloatArray,
     *,
     views: Sequence[View] = VIEWS,
     new_array: Callable[[tuple[int, ...]], FloatArray] = lambda shape: np.zeros(shape, np.float32),
     advance: Callable[[], object] = lambda: None,
 ) -> Agreement:
-    """Runs the members one after another, a chunk of slices at a time.
+    """Runs the members one after another, a chunk of slices at a time; each sees its view alone, without mirroring.
 
     Args:
       predictor: with an infection model.
       images: float32 (slices, S, S, C) of a whole scan, prepared.
       boxes: int32 (slices, 4), see `prepare_volume`.
       grid: of the scan.
-      infection: its probabilities after `postprocess`: the first member.
-      views: of the others.
+      views: of the members.
       new_array: makes an array of zeros, float32; called for each structure and for the mean.
       advance: called after each chunk.
     """
     shape = images.shape[:-1]
     found = {structure: new_array(shape) for structure in predictor.structures}
-    mean, share = new_array(shape), 1 / (1 + len(views))
+    mean, share = new_array(shape), 1 / len(views)
     chunks = [slice(start, start + CHUNK_SLICES) for start in range(0, len(images), CHUNK_SLICES)]
 
     def add(probability: FloatArray) -> npt.NDArray[np.uint8]:
@@ -108,10 +106,10 @@ def compare_members(
         threshold = predictor.threshold("infection")
         return np.stack([np.packbits(one > threshold) for one in probability])
 
-    masks = [add(infection)]
+    masks, member = [], predictor.without_mirroring()
     for view in views:
         for some in chunks:
-            for structure, probability in predictor.slice_probabilities(view.apply(images[some])).items():
+            for structure, probability in member.slice_probabilities(view.apply(images[some])).items():
                 found[structure][some] = view.undo(probability)
             advance()
         predictor.postprocess(found, boxes, grid)

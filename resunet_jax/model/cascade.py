@@ -55,10 +55,30 @@ def apply_logits(
     return join_patches(logits, patch_grid), batch_stats
 
 
-def predict_probability(model: ResUnet, variables: Variables, x: jax.Array, *, patch_grid: int = 1) -> jax.Array:
-    """Probabilities (N, H, W, 1) in [0, 1] by the running statistics; for the arguments see `apply_logits`."""
-    logits, _ = apply_logits(model, variables, x, train=False, patch_grid=patch_grid)
-    return jax.nn.sigmoid(logits)
+def predict_probability(
+    model: ResUnet, variables: Variables, x: jax.Array, *, patch_grid: int = 1, mirroring: bool = False
+) -> jax.Array:
+    """Probabilities by the running statistics.
+
+    Args:
+      model: see `apply_logits`.
+      variables: see `apply_logits`.
+      x: see `apply_logits`.
+      patch_grid: see `apply_logits`.
+      mirroring: returns the mean of the probabilities of `x` and of its mirror image along W, put back; so a scan that
+        lies mirrored gets the same probabilities, mirrored.
+
+    Returns:
+      float32 (N, H, W, 1) in [0, 1].
+    """
+
+    def probability(x: jax.Array) -> jax.Array:
+        logits, _ = apply_logits(model, variables, x, train=False, patch_grid=patch_grid)
+        return jax.nn.sigmoid(logits)
+
+    if not mirroring:
+        return probability(x)
+    return (probability(x) + probability(x[:, :, ::-1])[:, :, ::-1]) / 2
 
 
 def close_lung_probability(probability: jax.Array, fraction: float) -> jax.Array:
@@ -134,6 +154,8 @@ def cascade(
     *,
     lung_patch_grid: int = 1,
     infection_patch_grid: int = 1,
+    lung_mirroring: bool = False,
+    infection_mirroring: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Both probabilities for a batch of slices; jit, vmap and differentiate it as you like.
 
@@ -145,6 +167,8 @@ def cascade(
       image: CT (N, H, W, C) in [0, 1], prepared as the models' configs say; H and W divisible by 8.
       lung_patch_grid: see `apply_logits`.
       infection_patch_grid: see `apply_logits`.
+      lung_mirroring: see `predict_probability`.
+      infection_mirroring: see `predict_probability`.
 
     Returns:
       lung probability and infection probability, each float32 (N, H, W, 1) in [0, 1].
@@ -160,7 +184,9 @@ def cascade(
       [(2, 32, 32, 1), (2, 32, 32, 1)]
     """
     slices = lung_input(lung_model, image)
-    lung = predict_probability(lung_model, lung_variables, slices, patch_grid=lung_patch_grid)
+    lung = predict_probability(lung_model, lung_variables, slices, patch_grid=lung_patch_grid, mirroring=lung_mirroring)
     stacked = infection_input(infection_model, image, lung)
-    infection = predict_probability(infection_model, infection_variables, stacked, patch_grid=infection_patch_grid)
+    infection = predict_probability(
+        infection_model, infection_variables, stacked, patch_grid=infection_patch_grid, mirroring=infection_mirroring
+    )
     return lung, infection

@@ -48,10 +48,12 @@ class FrozenLung(NamedTuple):
     Attributes:
       model: the module.
       patch_grid: see `ModelConfig`.
+      mirroring: see `ModelConfig`.
     """
 
     model: Any
     patch_grid: int
+    mirroring: bool = False
 
 
 TrainStep = Callable[[TrainState, Batch, jax.Array, Variables | None], tuple[TrainState, dict[str, jax.Array]]]
@@ -331,7 +333,9 @@ def _model_input(
     if frozen is None or lung_variables is None:
         return infection_input(model, image, None)
     slices = lung_input(frozen.model, image)
-    lung = predict_probability(frozen.model, lung_variables, slices, patch_grid=frozen.patch_grid)
+    lung = predict_probability(
+        frozen.model, lung_variables, slices, patch_grid=frozen.patch_grid, mirroring=frozen.mirroring
+    )
     return infection_input(model, image, lung)
 
 
@@ -339,4 +343,5 @@ def frozen_lung(config: Config, architectures: Mapping[str, Architecture] = ARCH
     """What a step needs of a lung model's config."""
     if TASKS[config.task].target != "lung":
         raise ValueError(f"expected a lung model, this is one for {config.task}")
-    return FrozenLung(build_model(config, default_convolution(), architectures), config.model.patch_grid)
+    model = build_model(config, default_convolution(), architectures)
+    return FrozenLung(model, config.model.patch_grid, config.model.mirroring)

@@ -86,6 +86,8 @@ def cascade_program(
             images,
             lung_patch_grid=lung.config.model.patch_grid,
             infection_patch_grid=infection.config.model.patch_grid,
+            lung_mirroring=lung.config.model.mirroring,
+            infection_mirroring=infection.config.model.mirroring,
         )
         with_lung = (lung_probability > thresholds["lung"]).any(axis=(1, 2, 3), keepdims=True)
         infection_probability = jnp.where(with_lung, infection_probability, 0)
@@ -306,6 +308,7 @@ def describe_cascade(
                 "filters": list(model.config.model.filters),
                 "dtype": model.config.model.dtype,
                 "patch_grid": model.config.model.patch_grid,
+                "mirroring": model.config.model.mirroring,
             }
             for name, model in (("lung", lung), ("infection", infection))
         },

@@ -33,7 +33,7 @@ from resunet_jax.inference.predictor import THRESHOLDS, choose_threshold
 from resunet_jax.metrics.overlap import confusion_counts, hard_metrics
 from resunet_jax.model.build import build_model
 from resunet_jax.model.resunet import Variables
-from tests.conftest import TINY, WITH_CONTEXT, Trained
+from tests.conftest import TINY, WITH_CONTEXT, Trained, with_mirroring
 
 
 @pytest.fixture(scope="module")
@@ -419,4 +419,13 @@ def test_a_scan_upside_down_gets_the_same_masks_upside_down(trained: Trained, sc
     found, flipped = (predictor.slice_probabilities(one) for one in (images, others))
     for name in ("lung", "infection"):
         np.testing.assert_allclose(flipped[name][::-1], found[name], rtol=0, atol=1e-6)
+    assert found["infection"].any()
+
+
+def test_models_with_mirroring_give_a_mirrored_scan_mirrored_masks(trained: Trained, scan: Path) -> None:
+    predictor = Predictor(with_mirroring(load_model(trained.lung)), with_mirroring(load_model(trained.infection)))
+    images, _ = prepare_volume(read_volume(scan), predictor.preprocess)
+    found, mirrored = (predictor.slice_probabilities(np.ascontiguousarray(one)) for one in (images, images[:, :, ::-1]))
+    for name in ("lung", "infection"):
+        np.testing.assert_allclose(mirrored[name][:, :, ::-1], found[name], rtol=0, atol=1e-6)
     assert found["infection"].any()

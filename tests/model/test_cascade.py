@@ -80,6 +80,29 @@ def test_patches_are_processed_independently(models, image) -> None:
     np.testing.assert_allclose(whole[:, :8, :8], corner, atol=1e-6)
 
 
+def test_mirrored_slices_get_mirrored_probabilities(models, image) -> None:
+    """A header that is wrong about left and right gives the same masks."""
+    predict = jax.jit(predict_probability, static_argnums=0, static_argnames="mirroring")
+    model, _, variables, _ = models
+    one, other = (predict(model, variables, x, mirroring=True) for x in (image, image[:, :, ::-1]))
+    np.testing.assert_allclose(other[:, :, ::-1], one, rtol=0, atol=1e-7)
+    plain, mirrored = (predict(model, variables, x) for x in (image, image[:, :, ::-1]))
+    assert np.abs(mirrored[:, :, ::-1] - plain).max() > 1e-3
+    np.testing.assert_allclose(one, (plain + mirrored[:, :, ::-1]) / 2, rtol=0, atol=1e-6)
+
+
+def test_each_model_of_the_cascade_may_see_its_slices_mirrored(models, image) -> None:
+    lung_model, infection_model, lung_variables, infection_variables = models
+    both = jax.jit(cascade, static_argnums=(0, 1), static_argnames=("lung_mirroring", "infection_mirroring"))
+    lung, infection = both(*models, image, lung_mirroring=True, infection_mirroring=True)
+    np.testing.assert_allclose(
+        lung, predict_probability(lung_model, lung_variables, image, mirroring=True), rtol=0, atol=1e-6
+    )
+    stacked = infection_input(infection_model, image, lung)
+    expected = predict_probability(infection_model, infection_variables, stacked, mirroring=True)
+    np.testing.assert_allclose(infection, expected, rtol=0, atol=1e-6)
+
+
 def test_closing_fills_holes_and_bays_below_its_width() -> None:
     lung = np.zeros((1, 32, 64, 1), np.float32)
     lung[:, 6:26, 8:56] = 1

@@ -83,7 +83,8 @@ def test_the_reloaded_artifact_equals_the_cascade(
     written: Path, pair: tuple[LoadedModel, LoadedModel], images: np.ndarray
 ) -> None:
     exported, (lung, infection) = reload(written), pair
-    run = jax.jit(partial(cascade, lung.model, infection.model, lung.variables, infection.variables))
+    models = lung.model, infection.model, lung.variables, infection.variables
+    run = jax.jit(partial(cascade, *models, infection_mirroring=infection.config.model.mirroring))
     assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
     assert str(exported.in_avals[0].shape[0]) == "b"
     for count in (1, 3, 8):
@@ -113,7 +114,7 @@ def test_patches_closing_and_ct_alone_are_exported() -> None:
     for infection in (
         random_model("infection", 1, model=ModelConfig(filters=(4, 8, 16, 32), patch_grid=4)),
         random_model("infection", 1, cascade=CascadeConfig(closing_fraction=0.5)),
-        random_model("infection_ct", 2),
+        random_model("infection_ct", 2, model=ModelConfig(filters=(4, 8, 16, 32), mirroring=True)),
     ):
         winograd = lung._replace(model=lung.model.clone(convolution=conv_general_dilated))
         exported = export_cascade(winograd, infection, thresholds={"lung": 1e-9, "infection": 0.5})
@@ -125,6 +126,7 @@ def test_patches_closing_and_ct_alone_are_exported() -> None:
                 infection.model,
                 lung_patch_grid=lung.config.model.patch_grid,
                 infection_patch_grid=infection.config.model.patch_grid,
+                infection_mirroring=infection.config.model.mirroring,
             )
         )(lung.variables, infection.variables, images)
         for found, one in zip(jax.jit(exported.call)(images), expected, strict=True):
