@@ -108,16 +108,19 @@ class Predictor:
         config = dataclasses.asdict(self.infection.config.postprocess)
         return {**{name: config[name] for name in INFECTION_POSTPROCESS}, "gate": self.gate}
 
+    @functools.cached_property
     def without_mirroring(self) -> "Predictor":
-        """The same with models that see a slice once, see `ModelConfig`."""
+        """The same with models that see a slice once, see `ModelConfig`; kept, because its programs are."""
 
         def plain(loaded: LoadedModel | None) -> LoadedModel | None:
-            if loaded is None:
-                return None
+            if loaded is None or not loaded.config.model.mirroring:
+                return loaded
             model = dataclasses.replace(loaded.config.model, mirroring=False)
             return loaded._replace(config=dataclasses.replace(loaded.config, model=model))
 
-        return dataclasses.replace(self, lung=plain(self.lung), infection=plain(self.infection))
+        lung, infection = plain(self.lung), plain(self.infection)
+        is_plain = lung is self.lung and infection is self.infection
+        return self if is_plain else dataclasses.replace(self, lung=lung, infection=infection)
 
     @property
     def mask_settings(self) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def compare_members(
         threshold = predictor.threshold("infection")
         return np.stack([np.packbits(one > threshold) for one in probability])
 
-    masks, member = [], predictor.without_mirroring()
+    masks, member = [], predictor.without_mirroring
     for view in views:
         for some in chunks:
             for structure, probability in member.slice_probabilities(view.apply(images[some])).items():

@@ -46,7 +46,7 @@ def unperturbed(number: int) -> list[np.ndarray]:
 def perturbed(seed: int) -> tuple[int, np.ndarray]:
     """The number of a phantom, and what a file holds of it."""
     rng = np.random.default_rng([7, seed])
-    number = int(rng.integers(12))
+    number = int(rng.integers(3))
     if rng.random() < 0.5:
         slope, offset = rng.uniform(0.85, 1.15), rng.uniform(-150, 150)
         return number, np.rint(phantom(number) * slope + offset).astype(np.int16)
@@ -77,16 +77,16 @@ def least_dice(seed: int, caplog: pytest.LogCaptureFixture) -> float | None:
 
 def test_masks_are_those_of_the_unperturbed_scan(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    assert all(mask.sum() > 500 for mask in unperturbed(6))
-    dices = [value for seed in range(3, 7) if (value := least_dice(seed, caplog)) is not None]
-    assert 2 < len(dices) < 4
+    assert all(mask.sum() > 500 for mask in unperturbed(0))
+    dices = [value for seed in range(10) if (value := least_dice(seed, caplog)) is not None]
+    assert 4 < len(dices) < 10
     assert min(dices) >= LEAST_DICE
 
 
 @pytest.mark.exhaustive
 def test_masks_are_those_of_the_unperturbed_scan_searched_long(caplog: pytest.LogCaptureFixture) -> None:
-    """A lesion that is hardly certain may be lost, in one scan of ten."""
+    """Small lesions of one in twelve may be less alike."""
     caplog.set_level(logging.WARNING)
     dices = [value for seed in range(1000, 1500) if (value := least_dice(seed, caplog)) is not None]
-    assert np.mean(np.array(dices) < LEAST_DICE) <= 0.1
-    assert min(dices) >= 0.65
+    assert np.mean(np.array(dices) < LEAST_DICE) <= 0.08
+    assert min(dices) >= 0.8

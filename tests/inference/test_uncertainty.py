@@ -106,6 +106,8 @@ def test_members_see_their_view_alone(predictor: Predictor, scan: Path) -> None:
     one, other = (compare_members(pair, images, boxes, volume.grid) for pair in (predictor, averaged))
     np.testing.assert_array_equal(one.mean, other.mean)
     assert one.pairwise_dice == other.pairwise_dice or np.isnan(one.pairwise_dice)
+    assert predictor.without_mirroring is predictor
+    assert averaged.without_mirroring is averaged.without_mirroring  # compiled once for all scans
 
 
 def test_entropy_in_hundredths_of_a_bit() -> None:
