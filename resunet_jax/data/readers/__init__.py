@@ -209,12 +209,14 @@ def read_mask(
             raise InputError(f"{path}: shape {grid.shape}, but its scan {scan} has {scan_grid.shape}; use its own mask")
         values = mask.read(2, 0, grid.shape[2])
     low, high = _range(path, values)
-    are_integers = values.dtype.kind != "f" or np.abs(values - np.rint(values)).max() < _ROUNDING
-    if low < -_ROUNDING or high > 255 + _ROUNDING or not are_integers:
+    labels = np.rint(values) if values.dtype.kind == "f" else values
+    rounding = 0.0 if labels is values else float(np.abs(values - labels).max())
+    if low < -_ROUNDING or high > 255 + _ROUNDING or rounding >= _ROUNDING:
         raise InputError(f"{path}: values in [{low:g}, {high:g}]; a mask has whole labels from 0 to 255")
     if max_corner_distance_mm(grid, scan_grid) > 0.5 * min(scan_grid.spacing_mm):
         raise InputError(f"{path}: its affine differs from that of {scan}; export the mask on the scan's grid")
-    return scan_grid.to_pls(np.rint(values)).astype(np.uint8)  # by the scan's axes: its own may round differently
+    # By the scan's axes: its own may round differently.
+    return scan_grid.to_pls(labels).astype(np.uint8, copy=False)
 
 
 def _range(path: Path, values: Array) -> tuple[float, float]:
