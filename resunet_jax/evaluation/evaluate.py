@@ -82,12 +82,9 @@ def evaluate(
     )
     if uncertainty and predictor.infection is None:
         raise InputError("`uncertainty` is of the infection; give `infection_checkpoint` too, or leave it out")
-    cases = find_cases(data_dir, readers)
-    if subset == "all":
-        protocol = "all cases of the folder, those of the training among them"
-    else:
-        own = [path / "split.json" for path in (infection_checkpoint, lung_checkpoint) if path is not None]
-        cases, protocol = _subset(cases, subset, [split_file] if split_file else [f for f in own if f.is_file()])
+    own = [path / "split.json" for path in (infection_checkpoint, lung_checkpoint) if path is not None]
+    split_files = [split_file] if split_file else [file for file in own if file.is_file()]
+    cases, protocol = _subset(find_cases(data_dir, readers), subset, split_files)
     if predictor.infection is not None:
         require_infection_masks(cases)
     prepared = prepare_cases(
@@ -105,7 +102,9 @@ def evaluate(
 
 
 def _subset(cases: Sequence[Case], subset: str, files: Sequence[Path]) -> tuple[list[Case], str]:
-    """The cases of a subset of the first of some split files, and what that is in words."""
+    """The cases of a subset of the first of some split files, or all of them, and what that is in words."""
+    if subset == "all":
+        return list(cases), "all cases of the folder, those of the training among them"
     if not files:
         raise InputError(f"which cases are the {subset} subset? Give `split_file`, or `subset=all`")
     splits = [read_split(file, cases) for file in files]

@@ -110,26 +110,26 @@ def train(
     config = dataclasses.replace(config, train_patients=_patients(train_cases), val_patients=_patients(val_cases))
     with dir_lock(workdir) if is_primary() else contextlib.nullcontext():
         _check_resumable(workdir, config, chosen)
-        cases = [*train_cases, *val_cases]
         prepared = prepare_cases(
-            cases, config.preprocess, cache_dir, readers, assumed=assumed, max_cache_gb=max_cache_gb
+            [*train_cases, *val_cases],
+            config.preprocess,
+            cache_dir,
+            readers,
+            assumed=assumed,
+            max_cache_gb=max_cache_gb,
         )
         digests = {one.case.id: one.digest for one in prepared}
         check_data_unchanged(workdir, digests)
         train_set, val_set = prepared[: len(train_cases)], prepared[len(train_cases) :]
-        train_source = SliceSource(train_set, task.target)
-        val_source = SliceSource(val_set, task.target) if val_set else None
-        logger.info("%s: %d training and %d validation slices", config.task, len(train_source), len(val_source or ()))
-        if not val_set:
-            logger.info("no validation cases: all epochs are trained, and the last is kept")
+        train_slices, val_slices = _slice_sources(config, train_set, val_set)
         barrier("settings checked")
         if is_primary():
             _write_settings(workdir, config, chosen, digests)
-            _plot_inputs(workdir, config, train_set, train_source, task, augmentations, readers)
+            _plot_inputs(workdir, config, train_set, train_slices, task, augmentations, readers)
         history = fit(
             config,
-            train_source,
-            val_source,
+            train_slices,
+            val_slices,
             workdir,
             lung,
             mesh=mesh,
@@ -142,11 +142,23 @@ def train(
         best = load_model(workdir, architectures)
         if is_primary():
             plots.save_loss_curves(workdir / "figures" / "loss_curves.png", history)
-            if val_set:
-                models = (best, None) if task.target == "lung" else (lung, best)
-                _use_validation(workdir, Predictor(*models), val_set, task, readers)
+            models = (best, None) if task.target == "lung" else (lung, best)
+            _use_validation(workdir, Predictor(*models), val_set, task, readers)
         logger.info("done: %s", workdir)
     return history
+
+
+def _slice_sources(
+    config: Config, train_set: Sequence[PreparedCase], val_set: Sequence[PreparedCase]
+) -> tuple[SliceSource, SliceSource | None]:
+    """The training and the validation slices; None where no case validates."""
+    target = TASKS[config.task].target
+    train_slices = SliceSource(train_set, target)
+    val_slices = SliceSource(val_set, target) if val_set else None
+    logger.info("%s: %d training and %d validation slices", config.task, len(train_slices), len(val_slices or ()))
+    if val_slices is None:
+        logger.info("no validation cases: all epochs are trained, and the last is kept")
+    return train_slices, val_slices
 
 
 def _check_settings(
@@ -343,7 +355,9 @@ def _plot_inputs(
 def _use_validation(
     workdir: Path, predictor: Predictor, val_set: Sequence[PreparedCase], task: Task, readers: Mapping[str, Reader]
 ) -> None:
-    """Chooses the best model's threshold, and plots it on the validation slices with most of the target."""
+    """Chooses the best model's threshold, and plots it on the validation slices with most of the target, if any."""
+    if not val_set:
+        return
     references: list[tuple[PreparedCase, Array, Grid]] = []
     overlays: list[plots.Overlay] = []
     for prepared in val_set:
