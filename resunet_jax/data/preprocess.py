@@ -1,5 +1,7 @@
 """From a scan's values to the square slices that a model sees."""
 
+import functools
+
 import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import binary_fill_holes, gaussian_filter1d
@@ -88,12 +90,13 @@ def context_slices(config: PreprocessConfig, grid: Grid) -> int:
     return max(1, round(config.context_mm / grid.spacing_mm[2])) if config.context_mm else 0
 
 
-def prepare_slice(
-    volume: Volume, k: int, config: PreprocessConfig, offset: float, box: Box | None = None
-) -> FloatArray:
-    """Slice k cropped to a box, by default its own, and resized: float32 (S, S) in [0, 1]; see `air_offset`."""
-    values = volume.normalize_minmax(k) if config.normalization == "minmax" else volume.normalize_hu(k, offset)
-    return crop_resize(values, box or slice_box(volume, k, config), config.image_size)
+def _normalize(volume: Volume, k: int, config: PreprocessConfig, offset: float) -> FloatArray:
+    return volume.normalize_minmax(k) if config.normalization == "minmax" else volume.normalize_hu(k, offset)
+
+
+def prepare_slice(volume: Volume, k: int, config: PreprocessConfig, offset: float) -> FloatArray:
+    """Slice k cropped to its box and resized: float32 (S, S) in [0, 1]; see `air_offset`."""
+    return crop_resize(_normalize(volume, k, config, offset), slice_box(volume, k, config), config.image_size)
 
 
 def prepare_volume(
@@ -117,9 +120,11 @@ def prepare_volume(
     count, step = volume.values.shape[-1], context_slices(config, volume.grid)
     boxes = [slice_box(volume, k, config) for k in range(start, count if stop is None else stop)]
     images = np.empty((len(boxes), config.image_size, config.image_size, config.channels), np.float32)
+    # A slice is also the context of two others; between its uses lie `step` slices and their contexts.
+    normalized = functools.lru_cache(3 * step + 1)(lambda n: _normalize(volume, n, config, offset))
     for image, (k, box) in zip(images, enumerate(boxes, start), strict=True):
         for channel, n in enumerate(_channel_slices(k, step, count)):
-            image[..., channel] = prepare_slice(volume, n, config, offset, box)
+            image[..., channel] = crop_resize(normalized(n), box, config.image_size)
     return images, np.array(boxes, np.int32)
 
 
