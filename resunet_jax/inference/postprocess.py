@@ -1,6 +1,8 @@
 """From the probabilities of a whole scan to its masks: small components of the lung, infection far from it."""
 
-from collections.abc import Mapping
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +14,7 @@ from resunet_jax.metrics.lung_sides import left_lung, sagittal_plane
 
 _FINEST = 128  # pixels on a side on which components are labelled: labels take four bytes a pixel
 _GATE_MM = 2.0  # largest voxel of the gate, where the scan's are smaller
-_CLOSED_SLICES = 32  # at a time
+_ROUNDING_MM2 = 1e-9  # of squared distances: what lies at the radius is within it
 
 
 def large_components(mask: npt.NDArray[np.bool_], min_fraction: float) -> npt.NDArray[np.bool_]:
@@ -111,9 +113,11 @@ def gate_infection(
             coarse[k // slice_step][inside] |= mask[np.ix_(*(p[p >= 0] for p in pixels))]
     plane = sagittal_plane(coarse.sum(axis=(0, 1)), _coarse_columns(boxes, column_step))
     left = np.moveaxis(left_lung(np.moveaxis(coarse, 0, -1), plane), -1, 0)
+    right = np.logical_xor(coarse, left, out=coarse)
     steps = np.array((slice_step, row_step, column_step))
     spacing = tuple(steps * np.roll(grid.spacing_mm, 1))
-    gate = close_mask(left, spacing, closing_mm) | close_mask(coarse & ~left, spacing, closing_mm)
+    gate = close_mask(left, spacing, closing_mm)
+    gate |= close_mask(right, spacing, closing_mm)
     centres = np.arange(size) + 0.5
     for k, box in enumerate(boxes):
         if infection[k].any():
@@ -174,7 +178,7 @@ def remove_doubtful_lesions(
 
 
 def close_mask(mask: npt.NDArray[np.bool_], spacing_mm: tuple[float, ...], radius_mm: float) -> npt.NDArray[np.bool_]:
-    """Morphological closing by a ball, some slices at a time: distances take forty bytes a voxel.
+    """Morphological closing by a ball; distances are in memory for as many slices as the ball is high.
 
     Args:
       mask: bool (slices, rows, columns).
@@ -188,15 +192,43 @@ def close_mask(mask: npt.NDArray[np.bool_], spacing_mm: tuple[float, ...], radiu
     if radius_mm <= 0 or not mask.any():
         return closed
     box = tuple(slice(*np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis})))[[0, -1]] + [0, 1]) for axis in range(3))
-    margin = [int(radius_mm / mm) + 1 for mm in spacing_mm]
-    padded = np.pad(mask[box], [(m, m) for m in margin])
-    for start in range(0, mask[box].shape[0], _CLOSED_SLICES):
-        # Twice the radius: what is dilated from outside the slab reaches into what is eroded.
-        first = max(0, start - margin[0])
-        slab = padded[first : start + _CLOSED_SLICES + 3 * margin[0]]
-        dilated = ndimage.distance_transform_edt(~slab, sampling=spacing_mm) <= radius_mm
-        eroded = ndimage.distance_transform_edt(dilated, sampling=spacing_mm) > radius_mm
-        inner = tuple(slice(m, -m) for m in margin[1:])
-        own = eroded[(slice(start + margin[0] - first, start + margin[0] - first + _CLOSED_SLICES), *inner)]
-        closed[box][start : start + _CLOSED_SLICES] |= own[: mask[box].shape[0] - start]
+    reach, *margin = int(radius_mm / spacing_mm[0]), *(int(radius_mm / mm) + 1 for mm in spacing_mm[1:])
+    padded = (np.pad(one, [(m, m) for m in margin]) for one in mask[box])
+    dilated = _dilate(padded, spacing_mm, radius_mm)
+    outside = _dilate(map(np.logical_not, dilated), spacing_mm, radius_mm)  # eroded is what is not near the outside
+    inner = tuple(slice(m, -m) for m in margin)
+    for k, near_outside in enumerate(itertools.islice(outside, 2 * reach, 2 * reach + len(closed[box]))):
+        closed[box][k] |= ~near_outside[inner]
     return closed
+
+
+def _dilate(
+    slices: Iterable[npt.NDArray[np.bool_]], spacing_mm: tuple[float, ...], radius_mm: float
+) -> Iterator[npt.NDArray[np.bool_]]:
+    """Dilates a mask by a ball, slice by slice.
+
+    Args:
+      slices: bool (rows, columns), at least one.
+      spacing_mm: voxel size along slices, rows, columns.
+      radius_mm: of the ball.
+
+    Yields:
+      each slice dilated, after as many as the ball reaches below the first, and before as many above the last.
+    """
+    height, *in_plane = spacing_mm
+    reach = int(radius_mm / height)
+    limits = [radius_mm**2 - (height * offset) ** 2 + _ROUNDING_MM2 for offset in range(-reach, reach + 1)]
+    window: deque[FloatArray | None] = deque(maxlen=len(limits))  # squared distances within slices, in mm²
+    for squared in itertools.chain(
+        (_squared_distance(one, in_plane) for one in slices), itertools.repeat(None, 2 * reach)
+    ):
+        window.append(squared)
+        near = [one <= limit for one, limit in zip(reversed(window), limits, strict=False) if one is not None]
+        yield np.logical_or.reduce(near)
+
+
+def _squared_distance(mask: npt.NDArray[np.bool_], spacing_mm: Sequence[float]) -> FloatArray:
+    """Squared distance of each pixel of a slice to its mask, in mm²; infinite where that is empty."""
+    if not mask.any():
+        return np.full(mask.shape, np.inf)
+    return ndimage.distance_transform_edt(~mask, sampling=spacing_mm) ** 2
