@@ -112,6 +112,8 @@ def gate_infection(
             inside = np.ix_(pixels[0] >= 0, pixels[1] >= 0)
             coarse[k // slice_step][inside] |= mask[np.ix_(*(p[p >= 0] for p in pixels))]
     plane = sagittal_plane(coarse.sum(axis=(0, 1)), _coarse_columns(boxes, column_step))
+    top, side = (_span(coarse, axis) for axis in (1, 2))  # what lies around the lungs takes memory
+    coarse, plane = coarse[:, top, side].copy(), plane - side.start
     left = np.moveaxis(left_lung(np.moveaxis(coarse, 0, -1), plane), -1, 0)
     right = np.logical_xor(coarse, left, out=coarse)
     steps = np.array((slice_step, row_step, column_step))
@@ -122,8 +124,10 @@ def gate_infection(
     for k, box in enumerate(boxes):
         if infection[k].any():
             near = [
-                ((first + centres * length / size) // step).astype(int)
-                for first, length, step in ((box[0], box[2], row_step), (box[1], box[3], column_step))
+                np.clip((first + centres * length / size) // step - span.start, 0, span.stop - span.start - 1).astype(
+                    int
+                )
+                for first, length, step, span in ((box[0], box[2], row_step, top), (box[1], box[3], column_step, side))
             ]
             infection[k][~(gate[k // slice_step][np.ix_(*near)] | (lung[k] > lung_threshold))] = 0
 
@@ -132,6 +136,12 @@ def _model_pixels(native: npt.NDArray[np.int_], first: int, length: int, size: i
     """The model's pixel at each native one, along an axis of a box; -1 outside the box."""
     pixels = np.floor((native - first + 0.5) * size / length).astype(int)
     return np.where((pixels >= 0) & (pixels < size), pixels, -1)
+
+
+def _span(mask: npt.NDArray[np.bool_], axis: int) -> slice:
+    """Where a mask lies along an axis, and one voxel further to either side where there is one."""
+    inside = np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis})))
+    return slice(max(0, inside[0] - 1), min(mask.shape[axis], inside[-1] + 2)) if len(inside) else slice(0, 1)
 
 
 def _coarse_columns(boxes: npt.NDArray[np.int32], step: int) -> tuple[int, int]:

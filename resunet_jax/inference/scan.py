@@ -28,6 +28,9 @@ from resunet_jax.progress import progress
 UNCERTAINTY = "_uncertainty.nii.gz"
 """What the file of an uncertainty map is called, after the scan's name."""
 
+NATIVE_CHUNK_SLICES = 8
+"""How many slices of the scan's own grid, with many more voxels than the models', are in memory at a time."""
+
 _T = TypeVar("_T")
 Mask = npt.NDArray[np.bool_]
 
@@ -177,9 +180,9 @@ class SegmentedScan:
         return self.scan.read_slices(start, stop).to_hu(self.offset)
 
     def chunks(self) -> Iterator[tuple[int, int]]:
-        """(start, stop) of as many slices as fit in memory at a time."""
-        slices = len(self.boxes)
-        return ((start, min(start + CHUNK_SLICES, slices)) for start in range(0, slices, CHUNK_SLICES))
+        """(start, stop) of as many slices as are in memory at a time."""
+        slices, step = len(self.boxes), NATIVE_CHUNK_SLICES
+        return ((start, min(start + step, slices)) for start in range(0, slices, step))
 
     @property
     def body_columns(self) -> tuple[int, int]:
@@ -205,11 +208,11 @@ def segment_opened(
     if uncertainty and predictor.infection is None:
         raise InputError("`uncertainty`: of the infection; give `infection_checkpoint` too, or leave it out")
     slices = scan.grid.oriented_shape[-1]
-    chunks = -(-slices // CHUNK_SLICES)
-    passes = 2 + len(VIEWS) * uncertainty
+    by_model, pasted = (-(-slices // step) for step in (CHUNK_SLICES, NATIVE_CHUNK_SLICES))
+    passes = 1 + len(VIEWS) * uncertainty
     offset = air_offset(scan, predictor.preprocess)
     with contextlib.ExitStack() as stack:
-        advance = stack.enter_context(progress(name, passes * chunks))
+        advance = stack.enter_context(progress(name, passes * by_model + pasted))
 
         def new_array(shape: tuple[int, ...]) -> FloatArray:
             return stack.enter_context(_temp_memmap(shape, name))

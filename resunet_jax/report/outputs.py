@@ -1,6 +1,7 @@
 """What is written for a scan in addition to its masks: one function and one row of `make_outputs` for each."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from resunet_jax.data.readers import READERS, Reader, Source, digest, read_mask
 from resunet_jax.data.readers.dicom_seg import write_dicom_seg
+from resunet_jax.data.readers.disk import temporary_file
 from resunet_jax.data.readers.nifti import nifti_writer
 from resunet_jax.files import write_text
 from resunet_jax.inference.batch import Finding, Output
@@ -85,14 +87,17 @@ def _write_report(
     consolidation_hu: float,
     lobes: npt.NDArray[np.uint8] | None,
 ) -> Finding:
+    grid, has_uncertainty = segmented.scan.grid, segmented.uncertainty is not None
     totals, shown = Totals(segmented, consolidation_hu), []
-    for slices in iter_slices(segmented):
-        totals.add(slices, None if lobes is None else lobes[..., slices.start : slices.start + slices.hu.shape[-1]])
-        shown.extend(encode_slices(slices.hu, slices.lung, slices.infection, uncertainty=slices.uncertainty))
-    scan = {"name": source.name, "file": source.path.name, "format": source.format}
-    report = measure(segmented, totals, scan, seconds, consolidation_hu=consolidation_hu)
-    write_scan_page(folder / f"{source.name}{PAGE}", report, shown, segmented.scan.grid.spacing_mm)
-    write_preview(folder / f"{source.name}{PREVIEW}", shown, segmented.scan.grid.spacing_mm)
+    with temporary_file((2 + has_uncertainty) * math.prod(grid.oriented_shape), source.path) as file:
+        for slices in iter_slices(segmented):
+            totals.add(slices, None if lobes is None else lobes[..., slices.start : slices.start + slices.hu.shape[-1]])
+            masks = slices.lung, slices.infection
+            shown.extend(encode_slices(slices.hu, *masks, uncertainty=slices.uncertainty, file=file))
+        scan = {"name": source.name, "file": source.path.name, "format": source.format}
+        report = measure(segmented, totals, scan, seconds, consolidation_hu=consolidation_hu)
+        write_scan_page(folder / f"{source.name}{PAGE}", report, shown, grid.spacing_mm)
+        write_preview(folder / f"{source.name}{PREVIEW}", shown, grid.spacing_mm)
     write_text(folder / f"{source.name}{REPORT}", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     return Finding(summary_line(report), tuple(report["warnings"]))
 

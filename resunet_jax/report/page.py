@@ -94,7 +94,7 @@ def _page(
     size_mm: Sequence[float],
 ) -> str:
     sampling = choose_sampling(slices)
-    layers = [layer for layer in LAYERS if layer.plane != "uncertainty" or slices[0].uncertainty is not None]
+    layers = [layer for layer in LAYERS if layer.plane in slices[0].planes()]
     variables = "".join(f"--{layer.id}:rgb{layer.color};" for layer in LAYERS)
     return fill_page(
         "scan",

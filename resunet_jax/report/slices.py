@@ -5,9 +5,10 @@ noisy CT as small as PNG or smaller, and the page decodes it itself, so that nei
 protection against fingerprinting can change a value.
 """
 
+import functools
 import zlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,26 +32,14 @@ class EncodedSlice(NamedTuple):
 
     Attributes:
       shape: (rows, columns).
-      levels: zlib of uint8 (rows, columns), see `HU_STEP`.
-      masks: the same, see `INFECTION_BIT`.
-      uncertainty: the same, 0..100; None where there is none.
+      planes: gives the planes by name, each uint8 (rows, columns): "ct", see `HU_STEP`, "masks", see `INFECTION_BIT`,
+        and "uncertainty", 0..100, where there is one.
       box: rows and columns of the body, (first, end, first, end); None where the slice shows none.
     """
 
     shape: tuple[int, int]
-    levels: bytes
-    masks: bytes
-    uncertainty: bytes | None
+    planes: Callable[[], Mapping[str, Bytes2D]]
     box: tuple[int, int, int, int] | None
-
-    def planes(self) -> dict[str, Bytes2D]:
-        """The planes by name, each uint8 (rows, columns): "ct", "masks", and "uncertainty" where there is one."""
-        stored = {"ct": self.levels, "masks": self.masks, "uncertainty": self.uncertainty}
-        return {
-            name: np.frombuffer(zlib.decompress(data), np.uint8).reshape(self.shape)
-            for name, data in stored.items()
-            if data is not None
-        }
 
 
 class Sampling(NamedTuple):
@@ -70,14 +59,16 @@ def encode_slices(
     infection: npt.NDArray[np.bool_],
     *,
     uncertainty: Bytes2D | None = None,
+    file: BinaryIO | None = None,
 ) -> list[EncodedSlice]:
-    """Packs consecutive axial slices; to be called chunk by chunk.
+    """Encodes consecutive axial slices; to be called chunk by chunk.
 
     Args:
       hu: float32 (rows, columns, n) in Hounsfield units, finite; rows to posterior, columns to the patient's left.
       lung: uint8 (rows, columns, n): 0, 1 left, 2 right.
       infection: bool (rows, columns, n).
       uncertainty: uint8 (rows, columns, n), as `uncertainty_map` gives it, or None.
+      file: where the planes are kept, from its position on; open as long as slices are read. By default in memory.
 
     Returns:
       n slices, in the same order.
@@ -94,14 +85,27 @@ def encode_slices(
     for k in range(hu.shape[-1]):
         levels = np.clip(np.rint((hu[..., k] - HU_LOWEST) / HU_STEP), 0, 255).astype(np.uint8)
         masks = (lung[..., k] + INFECTION_BIT * (infection[..., k] > 0)).astype(np.uint8)
-        extra = None if uncertainty is None else _store(uncertainty[..., k])
+        planes = {"ct": levels, "masks": masks}
+        if uncertainty is not None:
+            planes["uncertainty"] = uncertainty[..., k]
         box = _body_box((hu[..., k] > _BODY_HU), masks > 0)
-        encoded.append(EncodedSlice((hu.shape[0], hu.shape[1]), _store(levels), _store(masks), extra, box))
+        encoded.append(EncodedSlice((hu.shape[0], hu.shape[1]), _keep(planes, file), box))
     return encoded
 
 
-def _store(plane: Bytes2D) -> bytes:
-    return zlib.compress(plane.tobytes(), 1)
+def _keep(planes: Mapping[str, Bytes2D], file: BinaryIO | None) -> Callable[[], Mapping[str, Bytes2D]]:
+    """Gives the planes again, from memory or from the file."""
+    if file is None:
+        return lambda: planes
+    start = file.tell()
+    file.writelines(plane.tobytes() for plane in planes.values())
+    return functools.partial(_read_planes, file, start, tuple(planes), next(iter(planes.values())).shape)
+
+
+def _read_planes(file: BinaryIO, start: int, names: Sequence[str], shape: tuple[int, int]) -> dict[str, Bytes2D]:
+    file.seek(start)
+    stored = np.frombuffer(file.read(len(names) * shape[0] * shape[1]), np.uint8).reshape(len(names), *shape)
+    return dict(zip(names, stored, strict=True))
 
 
 def _body_box(dense: npt.NDArray[np.bool_], masks: npt.NDArray[np.bool_]) -> tuple[int, int, int, int] | None:

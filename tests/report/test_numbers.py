@@ -76,7 +76,7 @@ def report_of(scan: SegmentedScan, lobes: np.ndarray | None = None) -> dict:
 
 @pytest.mark.parametrize("chunk", [1, 5, 64])
 def test_volumes_and_involvement(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr("resunet_jax.inference.scan.CHUNK_SLICES", chunk)
+    monkeypatch.setattr("resunet_jax.inference.scan.NATIVE_CHUNK_SLICES", chunk)
     report = report_of(segmented())
     lung = 30 * 20 * 9  # voxels of each
     assert report["lung"] == pytest.approx(

@@ -63,14 +63,21 @@ def test_levels_are_within_half_a_step() -> None:
     assert set(np.unique(clipped.planes()["ct"])) == {0, 255}
 
 
-def test_a_page_holds_the_very_voxels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_page_holds_the_very_voxels(tmp_path: Path, in_file: bool) -> None:
     arrays = example_arrays()
     uncertainty = np.linspace(0, 100, arrays["hu"].size).astype(np.uint8).reshape(arrays["hu"].shape)
+    file = (tmp_path / "planes").open("w+b") if in_file else None
     chunks = [
-        encode_slices(**{key: a[..., k : k + 5] for key, a in {**arrays, "uncertainty": uncertainty}.items()})
+        encode_slices(
+            **{key: a[..., k : k + 5] for key, a in {**arrays, "uncertainty": uncertainty}.items()}, file=file
+        )
         for k in range(0, 12, 5)
     ]
     write_scan_page(tmp_path / "a.html", example_report(), [s for chunk in chunks for s in chunk], (0.8, 0.8, 5.0))
+    if file is not None:
+        assert file.tell() == 3 * arrays["hu"].size
+        file.close()
     data = data_of((tmp_path / "a.html").read_text(encoding="utf-8"))
     grid = np.ix_(data["rows"], data["columns"])
     shape = (len(data["rows"]), len(data["columns"]))
