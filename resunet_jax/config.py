@@ -162,8 +162,12 @@ class AugmentConfig:
     lesion_fade_prob: float = setting(
         0.0, "probability that it is made fainter instead, towards healthy lung", low=0, high=1
     )
+    context_dropout_prob: float = setting(
+        0.0, "probability that the slice itself takes the place of those below and above it", low=0, high=1
+    )
     transforms: tuple[str, ...] = setting(
-        ("spatial", "lesion_intensity", "intensity"), "names in the table of augmentations, in order"
+        ("spatial", "lesion_intensity", "intensity", "context_dropout"),
+        "names in the table of augmentations, in order",
     )
 
 
@@ -269,6 +273,7 @@ DEFAULTS_BY_VERSION: dict[str, dict[str, Any]] = {
         "postprocess.min_lesion_probability": 0.0,
     },
     "0.10.0": {"train.ema_decay": 0.0},
+    "0.12.0": {"augment.transforms": ("spatial", "lesion_intensity", "intensity")},
 }
 """By version, oldest first: what a field that a file of that version or an older one lacks meant, where it is not
 today's default. Before 0.7.0 files did not say their version."""

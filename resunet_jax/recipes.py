@@ -34,13 +34,15 @@ _ROBUST_INFECTION = override(
         "cascade.start_from_lung": True,
         "augment.lesion_densify_prob": 0.33,
         "augment.lesion_fade_prob": 0.33,
+        # Where slices lie far apart, those around say little.
+        "augment.context_dropout_prob": 0.5,
         # Less than for the lungs: brightness is what tells ground glass.
         "augment.max_contrast": 0.1,
         "augment.max_brightness": 0.03,
         "augment.max_gamma": 0.2,
         "augment.max_noise": 0.02,
         # Chosen on out-of-fold predictions: low, because lesions end softly, where a lesion is certain somewhere.
-        "postprocess.threshold": 0.25,
+        "postprocess.threshold": 0.2,
         "postprocess.min_lesion_probability": 0.95,
         "postprocess.min_lesion_ml": 0.1,
     },

@@ -68,6 +68,7 @@ def test_a_file_of_0_1_0_means_what_it_meant() -> None:
             max_noise=0.0,
             lesion_densify_prob=0.0,
             lesion_fade_prob=0.0,
+            context_dropout_prob=0.0,
             transforms=("spatial", "lesion_intensity", "intensity"),
         ),
         train=TrainConfig(
@@ -113,6 +114,7 @@ def test_a_file_of_0_6_0_means_what_it_meant() -> None:
             max_noise=0.02,
             lesion_densify_prob=0.33,
             lesion_fade_prob=0.33,
+            context_dropout_prob=0.0,
             transforms=("spatial", "lesion_intensity", "intensity"),
         ),
         train=TrainConfig(

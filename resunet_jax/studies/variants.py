@@ -70,6 +70,7 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("robust", "robust"),
     Variant("original", "original"),
     Variant("infection: single slices", infection={"preprocess.context_mm": 0.0}),
+    Variant("infection: no context dropout", infection={"augment.context_dropout_prob": 0.0}),
     Variant("infection: random beginning", infection={"cascade.start_from_lung": False}),
     Variant("infection: unprocessed lung probability", infection={"cascade.closing_fraction": 0.0}),
     Variant("infection: no densified lesions", infection={"augment.lesion_densify_prob": 0.0}),

@@ -139,10 +139,35 @@ def intensity(key: jax.Array, image: jax.Array, mask: jax.Array, config: Augment
     return image, mask
 
 
+def context_dropout(
+    key: jax.Array, image: jax.Array, mask: jax.Array, config: AugmentConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Puts the slice itself in the place of those below and above it, so that a model learns to do without them.
+
+    Where slices lie far apart, their neighbours say little, and mislead a model that never saw such a scan.
+
+    Args:
+      key: a JAX random key.
+      image: float32 (S, S, C); its first channel is the slice.
+      mask: float32 (S, S, 1 + C); its last C channels are the infection in each channel of the image.
+      config: how often.
+
+    Returns:
+      both, of the same shapes and ranges.
+    """
+    if config.context_dropout_prob and image.shape[-1] > 1:
+        dropped = jax.random.uniform(key) < config.context_dropout_prob
+        image = jnp.where(dropped, image[..., :1], image)
+        infection = jnp.where(dropped, mask[..., 1:2], mask[..., 1:])
+        mask = jnp.concatenate([mask[..., :1], infection], axis=-1)
+    return image, mask
+
+
 AUGMENTATIONS: dict[str, Augmentation] = {
     "spatial": spatial,
     "lesion_intensity": lesion_intensity,
     "intensity": intensity,
+    "context_dropout": context_dropout,
 }
 """By the name in `AugmentConfig.transforms`; the mask between them is float in [0, 1]."""
 

@@ -15,6 +15,7 @@ from resunet_jax.training.augment import (
     AUGMENTATIONS,
     SOFT_TISSUE,
     check_transforms,
+    context_dropout,
     intensity,
     lesion_intensity,
     random_affine,
@@ -165,6 +166,26 @@ def test_lesions_change_in_each_channel_where_its_own_mask_says() -> None:
     changed, same = lesion_intensity(jax.random.key(0), image, mask, only(lesion_densify_prob=1))
     np.testing.assert_array_equal(changed > 0.4, mask[..., 1:] > 0)
     np.testing.assert_array_equal(same, mask)
+
+
+def test_context_is_dropped_as_often_as_said_from_image_and_mask_alike() -> None:
+    image = jnp.array([0.2, 0.5, 0.9]).reshape(1, 1, 3) * jnp.ones((2, 2, 1))
+    mask = jnp.array([1.0, 0.0, 1.0, 0.5]).reshape(1, 1, 4) * jnp.ones((2, 2, 1))
+    keys = jax.random.split(jax.random.key(0), 4000)
+    images, masks = jax.vmap(lambda key: context_dropout(key, image, mask, only(context_dropout_prob=0.3)))(keys)
+    dropped = np.asarray(images)[:, 0, 0, 1] == np.float32(0.2)
+    assert abs(dropped.mean() - 0.3) < 0.03
+    for number, expected_image, expected_mask in ((~dropped, image, mask), (dropped, image[..., :1], mask[..., 1:2])):
+        np.testing.assert_array_equal(images[number], np.broadcast_to(expected_image, (number.sum(), 2, 2, 3)))
+        infection = np.broadcast_to(expected_mask[..., -3:], (number.sum(), 2, 2, 3))
+        np.testing.assert_array_equal(masks[number, ..., 1:], infection)
+    np.testing.assert_array_equal(masks[..., 0], np.ones((4000, 2, 2)))  # the target stays
+
+
+def test_without_context_there_is_none_to_drop(pair) -> None:
+    image, mask = augment(jax.random.key(0), *pair, only(context_dropout_prob=1))
+    np.testing.assert_array_equal(image, pair[0])
+    np.testing.assert_array_equal(mask, pair[1])
 
 
 def test_densified_lesions_follow_the_warped_mask() -> None:
