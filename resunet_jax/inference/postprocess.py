@@ -124,9 +124,7 @@ def gate_infection(
     for k, box in enumerate(boxes):
         if infection[k].any():
             near = [
-                np.clip((first + centres * length / size) // step - span.start, 0, span.stop - span.start - 1).astype(
-                    int
-                )
+                np.clip((first + centres * length / size) // step, span.start, span.stop - 1).astype(int) - span.start
                 for first, length, step, span in ((box[0], box[2], row_step, top), (box[1], box[3], column_step, side))
             ]
             infection[k][~(gate[k // slice_step][np.ix_(*near)] | (lung[k] > lung_threshold))] = 0
@@ -201,7 +199,7 @@ def close_mask(mask: npt.NDArray[np.bool_], spacing_mm: tuple[float, ...], radiu
     closed = mask.copy()
     if radius_mm <= 0 or not mask.any():
         return closed
-    box = tuple(slice(*np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis})))[[0, -1]] + [0, 1]) for axis in range(3))
+    box = tuple(_span(mask, axis) for axis in range(3))
     reach, *margin = int(radius_mm / spacing_mm[0]), *(int(radius_mm / mm) + 1 for mm in spacing_mm[1:])
     padded = (np.pad(one, [(m, m) for m in margin]) for one in mask[box])
     dilated = _dilate(padded, spacing_mm, radius_mm)

@@ -142,8 +142,9 @@ def train(
         best = load_model(workdir, architectures)
         if is_primary():
             plots.save_loss_curves(workdir / "figures" / "loss_curves.png", history)
-            models = (best, None) if task.target == "lung" else (lung, best)
-            _use_validation(workdir, Predictor(*models), val_set, task, readers)
+            if val_set:
+                models = (best, None) if task.target == "lung" else (lung, best)
+                _use_validation(workdir, Predictor(*models), val_set, task, readers)
         logger.info("done: %s", workdir)
     return history
 
@@ -355,9 +356,7 @@ def _plot_inputs(
 def _use_validation(
     workdir: Path, predictor: Predictor, val_set: Sequence[PreparedCase], task: Task, readers: Mapping[str, Reader]
 ) -> None:
-    """Chooses the best model's threshold, and plots it on the validation slices with most of the target, if any."""
-    if not val_set:
-        return
+    """Chooses the best model's threshold, and plots it on the validation slices with most of the target."""
     references: list[tuple[PreparedCase, Array, Grid]] = []
     overlays: list[plots.Overlay] = []
     for prepared in val_set:
