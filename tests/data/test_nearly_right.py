@@ -128,6 +128,16 @@ def test_header_units_are_converted(copy, scan: Path, unit: str, scale: float) -
     assert grid.spacing_mm == pytest.approx(read_grid(scan).spacing_mm, rel=1e-5)
 
 
+@pytest.mark.parametrize("code", [2 + 128, 7, 255])
+def test_codes_of_no_known_unit_are_millimetres(copy, scan: Path, code: int) -> None:
+    def change(image: nib.Nifti1Image) -> None:
+        image.header["xyzt_units"] = code
+
+    path = copy(change=change)
+    assert nib.load(path).header["xyzt_units"] == code
+    same(path, scan)
+
+
 def test_a_qform_serves_where_the_sform_is_empty(copy, scan: Path) -> None:
     path = copy("scan.nii", change=lambda image: image.set_qform(image.affine, 1))
     content = bytearray(path.read_bytes())

@@ -28,7 +28,7 @@ from resunet_jax.progress import logger
 
 SUFFIXES = (".nii", ".nii.gz")
 
-_MM = {"meter": 1000.0, "micron": 0.001}  # by the header's unit
+_MM = {1: 1000.0, 3: 0.001}  # by the code of the header's unit of length: metre, micron
 _FLAT = 1e-3  # volume of a voxel over that of its spacings; of axes that lie in one plane it is 0
 
 _MAX_DEFLATE_RATIO = 1032  # gzip cannot shrink more than this (zlib's documentation)
@@ -239,7 +239,8 @@ def _scaled(values: Array, image: Any) -> Array:
 
 def _grid(path: Path, image: Any) -> Grid:
     """In mm, whatever the header's unit; by the qform where the sform is not valid."""
-    header, unit = image.header, image.header.get_xyzt_units()[0]
+    header = image.header
+    unit = int(header["xyzt_units"]) % 8  # the rest is the unit of time, which nobody needs and which may be unknown
     affine = np.asarray(image.affine, dtype=np.float64)
     if not _is_valid(affine) and int(header["qform_code"]) > 0:
         affine = np.asarray(header.get_qform(), dtype=np.float64)
