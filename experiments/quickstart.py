@@ -40,6 +40,7 @@ SMALL_SPLIT = Split(
 
 # A few hundred steps do not suffice to learn what these augmentations teach.
 _FEW_STEPS = {
+    "augment.context_dropout_prob": 0.0,
     "augment.lesion_densify_prob": 0.0,
     "augment.lesion_fade_prob": 0.0,
     "augment.max_contrast": 0.0,

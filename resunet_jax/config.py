@@ -90,6 +90,11 @@ class ModelConfig:
         "test-time augmentation: at prediction the probability is the mean of those of a slice and of its left–right "
         "mirror image",
     )
+    context_averaging: bool = setting(
+        False,
+        "test-time augmentation: at prediction the probability is the mean of those with the slices around and "
+        "without; with mirroring, the mirror image is the one without",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +133,12 @@ class PostprocessConfig:
     min_lesion_probability: float = setting(
         0.9, "components that nowhere reach this probability are removed (hysteresis thresholding)", low=0, high=1
     )
+    keep_lesion_ml: float = setting(
+        20.0, "components of at least this volume stay, whatever their probability; 0 for none", unit="ml", low=0
+    )
 
 
-INFECTION_POSTPROCESS = ("gate", "gate_closing_mm", "min_lesion_ml", "min_lesion_probability")
+INFECTION_POSTPROCESS = ("gate", "gate_closing_mm", "min_lesion_ml", "min_lesion_probability", "keep_lesion_ml")
 """Fields of `PostprocessConfig` that are the infection model's."""
 
 
@@ -274,6 +282,7 @@ DEFAULTS_BY_VERSION: dict[str, dict[str, Any]] = {
     },
     "0.10.0": {"train.ema_decay": 0.0},
     "0.12.0": {"augment.transforms": ("spatial", "lesion_intensity", "intensity")},
+    "0.13.0": {"postprocess.keep_lesion_ml": 0.0},
 }
 """By version, oldest first: what a field that a file of that version or an older one lacks meant, where it is not
 today's default. Before 0.7.0 files did not say their version."""

@@ -30,6 +30,7 @@ _ROBUST_INFECTION = override(
         # In a thick slice the dome of the diaphragm is as grey as ground glass; the slices around tell.
         "preprocess.context_mm": 5.0,
         "model.mirroring": True,
+        "model.context_averaging": True,
         "cascade.closing_fraction": 0.125,
         "cascade.start_from_lung": True,
         "augment.lesion_densify_prob": 0.33,
@@ -42,7 +43,7 @@ _ROBUST_INFECTION = override(
         "augment.max_gamma": 0.2,
         "augment.max_noise": 0.02,
         # Chosen on out-of-fold predictions: low, because lesions end softly, where a lesion is certain somewhere.
-        "postprocess.threshold": 0.2,
+        "postprocess.threshold": 0.25,
         "postprocess.min_lesion_probability": 0.95,
         "postprocess.min_lesion_ml": 0.1,
     },

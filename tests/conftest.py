@@ -113,9 +113,9 @@ class Trained(NamedTuple):
     infection: Path
 
 
-def with_mirroring(loaded: LoadedModel) -> LoadedModel:
-    """The model, asked to see a slice and its mirror image."""
-    model = dataclasses.replace(loaded.config.model, mirroring=True)
+def with_averaging(loaded: LoadedModel) -> LoadedModel:
+    """The model, asked to see a slice and its mirror image, and with context one of them without."""
+    model = dataclasses.replace(loaded.config.model, mirroring=True, context_averaging=True)
     return loaded._replace(config=dataclasses.replace(loaded.config, model=model))
 
 

@@ -56,7 +56,7 @@ def test_a_file_of_0_1_0_means_what_it_meant() -> None:
         preprocess=PreprocessConfig(256, "window", -300.0, (), 5),
         model=ModelConfig("resunet", (16, 32, 64, 128), "float32", 2),
         cascade=CascadeConfig(0.0),
-        postprocess=PostprocessConfig(0.5, 0.0, "none", 20.0, 0.0, 0.0),
+        postprocess=PostprocessConfig(0.5, 0.0, "none", 20.0, 0.0, 0.0, 0.0),
         augment=AugmentConfig(
             vertical_flip_prob=0.0,
             horizontal_flip_prob=0.4,
@@ -98,7 +98,7 @@ def test_a_file_of_0_6_0_means_what_it_meant() -> None:
         preprocess=PreprocessConfig(96, "air", -220.0, (), 5),
         model=ModelConfig("resunet", (4, 8, 16, 32), "float32", 1),
         cascade=CascadeConfig(0.125),
-        postprocess=PostprocessConfig(0.5, 0.1, "none", 20.0, 0.0, 0.0),
+        postprocess=PostprocessConfig(0.5, 0.1, "none", 20.0, 0.0, 0.0, 0.0),
         augment=AugmentConfig(
             vertical_flip_prob=0.0,
             horizontal_flip_prob=0.5,
@@ -143,7 +143,7 @@ OLD_DEFAULTS = Config(
     preprocess=PreprocessConfig(128, "window", -220.0, (), 5),
     model=ModelConfig("resunet", (64, 128, 256, 512), "float32", 1),
     cascade=CascadeConfig(0.0),
-    postprocess=PostprocessConfig(0.5, 0.0, "none", 20.0, 0.0, 0.0),
+    postprocess=PostprocessConfig(0.5, 0.0, "none", 20.0, 0.0, 0.0, 0.0),
     augment=AugmentConfig(
         vertical_flip_prob=0.4,
         horizontal_flip_prob=0.4,

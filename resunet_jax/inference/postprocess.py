@@ -154,6 +154,7 @@ def remove_doubtful_lesions(
     grid: Grid,
     min_ml: float,
     min_probability: float,
+    keep_ml: float = 0.0,
 ) -> None:
     """Removes, in place, lesions that are small or that nowhere are likely (hysteresis thresholding, Canny, 1986).
 
@@ -166,6 +167,7 @@ def remove_doubtful_lesions(
       grid: of the scan.
       min_ml: smallest volume of a lesion that stays.
       min_probability: that a lesion has to reach in one of its voxels.
+      keep_ml: a lesion of at least this volume stays, however unlikely: it is too much to leave out; 0 for none.
     """
     mask = infection > threshold
     if not (min_ml or min_probability) or not mask.any():
@@ -179,7 +181,10 @@ def remove_doubtful_lesions(
             pixel_ml = grid.voxel_ml * float(boxes[k, 2]) * float(boxes[k, 3]) / size**2
             ml += pixel_ml * np.bincount(fine, minlength=count + 1)
             np.maximum.at(highest, fine, infection[k][mask[k]])
-    stays = (ml >= min_ml) & (highest >= min_probability)
+    likely = highest >= min_probability
+    if keep_ml:
+        likely |= ml >= keep_ml
+    stays = (ml >= min_ml) & likely
     for k, one in enumerate(labels):
         if one.any():
             infection[k][mask[k] & ~stays[one].repeat(block, axis=0).repeat(block, axis=1)] = 0

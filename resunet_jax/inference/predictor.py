@@ -23,7 +23,7 @@ from resunet_jax.errors import InputError
 from resunet_jax.inference.postprocess import gate_infection, remove_doubtful_lesions, remove_small_components
 from resunet_jax.metrics.calibration import apply_temperature
 from resunet_jax.metrics.overlap import confusion_counts, hard_metrics
-from resunet_jax.model.build import ARCHITECTURES, Architecture
+from resunet_jax.model.build import ARCHITECTURES, Architecture, averaging_of
 from resunet_jax.model.cascade import infection_input, lung_input, predict_probability
 from resunet_jax.model.resunet import Variables
 from resunet_jax.model.winograd import default_convolution
@@ -111,13 +111,13 @@ class Predictor:
         return {**{name: config[name] for name in INFECTION_POSTPROCESS}, "gate": self.gate}
 
     @functools.cached_property
-    def without_mirroring(self) -> "Predictor":
-        """The same with models that see a slice once, see `ModelConfig`; kept, because its programs are."""
+    def without_averaging(self) -> "Predictor":
+        """The same with models that see a slice once, see `Averaging`; kept, because its programs are."""
 
         def plain(loaded: LoadedModel | None) -> LoadedModel | None:
-            if loaded is None or not loaded.config.model.mirroring:
+            if loaded is None or not any(averaging_of(loaded.config)):
                 return loaded
-            model = dataclasses.replace(loaded.config.model, mirroring=False)
+            model = dataclasses.replace(loaded.config.model, mirroring=False, context_averaging=False)
             return loaded._replace(config=dataclasses.replace(loaded.config, model=model))
 
         lung, infection = plain(self.lung), plain(self.infection)
@@ -205,7 +205,7 @@ class Predictor:
         config = self.infection.config.postprocess
         if self.gate == "closed_lung":
             gate_infection(probabilities, self.threshold("lung"), boxes, grid, config.gate_closing_mm)
-        lesions = config.min_lesion_ml, config.min_lesion_probability
+        lesions = config.min_lesion_ml, config.min_lesion_probability, config.keep_lesion_ml
         remove_doubtful_lesions(probabilities["infection"], self.threshold("infection"), boxes, grid, *lesions)
 
     def scan_probabilities(self, images: FloatArray, boxes: npt.NDArray[np.int32], grid: Grid) -> dict[str, FloatArray]:
@@ -270,9 +270,8 @@ class Predictor:
             def probability(variables: Variables, x: jax.Array) -> jax.Array:
                 channels, config = loaded.config.preprocess.channels, loaded.config.model
                 x = infection_input(model, x[..., :channels], x[..., channels:])
-                return predict_probability(
-                    model, variables, x, patch_grid=config.patch_grid, mirroring=config.mirroring
-                )
+                averaging = averaging_of(loaded.config)
+                return predict_probability(model, variables, x, patch_grid=config.patch_grid, averaging=averaging)
 
             return jax.jit(probability)
 

@@ -84,7 +84,7 @@ def compare_members(
     new_array: Callable[[tuple[int, ...]], FloatArray] = lambda shape: np.zeros(shape, np.float32),
     advance: Callable[[], object] = lambda: None,
 ) -> Agreement:
-    """Runs the members one after another, a chunk of slices at a time; each sees its view alone, without mirroring.
+    """Runs the members one after another, a chunk of slices at a time; each sees its view alone, without averaging.
 
     Args:
       predictor: with an infection model.
@@ -106,7 +106,7 @@ def compare_members(
         threshold = predictor.threshold("infection")
         return np.stack([np.packbits(one > threshold) for one in probability])
 
-    masks, member = [], predictor.without_mirroring
+    masks, member = [], predictor.without_averaging
     for view in views:
         for some in chunks:
             for structure, probability in member.slice_probabilities(view.apply(images[some])).items():

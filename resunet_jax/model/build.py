@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from resunet_jax.config import Config, Structure, TaskName
 from resunet_jax.errors import InputError
+from resunet_jax.model.cascade import Averaging
 from resunet_jax.model.resunet import ResUnet
 from resunet_jax.model.winograd import Convolution
 
@@ -31,6 +32,12 @@ TASKS: dict[TaskName, Task] = {
     "infection": Task(target="infection", uses_lung=True),
     "infection_ct": Task(target="infection", uses_lung=False),
 }
+
+
+def averaging_of(config: Config) -> Averaging:
+    """The views that a config asks for; a model without context has no view without it."""
+    return Averaging(config.model.mirroring, config.model.context_averaging and config.preprocess.channels > 1)
+
 
 Architecture = Callable[[Config, Convolution], Any]
 

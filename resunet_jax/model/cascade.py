@@ -1,6 +1,6 @@
 """Lung, then infection on [CT, lung probability]: one pure function over a batch of slices."""
 
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,23 @@ from flax import linen as nn
 from resunet_jax.model.resunet import ResUnet, Variables
 
 ArrayT = TypeVar("ArrayT", bound=Any)
+
+
+class Averaging(NamedTuple):
+    """Test-time augmentation: the views of a slice over which its probability is the mean.
+
+    Attributes:
+      mirroring: the slice and its left–right mirror image, so a scan that lies mirrored gets the same probabilities,
+        mirrored.
+      context: the slice with the slices around it, and with itself in their place; with `mirroring`, the mirror image
+        is the one without, and the darker half of the slice is first turned to the left: two views, not four.
+    """
+
+    mirroring: bool = False
+    context: bool = False
+
+
+_ONE_VIEW = Averaging()
 
 
 def split_patches(x: jax.Array, factor: int) -> jax.Array:
@@ -56,7 +73,7 @@ def apply_logits(
 
 
 def predict_probability(
-    model: ResUnet, variables: Variables, x: jax.Array, *, patch_grid: int = 1, mirroring: bool = False
+    model: ResUnet, variables: Variables, x: jax.Array, *, patch_grid: int = 1, averaging: Averaging = _ONE_VIEW
 ) -> jax.Array:
     """Probabilities by the running statistics.
 
@@ -65,8 +82,7 @@ def predict_probability(
       variables: see `apply_logits`.
       x: see `apply_logits`.
       patch_grid: see `apply_logits`.
-      mirroring: returns the mean of the probabilities of `x` and of its mirror image along W, put back; so a scan that
-        lies mirrored gets the same probabilities, mirrored.
+      averaging: over which views; `averaging.context` is for models with context alone.
 
     Returns:
       float32 (N, H, W, 1) in [0, 1].
@@ -76,9 +92,26 @@ def predict_probability(
         logits, _ = apply_logits(model, variables, x, train=False, patch_grid=patch_grid)
         return jax.nn.sigmoid(logits)
 
-    if not mirroring:
+    if not any(averaging):
         return probability(x)
-    return (probability(x) + probability(x[:, :, ::-1])[:, :, ::-1]) / 2
+    if not averaging.context:
+        return (probability(x) + _mirror(probability(_mirror(x)))) / 2
+    if not averaging.mirroring:
+        return (probability(x) + probability(without_context(x))) / 2
+    turned = _left_is_brighter(x)
+    x = jnp.where(turned, _mirror(x), x)
+    mean = (probability(x) + _mirror(probability(_mirror(without_context(x))))) / 2
+    return jnp.where(turned, _mirror(mean), mean)
+
+
+def _mirror(x: jax.Array) -> jax.Array:
+    return x[:, :, ::-1]
+
+
+def _left_is_brighter(x: jax.Array) -> jax.Array:
+    """Whether the first half of the columns of a slice is the brighter one: bool (N, 1, 1, 1), for `x` (N, H, W, C)."""
+    half = x.shape[2] // 2
+    return jnp.sum((x - _mirror(x))[:, :, :half, :1], axis=(1, 2, 3), keepdims=True) > 0
 
 
 def close_lung_probability(probability: jax.Array, fraction: float) -> jax.Array:
@@ -124,6 +157,16 @@ def symmetric_context(image: ArrayT) -> ArrayT:
     return ordered
 
 
+def without_context(x: ArrayT) -> ArrayT:
+    """CT with context, and perhaps more channels behind its three, with each slice in the place of those around it.
+
+    Args:
+      x: (N, H, W, C), C at least 3.
+    """
+    alone: Any = jnp.concatenate([x[..., :1]] * 3 + [x[..., 3:]], axis=-1)
+    return alone
+
+
 def lung_input(lung_model: ResUnet, image: ArrayT) -> ArrayT:
     """What the lung model sees of CT (N, H, W, C): its first `in_channels` channels, see `symmetric_context`."""
     return symmetric_context(image[..., : lung_model.in_channels])
@@ -154,8 +197,8 @@ def cascade(
     *,
     lung_patch_grid: int = 1,
     infection_patch_grid: int = 1,
-    lung_mirroring: bool = False,
-    infection_mirroring: bool = False,
+    lung_averaging: Averaging = _ONE_VIEW,
+    infection_averaging: Averaging = _ONE_VIEW,
 ) -> tuple[jax.Array, jax.Array]:
     """Both probabilities for a batch of slices; jit, vmap and differentiate it as you like.
 
@@ -167,8 +210,8 @@ def cascade(
       image: CT (N, H, W, C) in [0, 1], prepared as the models' configs say; H and W divisible by 8.
       lung_patch_grid: see `apply_logits`.
       infection_patch_grid: see `apply_logits`.
-      lung_mirroring: see `predict_probability`.
-      infection_mirroring: see `predict_probability`.
+      lung_averaging: see `predict_probability`.
+      infection_averaging: see `predict_probability`.
 
     Returns:
       lung probability and infection probability, each float32 (N, H, W, 1) in [0, 1].
@@ -184,9 +227,9 @@ def cascade(
       [(2, 32, 32, 1), (2, 32, 32, 1)]
     """
     slices = lung_input(lung_model, image)
-    lung = predict_probability(lung_model, lung_variables, slices, patch_grid=lung_patch_grid, mirroring=lung_mirroring)
+    lung = predict_probability(lung_model, lung_variables, slices, patch_grid=lung_patch_grid, averaging=lung_averaging)
     stacked = infection_input(infection_model, image, lung)
     infection = predict_probability(
-        infection_model, infection_variables, stacked, patch_grid=infection_patch_grid, mirroring=infection_mirroring
+        infection_model, infection_variables, stacked, patch_grid=infection_patch_grid, averaging=infection_averaging
     )
     return lung, infection

@@ -13,8 +13,8 @@ import optax
 from resunet_jax.config import Config
 from resunet_jax.data.batches import Batch
 from resunet_jax.metrics.overlap import confusion_counts
-from resunet_jax.model.build import ARCHITECTURES, TASKS, Architecture, build_model
-from resunet_jax.model.cascade import apply_logits, infection_input, lung_input, predict_probability
+from resunet_jax.model.build import ARCHITECTURES, TASKS, Architecture, averaging_of, build_model
+from resunet_jax.model.cascade import Averaging, apply_logits, infection_input, lung_input, predict_probability
 from resunet_jax.model.resunet import Variables, init_variables
 from resunet_jax.model.winograd import default_convolution
 from resunet_jax.training.augment import AUGMENTATIONS, Augmentation, augment
@@ -48,12 +48,12 @@ class FrozenLung(NamedTuple):
     Attributes:
       model: the module.
       patch_grid: see `ModelConfig`.
-      mirroring: see `ModelConfig`.
+      averaging: see `predict_probability`.
     """
 
     model: Any
     patch_grid: int
-    mirroring: bool = False
+    averaging: Averaging = Averaging()
 
 
 TrainStep = Callable[[TrainState, Batch, jax.Array, Variables | None], tuple[TrainState, dict[str, jax.Array]]]
@@ -334,7 +334,7 @@ def _model_input(
         return infection_input(model, image, None)
     slices = lung_input(frozen.model, image)
     lung = predict_probability(
-        frozen.model, lung_variables, slices, patch_grid=frozen.patch_grid, mirroring=frozen.mirroring
+        frozen.model, lung_variables, slices, patch_grid=frozen.patch_grid, averaging=frozen.averaging
     )
     return infection_input(model, image, lung)
 
@@ -344,4 +344,4 @@ def frozen_lung(config: Config, architectures: Mapping[str, Architecture] = ARCH
     if TASKS[config.task].target != "lung":
         raise ValueError(f"expected a lung model, this is one for {config.task}")
     model = build_model(config, default_convolution(), architectures)
-    return FrozenLung(model, config.model.patch_grid, config.model.mirroring)
+    return FrozenLung(model, config.model.patch_grid, averaging_of(config))

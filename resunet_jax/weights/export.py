@@ -36,7 +36,7 @@ from resunet_jax.config import INFECTION_POSTPROCESS
 from resunet_jax.data.volume import HU_WINDOW
 from resunet_jax.errors import InputError
 from resunet_jax.files import atomic_file, make_output_dir, write_text
-from resunet_jax.model.build import TASKS
+from resunet_jax.model.build import TASKS, averaging_of
 from resunet_jax.model.cascade import cascade
 from resunet_jax.weights.store import LoadedModel, fingerprint
 
@@ -86,8 +86,8 @@ def cascade_program(
             images,
             lung_patch_grid=lung.config.model.patch_grid,
             infection_patch_grid=infection.config.model.patch_grid,
-            lung_mirroring=lung.config.model.mirroring,
-            infection_mirroring=infection.config.model.mirroring,
+            lung_averaging=averaging_of(lung.config),
+            infection_averaging=averaging_of(infection.config),
         )
         with_lung = (lung_probability > thresholds["lung"]).any(axis=(1, 2, 3), keepdims=True)
         infection_probability = jnp.where(with_lung, infection_probability, 0)
@@ -309,6 +309,7 @@ def describe_cascade(
                 "dtype": model.config.model.dtype,
                 "patch_grid": model.config.model.patch_grid,
                 "mirroring": model.config.model.mirroring,
+                "context_averaging": model.config.model.context_averaging,
             }
             for name, model in (("lung", lung), ("infection", infection))
         },

@@ -87,6 +87,7 @@ def parse_record(text: str | bytes, where: str) -> UncertaintyRecord:
             raise ValueError("a number is missing or negative")
         if not TEMPERATURES[0] <= record.temperature <= TEMPERATURES[1]:
             raise ValueError(f"temperature {record.temperature}")
+        _complete(record.settings.get("infection_postprocess"))
         if not record.patients or record.method not in get_args(Method):
             raise ValueError("no patient, or an unknown method")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
@@ -94,6 +95,12 @@ def parse_record(text: str | bytes, where: str) -> UncertaintyRecord:
             f"{where}: no record of an uncertainty ({first_line(error)}); delete it, then run calibrate to make another"
         ) from error
     return record
+
+
+def _complete(postprocess: Any) -> None:
+    """Adds, in place, what a record made before 0.14.0 lacks: large lesions were not kept for their volume."""
+    if postprocess:
+        postprocess.setdefault("keep_lesion_ml", 0.0)
 
 
 def save_record(folder: Path, record: UncertaintyRecord) -> Path:

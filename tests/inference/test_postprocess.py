@@ -137,11 +137,22 @@ def axes_of_pls() -> np.ndarray:
 
 @pytest.mark.parametrize("size", [16, 256])
 @pytest.mark.parametrize(
-    ("min_ml", "min_probability", "stays"),
-    [(0.0, 0.0, "abc"), (0.3, 0.0, "ac"), (0.0, 0.9, "bc"), (0.3, 0.9, "c"), (1.0, 0.0, "c"), (9.0, 0.0, "")],
+    ("min_ml", "min_probability", "keep_ml", "stays"),
+    [
+        (0.0, 0.0, 0.0, "abc"),
+        (0.3, 0.0, 0.0, "ac"),
+        (0.0, 0.9, 0.0, "bc"),
+        (0.3, 0.9, 0.0, "c"),
+        (1.0, 0.0, 0.0, "c"),
+        (9.0, 0.0, 0.0, ""),
+        (0.0, 0.99, 0.0, ""),
+        (0.0, 0.99, 0.4, "ac"),
+        (0.0, 0.99, 1.0, "c"),
+        (9.0, 0.99, 1.0, ""),
+    ],
 )
 def test_lesions_stay_by_volume_and_highest_probability(
-    size: int, min_ml: float, min_probability: float, stays: str
+    size: int, min_ml: float, min_probability: float, keep_ml: float, stays: str
 ) -> None:
     """a: 0.5 ml and unlikely; b: 0.125 ml and likely; c: 2 ml, likely in one voxel; two of them touch at no corner."""
     unit = size // 16
@@ -155,7 +166,7 @@ def test_lesions_stay_by_volume_and_highest_probability(
     # A pixel of 2 × 2 native ones at 16: 0.5 ml for side 2, 0.125 for side 1, 2 ml for side 4.
     grid = Grid((32, 32, 4), np.diag([2.5, 2.5, 5.0, 1.0]) @ axes_of_pls())
     before = infection.copy()
-    module.remove_doubtful_lesions(infection, 0.5, box, grid, min_ml, min_probability)
+    module.remove_doubtful_lesions(infection, 0.5, box, grid, min_ml, min_probability, keep_ml)
     for name, (k, first, side) in lesions.items():
         rows = slice(first * unit, (first + side) * unit)
         assert infection[k, rows, rows].any() == (name in stays), name

@@ -33,7 +33,7 @@ from resunet_jax.inference.predictor import THRESHOLDS, choose_threshold
 from resunet_jax.metrics.overlap import confusion_counts, hard_metrics
 from resunet_jax.model.build import build_model
 from resunet_jax.model.resunet import Variables
-from tests.conftest import TINY, WITH_CONTEXT, Trained, with_mirroring
+from tests.conftest import TINY, WITH_CONTEXT, Trained, with_averaging
 
 
 @pytest.fixture(scope="module")
@@ -422,8 +422,8 @@ def test_a_scan_upside_down_gets_the_same_masks_upside_down(trained: Trained, sc
     assert found["infection"].any()
 
 
-def test_models_with_mirroring_give_a_mirrored_scan_mirrored_masks(trained: Trained, scan: Path) -> None:
-    predictor = Predictor(with_mirroring(load_model(trained.lung)), with_mirroring(load_model(trained.infection)))
+def test_models_with_averaging_give_a_mirrored_scan_mirrored_masks(trained: Trained, scan: Path) -> None:
+    predictor = Predictor(with_averaging(load_model(trained.lung)), with_averaging(load_model(trained.infection)))
     images, _ = prepare_volume(read_volume(scan), predictor.preprocess)
     found, mirrored = (predictor.slice_probabilities(np.ascontiguousarray(one)) for one in (images, images[:, :, ::-1]))
     for name in ("lung", "infection"):

@@ -21,7 +21,7 @@ from resunet_jax.metrics.calibration import apply_temperature
 from resunet_jax.metrics.conformal import QUANTITIES
 from resunet_jax.weights.store import fingerprint
 from resunet_jax.weights.uncertainty import UNCERTAINTY_FILE, UncertaintyRecord, load_record, parse_record, save_record
-from tests.conftest import Trained, with_mirroring
+from tests.conftest import Trained, with_averaging
 
 
 @pytest.fixture(scope="module")
@@ -99,15 +99,15 @@ def test_members_are_the_cascade_on_each_view(predictor: Predictor, scan: Path) 
 
 def test_members_see_their_view_alone(predictor: Predictor, scan: Path) -> None:
     averaged = dataclasses.replace(
-        predictor, lung=with_mirroring(predictor.lung), infection=with_mirroring(predictor.infection)
+        predictor, lung=with_averaging(predictor.lung), infection=with_averaging(predictor.infection)
     )
     volume = read_volume(scan)
     images, boxes = prepare_volume(volume, predictor.preprocess)
     one, other = (compare_members(pair, images, boxes, volume.grid) for pair in (predictor, averaged))
     np.testing.assert_array_equal(one.mean, other.mean)
     assert one.pairwise_dice == other.pairwise_dice or np.isnan(one.pairwise_dice)
-    assert predictor.without_mirroring is predictor
-    assert averaged.without_mirroring is averaged.without_mirroring  # compiled once for all scans
+    assert predictor.without_averaging is predictor
+    assert averaged.without_averaging is averaged.without_averaging  # compiled once for all scans
 
 
 def test_entropy_in_hundredths_of_a_bit() -> None:
@@ -201,6 +201,17 @@ def test_a_record_is_read_back_and_bound_to_its_models(
     save_record(folder, record_of(predictor, fingerprints={"lung": "0", "infection": "1"}))
     assert load_predictor(trained.lung, folder).record is None
     assert "made for other weights" in caplog.text
+
+
+def test_a_record_of_0_13_0_is_of_masks_that_kept_no_lesion_for_its_volume(predictor: Predictor) -> None:
+    record = record_of(predictor)
+    values = json.loads(record.to_json())
+    postprocess = values["settings"]["infection_postprocess"]
+    assert postprocess.pop("keep_lesion_ml") == 20.0
+    assert parse_record(json.dumps(values), "here").settings["infection_postprocess"] == {
+        **postprocess,
+        "keep_lesion_ml": 0.0,
+    }
 
 
 @pytest.mark.parametrize(

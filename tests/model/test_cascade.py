@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from resunet_jax import ResUnet, cascade, init_variables, predict_probability
-from resunet_jax.model.cascade import close_lung_probability, infection_input, join_patches, split_patches
+from resunet_jax.model.cascade import (
+    Averaging,
+    close_lung_probability,
+    infection_input,
+    join_patches,
+    split_patches,
+    without_context,
+)
 
 FILTERS = (2, 4, 4, 8)
 jitted = jax.jit(cascade, static_argnums=(0, 1))
@@ -82,24 +89,50 @@ def test_patches_are_processed_independently(models, image) -> None:
 
 def test_mirrored_slices_get_mirrored_probabilities(models, image) -> None:
     """A header that is wrong about left and right gives the same masks."""
-    predict = jax.jit(predict_probability, static_argnums=0, static_argnames="mirroring")
+    predict = jax.jit(predict_probability, static_argnums=0, static_argnames="averaging")
     model, _, variables, _ = models
-    one, other = (predict(model, variables, x, mirroring=True) for x in (image, image[:, :, ::-1]))
+    one, other = (predict(model, variables, x, averaging=Averaging(mirroring=True)) for x in (image, image[:, :, ::-1]))
     np.testing.assert_allclose(other[:, :, ::-1], one, rtol=0, atol=1e-7)
     plain, mirrored = (predict(model, variables, x) for x in (image, image[:, :, ::-1]))
     assert np.abs(mirrored[:, :, ::-1] - plain).max() > 1e-3
     np.testing.assert_allclose(one, (plain + mirrored[:, :, ::-1]) / 2, rtol=0, atol=1e-6)
 
 
+def test_the_slices_around_count_for_one_of_two_views(rng: np.random.Generator) -> None:
+    """Mirrored too: which view is the mirror image depends on which half is darker, not on how the slice lies."""
+    model = ResUnet(4, filters=(4, 8, 16, 32))
+    variables = init_variables(model, jax.random.key(0))
+    x = rng.random((4, 16, 24, 4), dtype=np.float32)
+    x[:2, :, :12, 0] *= 0.5  # the darker half: to the left, and to the right
+    x[2:, :, 12:, 0] *= 0.5
+    predict = jax.jit(predict_probability, static_argnums=0, static_argnames="averaging")
+
+    def mirrored(x: np.ndarray) -> np.ndarray:
+        return predict(model, variables, x[:, :, ::-1])[:, :, ::-1]
+
+    alone = np.concatenate([x[..., :1]] * 3 + [x[..., 3:]], axis=-1)
+    np.testing.assert_array_equal(without_context(x), alone)
+    plain, dropped = (np.asarray(predict(model, variables, one)) for one in (x, alone))
+    assert np.abs(plain - dropped).max() > 1e-3
+    found = predict(model, variables, x, averaging=Averaging(context=True))
+    np.testing.assert_allclose(found, (plain + dropped) / 2, rtol=0, atol=1e-6)
+    both = Averaging(mirroring=True, context=True)
+    one, other = (np.asarray(predict(model, variables, v, averaging=both)) for v in (x, x[:, :, ::-1]))
+    np.testing.assert_allclose(other[:, :, ::-1], one, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(one[:2], (plain + mirrored(alone))[:2] / 2, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(one[2:], (mirrored(x) + dropped)[2:] / 2, rtol=0, atol=1e-6)
+
+
 def test_each_model_of_the_cascade_may_see_its_slices_mirrored(models, image) -> None:
     lung_model, infection_model, lung_variables, infection_variables = models
-    both = jax.jit(cascade, static_argnums=(0, 1), static_argnames=("lung_mirroring", "infection_mirroring"))
-    lung, infection = both(*models, image, lung_mirroring=True, infection_mirroring=True)
+    mirroring = Averaging(mirroring=True)
+    both = jax.jit(cascade, static_argnums=(0, 1), static_argnames=("lung_averaging", "infection_averaging"))
+    lung, infection = both(*models, image, lung_averaging=mirroring, infection_averaging=mirroring)
     np.testing.assert_allclose(
-        lung, predict_probability(lung_model, lung_variables, image, mirroring=True), rtol=0, atol=1e-6
+        lung, predict_probability(lung_model, lung_variables, image, averaging=mirroring), rtol=0, atol=1e-6
     )
     stacked = infection_input(infection_model, image, lung)
-    expected = predict_probability(infection_model, infection_variables, stacked, mirroring=True)
+    expected = predict_probability(infection_model, infection_variables, stacked, averaging=mirroring)
     np.testing.assert_allclose(infection, expected, rtol=0, atol=1e-6)
 
 

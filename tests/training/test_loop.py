@@ -281,7 +281,9 @@ def begun_by_0_6_0(workdir: Path, config: Config) -> dict:
         assert old.split(".")[1] in values[old.split(".")[0]]
     for section in ("cascade", "postprocess"):
         del values[section]
-    del values["model"]["architecture"], values["model"]["mirroring"], values["augment"]["transforms"]
+    for name in ("architecture", "mirroring", "context_averaging"):
+        del values["model"][name]
+    del values["augment"]["transforms"]
     (workdir / "config.json").write_text(json.dumps(values))
     return values
 

@@ -26,7 +26,7 @@ from resunet_jax.errors import InputError
 from resunet_jax.inference.predictor import Predictor
 from resunet_jax.inference.scan import segment_opened
 from resunet_jax.metrics.calibration import apply_temperature
-from resunet_jax.model.build import build_model
+from resunet_jax.model.build import averaging_of, build_model
 from resunet_jax.model.winograd import conv_general_dilated
 from resunet_jax.weights import export as module
 from resunet_jax.weights.export import export_cascade, export_cascade_from_hu, prepare_hu, resize_matrix, write_export
@@ -84,7 +84,7 @@ def test_the_reloaded_artifact_equals_the_cascade(
 ) -> None:
     exported, (lung, infection) = reload(written), pair
     models = lung.model, infection.model, lung.variables, infection.variables
-    run = jax.jit(partial(cascade, *models, infection_mirroring=infection.config.model.mirroring))
+    run = jax.jit(partial(cascade, *models, infection_averaging=averaging_of(infection.config)))
     assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
     assert str(exported.in_avals[0].shape[0]) == "b"
     for count in (1, 3, 8):
@@ -126,7 +126,7 @@ def test_patches_closing_and_ct_alone_are_exported() -> None:
                 infection.model,
                 lung_patch_grid=lung.config.model.patch_grid,
                 infection_patch_grid=infection.config.model.patch_grid,
-                infection_mirroring=infection.config.model.mirroring,
+                infection_averaging=averaging_of(infection.config),
             )
         )(lung.variables, infection.variables, images)
         for found, one in zip(jax.jit(exported.call)(images), expected, strict=True):
