@@ -34,11 +34,11 @@ LUNG_FRACTION = (0.06, 0.6)
 
 MUSCLE_HU = 45.0
 """Where muscle and blood lie; `calibration` puts them there, and air at -1000."""
-SOUND_AIR_HU = (-1025.0, -980.0)
+SOUND_AIR_HU = (-1015.0, -985.0)
 """Where air lies in scans in Hounsfield units that are left as they are."""
 SOUND_AIR_LEVEL = (34.0, 70.0)
 """The same of scans in 0..255; `air_offset` shifts it to -1000 HU, once the body's box is found."""
-SOUND_MUSCLE_HU: dict[IntensityScale, tuple[float, float]] = {"hu": (5.0, 130.0), "windowed": (-5.0, 90.0)}
+SOUND_MUSCLE_HU: dict[IntensityScale, tuple[float, float]] = {"hu": (5.0, 130.0), "windowed": (-5.0, 65.0)}
 """Where muscle, or an organ with contrast agent, lies in scans that are left as they are, air being at -1000 HU."""
 FAT_HU = -60.0
 """Below it, the brightest tissue may be the fat of a scan that shows no muscle: it is left as it is, with a warning."""
