@@ -1,5 +1,6 @@
 """The environment of all tests, set before JAX starts, and of the scripts that they run."""
 
+import gc
 import importlib.metadata
 import os
 import tempfile
@@ -19,3 +20,4 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+gc.set_threshold(50_000, 20, 20)  # tracing makes many objects and little garbage
