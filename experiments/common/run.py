@@ -1,6 +1,7 @@
 """Starting a script, and ending it with one clear line: exit codes, signals, logging."""
 
 import contextlib
+import gc
 import logging
 import os
 import re
@@ -34,6 +35,7 @@ _FLAG_OF_ARGUMENT = {"subset": "split", "validated_threshold": "threshold", "tar
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and calls `main`; an `InputError` becomes one line and exit code 2, a `StoppedError` 75."""
     _log_to_stderr()
+    gc.set_threshold(10_000, 10, 10)  # imports and tracing make many objects and little garbage
 
     def guarded(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
