@@ -131,7 +131,10 @@ class PostprocessConfig:
         1.0, "connected components of the infection below this are removed", unit="ml", low=0
     )
     min_lesion_probability: float = setting(
-        0.9, "components that nowhere reach this probability are removed (hysteresis thresholding)", low=0, high=1
+        0.9,
+        "components below keep_lesion_ml that nowhere reach this probability are removed (hysteresis thresholding)",
+        low=0,
+        high=1,
     )
     keep_lesion_ml: float = setting(
         20.0, "components of at least this volume stay, whatever their probability; 0 for none", unit="ml", low=0

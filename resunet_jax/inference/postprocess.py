@@ -156,7 +156,7 @@ def remove_doubtful_lesions(
     min_probability: float,
     keep_ml: float = 0.0,
 ) -> None:
-    """Removes, in place, lesions that are small or that nowhere are likely (hysteresis thresholding, Canny, 1986).
+    """Removes, in place, lesions that are small, or not large and nowhere likely (hysteresis, Canny, 1986).
 
     Lesions are the connected components (26 neighbours) of the mask.
 
