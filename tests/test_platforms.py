@@ -26,6 +26,13 @@ OTHER_SYSTEM = """
 import os, sys
 del os.posix_fallocate
 sys.modules["fcntl"] = None
+import ctypes
+load_library = ctypes.CDLL.__init__
+def load_named_library(self, name, *args, **kwargs):
+    if name is None:
+        raise TypeError("bad argument type for built-in operation")
+    load_library(self, name, *args, **kwargs)
+ctypes.CDLL.__init__ = load_named_library
 """
 
 HOLD_A_FOLDER_TWICE = """

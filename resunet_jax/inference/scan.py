@@ -1,6 +1,7 @@
 """One scan: from its file to masks on its own grid, a chunk of slices in memory at a time."""
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import zlib
@@ -229,6 +230,7 @@ def segment_opened(
                 found[structure][chunk.start : chunk.start + len(probabilities)] = probabilities
             if images is not None:
                 images[chunk.start : chunk.start + len(chunk.images)] = chunk.images
+            _release_free_memory()
             boxes.append(chunk.boxes)
             advance("")
         all_boxes = np.concatenate(boxes)
@@ -303,6 +305,12 @@ def _to_write(
     if name.endswith("_probability.nii.gz"):
         return segmented.predictor.reported_probability(structure, native[structure])
     return native[structure].mask.astype(np.uint8)
+
+
+def _release_free_memory() -> None:
+    """Returns to the system what compiling and the models have freed: glibc's malloc keeps it, for each thread anew."""
+    with contextlib.suppress(AttributeError, TypeError):  # another malloc; Windows
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager
