@@ -1,14 +1,15 @@
 """Shared fixtures: the small phantom, a small trained cascade, and a way to run the scripts."""
 
+import atexit
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -74,35 +75,47 @@ Done = subprocess.CompletedProcess[str]
 
 def run_script(name: str, *flags: object, env: Mapping[str, str] | None = None) -> Done:
     """Runs experiments/<name>.py as a user would, with `env` added to the environment, and waits."""
+    return run_file(ROOT / "experiments" / f"{name}.py", *flags, env=env)
+
+
+def run_file(file: Path, *arguments: object, env: Mapping[str, str] | None = None) -> Done:
+    """The same for any file of Python code."""
+    env = {**os.environ, **(env or {})}
+    if hasattr(os, "fork") and {name for name, _ in env.items() ^ _ENVIRONMENT.items()} <= _READ_WHEN_NEEDED:
+        return run_forked(file, *arguments, env=env)
     return subprocess.run(
-        [sys.executable, ROOT / "experiments" / f"{name}.py", *map(str, flags)],
+        [sys.executable, file, *map(str, arguments)],
         capture_output=True,
-        encoding=(env or {}).get("PYTHONIOENCODING", "utf-8"),
+        encoding=env.get("PYTHONIOENCODING", "utf-8"),
         timeout=540,
         check=False,
-        env={**os.environ, **(env or {})},
+        env=env,
     )
 
 
+_ENVIRONMENT = dict(os.environ)
+# By scripts; Python and jax read other variables as they start.
+_READ_WHEN_NEEDED = {"HOME", "USERPROFILE", "PYTEST_CURRENT_TEST"}
 _SCRIPTS_IMPORT = "resunet_jax.studies.runner,resunet_jax.inference.batch,resunet_jax.report.outputs"
 
 
-def run_scripts(commands: Sequence[Sequence[object]], imports: str = _SCRIPTS_IMPORT) -> list[Done]:
-    """As `run_script`, for many commands that end soon; `imports` as MODULES of tests/forked_scripts.py."""
-    if not hasattr(os, "fork"):
-        return [run_script(str(script), *flags) for script, *flags in commands]
-    texts = [[str(part) for part in command] for command in commands]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "results.json"
-        subprocess.run(
-            [sys.executable, ROOT / "tests" / "forked_scripts.py", imports, file],
-            input=json.dumps(texts),
-            text=True,
-            timeout=540,
-            check=True,
-        )
-        results = json.loads(file.read_text(encoding="utf-8"))
-    return [subprocess.CompletedProcess(text, *result) for text, result in zip(texts, results, strict=True)]
+def run_forked(file: Path, *arguments: object, env: Mapping[str, str], imports: str = _SCRIPTS_IMPORT) -> Done:
+    """As `run_file`, in a fork of a process that lives as long as this one; `imports` as in tests/forked_scripts.py."""
+    command = [str(file), *map(str, arguments)]
+    server = _fork_server(imports)
+    assert server.stdin
+    assert server.stdout
+    server.stdin.write(json.dumps([str(Path.cwd()), dict(env), *command]) + "\n")
+    server.stdin.flush()
+    return subprocess.CompletedProcess(command, *json.loads(server.stdout.readline()))
+
+
+@functools.cache
+def _fork_server(imports: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, ROOT / "tests" / "forked_scripts.py", imports]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
+    atexit.register(server.communicate)  # the end of its input ends it
+    return server
 
 
 class Trained(NamedTuple):

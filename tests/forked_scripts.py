@@ -1,42 +1,50 @@
-"""Runs several scripts, each in a fork of one process that has imported what they need: starting Python takes longer.
+"""Runs scripts, each in a fork of one process that has imported what they need: starting Python takes longer.
 
-python tests/forked_scripts.py MODULES RESULTS < COMMANDS
+python tests/forked_scripts.py MODULES
 
-MODULES, separated by commas, are imported first; a name after a minus sign is a module that no script may import.
-COMMANDS is a JSON list of [script, flags...]; for each, RESULTS gets [exit code, stdout, stderr].
+MODULES, separated by commas, are imported first; a name after a minus sign is a module that no script may import. Each
+line of standard input is a JSON list [folder, environment, file, arguments...]; for each, a line of standard output is
+a JSON list [exit code, stdout, stderr].
 """
 
 import importlib
 import json
 import os
 import runpy
+import signal
 import sys
 import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
 
-EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+TIMEOUT_S = 540
 
 
-def run_forked(script: str, flags: list[str]) -> tuple[int, str, str]:
-    """What a script does in a process of its own."""
+def run_forked(folder: str, environment: dict[str, str], file: str, arguments: list[str]) -> tuple[int, str, str]:
+    """What a script does in a process of its own, in a folder."""
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         pid = os.fork()
         if pid == 0:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(stdout.fileno(), 1)
             os.dup2(stderr.fileno(), 2)
-            os._exit(_exit_code(EXPERIMENTS / f"{script}.py", flags))
+            signal.alarm(TIMEOUT_S)
+            os.chdir(folder)
+            os.environ.clear()
+            os.environ.update(environment)
+            os._exit(_exit_code(file, arguments))
         _, status = os.waitpid(pid, 0)
-        texts = [(file.seek(0), file.read().decode())[1] for file in (stdout, stderr)]
+        texts = [(output.seek(0), output.read().decode())[1] for output in (stdout, stderr)]
     return os.waitstatus_to_exitcode(status), texts[0], texts[1]
 
 
-def _exit_code(script: Path, flags: list[str]) -> int:
-    sys.argv = [str(script), *flags]
+def _exit_code(file: str, arguments: list[str]) -> int:
+    sys.argv = [file, *arguments]
+    sys.path[0] = str(Path(file).parent)
     code: Any = 0
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        runpy.run_path(file, run_name="__main__")
     except SystemExit as end:
         code = end.code
     except BaseException:
@@ -50,11 +58,12 @@ def _exit_code(script: Path, flags: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(EXPERIMENTS)
-    for name in filter(None, sys.argv[1].split(",")):
+    for name in sys.argv[1].split(","):
         if name.startswith("-"):
             sys.modules[name[1:]] = None  # type: ignore[assignment]
         else:
             importlib.import_module(name)
-    done = [run_forked(script, flags) for script, *flags in json.load(sys.stdin)]
-    Path(sys.argv[2]).write_text(json.dumps(done), encoding="utf-8")
+    for line in sys.stdin:
+        folder, environment, file, *arguments = json.loads(line)
+        sys.stdout.write(json.dumps(run_forked(folder, environment, file, arguments)) + "\n")
+        sys.stdout.flush()

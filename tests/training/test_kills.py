@@ -3,8 +3,6 @@
 import json
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -15,7 +13,7 @@ from resunet_jax.config import Config, from_dict, non_defaults
 from resunet_jax.training.checkpoints import Checkpoints
 from resunet_jax.training.step import create_state, make_optimizer
 from resunet_jax.weights.store import load_model
-from tests.conftest import ROOT, TINY, Trained, run_script, training_flags
+from tests.conftest import ROOT, TINY, Trained, run_file, run_script, training_flags
 from tests.fault_injection import MOMENTS
 
 
@@ -35,8 +33,7 @@ def train_through_kills(task: str, moments: tuple[str, ...], flags: list[str], f
     """Starts the script once per moment, and once more to the end; nothing half written is left."""
     script = ROOT / "experiments" / f"train_{task}.py"
     for moment in moments:
-        command = [sys.executable, ROOT / "tests" / "fault_injection.py", moment, script, *flags]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = run_file(ROOT / "tests" / "fault_injection.py", moment, script, *flags)
         assert result.returncode == -signal.SIGKILL, (moment, result.stderr)
     result = run_script(f"train_{task}", *flags)
     assert result.returncode == 0, result.stderr

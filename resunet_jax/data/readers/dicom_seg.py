@@ -1,5 +1,6 @@
 """Masks as DICOM-SEG, which refers to the series that it was made from; by highdicom, the extra `dicom-seg`."""
 
+import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -84,7 +85,8 @@ def write_dicom_seg(path: Path, source: Source, grid: Grid, masks: Mapping[str, 
             )
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise InputError(f"{source.path}: no DICOM-SEG can refer to it ({first_line(error)})") from error
-        with atomic_file(path) as partial:
+        database = getattr(segmentation, "_db_con", None)  # highdicom leaves it open, of which Python 3.13 warns
+        with contextlib.closing(database) if database else contextlib.nullcontext(), atomic_file(path) as partial:
             segmentation.save_as(partial)
 
 
