@@ -5,6 +5,7 @@ patient's left, third towards the head, so that `values[..., k]` is an axial sli
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -47,7 +48,7 @@ class Grid:
         restored: Array = apply_orientation(array, ornt_transform(_ORIENTATION, io_orientation(self.affine)))
         return restored
 
-    @property
+    @functools.cached_property
     def _transform(self) -> Array:
         transform: Array = ornt_transform(io_orientation(self.affine), _ORIENTATION)
         return transform
