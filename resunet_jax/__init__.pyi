@@ -9,7 +9,7 @@ from .config import (
     override,
 )
 from .data.preprocess import prepare_volume
-from .data.readers import open_scan
+from .data.readers import find_sources, open_scan
 from .errors import InputError, StoppedError
 from .evaluation.evaluate import evaluate
 from .inference.batch import segment_scans
@@ -62,6 +62,7 @@ __all__ = [
     "evaluate",
     "export_cascade",
     "export_cascade_from_hu",
+    "find_sources",
     "frozen_lung",
     "init_variables",
     "load_model",

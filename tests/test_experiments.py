@@ -1,5 +1,6 @@
 """The scripts as a user runs them: the whole way, and bad inputs."""
 
+import inspect
 import json
 import os
 import re
@@ -14,11 +15,20 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from resunet_jax import InputError, load_model, save_model
+import resunet_jax
+from resunet_jax import (
+    InputError,
+    evaluate,
+    find_sources,
+    load_model,
+    open_scan,
+    save_model,
+    segment_scans,
+    train,
+)
 from resunet_jax.config import Config
 from resunet_jax.data.splits import SplitRequest
 from resunet_jax.inference.predictor import load_predictor
-from resunet_jax.training.train import train
 from tests.conftest import ROOT, TINY, TINY_FLAGS, Trained, run_forked, run_script, store_in_window
 
 TRAINING = (
@@ -174,6 +184,30 @@ def test_public_names_come_when_they_are_asked_for() -> None:
         "assert cascade is r.cascade\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_public_functions_take_paths_as_text(trained: Trained, tmp_path: Path) -> None:
+    for function in filter(inspect.isfunction, (getattr(resunet_jax, name) for name in resunet_jax.__all__)):
+        for parameter in inspect.signature(function).parameters.values():
+            assert not re.search(r"(?<!str \| )\bpathlib\.Path\b", str(parameter.annotation)), (function, parameter)
+    scan = str(trained.data / "ct_scans" / "coronacases_org_001.nii")
+    with open_scan(scan) as opened:
+        shape = opened.grid.shape
+    predictor = load_predictor(str(trained.lung))
+    (result,) = segment_scans(find_sources(scan), str(tmp_path / "masks"), predictor)
+    assert nib.load(result.masks[0]).shape == shape
+    workdir = shutil.copytree(trained.lung, tmp_path / "lung")
+    split = SplitRequest(str(trained.split_file))
+    history = train(Config(**TINY), str(trained.data), str(workdir), str(trained.cache), split=split)
+    assert len(history) == TINY["train"].epochs
+    evaluation = evaluate(
+        str(trained.data),
+        str(trained.cache),
+        output_dir=str(tmp_path / "report"),
+        lung_checkpoint=str(workdir),
+        split_file=str(trained.split_file),
+    )
+    assert {row["case"] for row in evaluation.volumes} == {"coronacases_003", "radiopaedia_14_85914_0"}
 
 
 README_BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)

@@ -74,7 +74,7 @@ class SplitRequest:
       allow_missing: forms "original", "few_shot" and "five_fold" from what is there of the full set.
     """
 
-    split_file: Path | None = None
+    split_file: str | Path | None = None
     protocol: Protocol | None = None
     fold: int | None = None
     split_seed: int | None = None
@@ -98,7 +98,7 @@ def make_split(cases: Sequence[Case], request: SplitRequest = DEFAULT_SPLIT) -> 
     if request.split_file is not None:
         if protocol is not None or fold is not None or request.split_seed is not None:
             raise InputError("`split_file` decides alone; drop `protocol`, `fold` and `split_seed`")
-        return read_split(request.split_file, cases)
+        return read_split(Path(request.split_file), cases)
     if protocol is None:
         is_complete = set(KNOWN_CASES) <= {case.id for case in cases}
         protocol = "original" if is_complete and request.split_seed is None else "ratio"

@@ -19,14 +19,14 @@ from resunet_jax.progress import logger
 
 
 def evaluate(
-    data_dir: Path,
-    cache_dir: Path,
+    data_dir: str | Path,
+    cache_dir: str | Path,
     *,
-    output_dir: Path,
-    lung_checkpoint: Path | None = None,
-    infection_checkpoint: Path | None = None,
+    output_dir: str | Path,
+    lung_checkpoint: str | Path | None = None,
+    infection_checkpoint: str | Path | None = None,
     subset: str = "test",
-    split_file: Path | None = None,
+    split_file: str | Path | None = None,
     batch_size: int = 8,
     thresholds: Mapping[str, float] | None = None,
     validated_threshold: bool = False,
@@ -66,7 +66,7 @@ def evaluate(
     Raises:
       InputError: models, data or split are not fit for it.
     """
-    check_output_dir(output_dir)
+    check_output_dir(Path(output_dir))
     for structure, value in tolerance_mm.items():
         if not value > 0:
             raise InputError(f"`{structure}_tolerance_mm={value:g}`: it must be more than 0 mm")
@@ -82,13 +82,13 @@ def evaluate(
     )
     if uncertainty and predictor.infection is None:
         raise InputError("`uncertainty` is of the infection; give `infection_checkpoint` too, or leave it out")
-    own = [path / "split.json" for path in (infection_checkpoint, lung_checkpoint) if path is not None]
-    split_files = [split_file] if split_file else [file for file in own if file.is_file()]
-    cases, protocol = _subset(find_cases(data_dir, readers), subset, split_files)
+    own = [Path(path, "split.json") for path in (infection_checkpoint, lung_checkpoint) if path is not None]
+    split_files = [Path(split_file)] if split_file else [file for file in own if file.is_file()]
+    cases, protocol = _subset(find_cases(Path(data_dir), readers), subset, split_files)
     if predictor.infection is not None:
         require_infection_masks(cases)
     prepared = prepare_cases(
-        cases, predictor.preprocess, cache_dir, readers, assumed=assumed, max_cache_gb=max_cache_gb
+        cases, predictor.preprocess, Path(cache_dir), readers, assumed=assumed, max_cache_gb=max_cache_gb
     )
     return evaluate_cases(
         predictor,

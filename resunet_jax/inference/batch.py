@@ -76,7 +76,7 @@ class ScanResult(NamedTuple):
 
 def segment_scans(
     scans: Sequence[Source],
-    output_dir: Path,
+    output_dir: str | Path,
     predictor: Predictor,
     *,
     save_probabilities: bool = False,
@@ -103,7 +103,7 @@ def segment_scans(
     Raises:
       InputError: the manifest of an earlier run cannot be replaced. What concerns one scan is in its `ScanResult`.
     """
-    outputs = outputs or {}
+    outputs, output_dir = outputs or {}, Path(output_dir)
     settings = _settings(predictor, save_probabilities, uncertainty, assumed, outputs)
     manifest = _Manifest(output_dir / MANIFEST, settings)
     batch = _Batch(output_dir, predictor, save_probabilities, uncertainty, readers, assumed, outputs, manifest)

@@ -59,12 +59,12 @@ _DATA_FILE = "data.json"  # digests of the cases
 
 def train(
     config: Config,
-    data_dir: Path,
-    workdir: Path,
-    cache_dir: Path,
+    data_dir: str | Path,
+    workdir: str | Path,
+    cache_dir: str | Path,
     *,
     split: SplitRequest = DEFAULT_SPLIT,
-    lung_checkpoint: Path | None = None,
+    lung_checkpoint: str | Path | None = None,
     devices: int | None = 1,
     should_stop: Callable[[int], bool] = never_stop,
     on_epoch: Callable[[dict[str, Any]], None] = ignore_epoch,
@@ -101,6 +101,8 @@ def train(
       InputError: data, split, checkpoint or workdir are not fit for it, and nothing was written; or see `fit`.
       StoppedError: see `fit`.
     """
+    data_dir, workdir, cache_dir = Path(data_dir), Path(workdir), Path(cache_dir)
+    lung_checkpoint = None if lung_checkpoint is None else Path(lung_checkpoint)
     task = TASKS[config.task]
     _check_settings(config, losses, augmentations, architectures)
     check_output_dir(workdir)

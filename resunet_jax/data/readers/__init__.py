@@ -51,7 +51,7 @@ def list_sources(path: Path, readers: Mapping[str, Reader] = READERS) -> list[So
     return sorted(found, key=lambda source: (source.path, source.name))
 
 
-def find_sources(path: Path, readers: Mapping[str, Reader] = READERS, series: str | None = None) -> list[Source]:
+def find_sources(path: str | Path, readers: Mapping[str, Reader] = READERS, series: str | None = None) -> list[Source]:
     """As `list_sources`, for scans that are to be segmented.
 
     Args:
@@ -62,6 +62,7 @@ def find_sources(path: Path, readers: Mapping[str, Reader] = READERS, series: st
     Raises:
       InputError: nothing there, no scan in it, no such series, or two scans of one name, in any case.
     """
+    path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; check the path")
     sources = list_sources(path, readers)
@@ -94,11 +95,11 @@ def digest(scan: Path | Source, readers: Mapping[str, Reader] = READERS) -> str:
         raise InputError(f"{source.path}: cannot be read ({error.strerror or error}); check the path") from error
 
 
-def _resolve(scan: Path | Source, readers: Mapping[str, Reader]) -> tuple[Reader, Source]:
+def _resolve(scan: str | Path | Source, readers: Mapping[str, Reader]) -> tuple[Reader, Source]:
     """The one scan at a path, and its reader."""
     if isinstance(scan, Source) and scan.format in readers:
         return readers[scan.format], scan
-    path = scan if isinstance(scan, Path) else scan.path
+    path = scan.path if isinstance(scan, Source) else Path(scan)
     found = [(reader, source) for reader in readers.values() for source in reader.find(path)]
     if isinstance(scan, Source):
         found = [(reader, source) for reader, source in found if source == scan]
@@ -110,7 +111,7 @@ def _resolve(scan: Path | Source, readers: Mapping[str, Reader]) -> tuple[Reader
 
 @contextlib.contextmanager
 def open_scan(
-    scan: Path | Source,
+    scan: str | Path | Source,
     readers: Mapping[str, Reader] = READERS,
     *,
     assumed: tuple[float, float] | None = None,
