@@ -25,11 +25,11 @@ def main() -> None:
     """Measures by the flags."""
     from benchmarks.data import data_suite
     from benchmarks.evaluation import evaluation_suite
-    from benchmarks.measure import machine, print_rows
+    from benchmarks.measure import machine, on_gpu, print_rows
     from benchmarks.memory import memory_suite
     from benchmarks.prediction import predict_suite
     from benchmarks.startup import startup_suite
-    from benchmarks.training import forward_suite, train_suite
+    from benchmarks.training import forward_suite, matrix_product, train_suite
 
     few = min(3, FLAGS.rounds)
     suites = {
@@ -47,6 +47,9 @@ def main() -> None:
         measured = suites[name]()
         print_rows(measured)
         rows += measured
+    if FLAGS.suite == "all" and not on_gpu():
+        rows.append(matrix_product(FLAGS.rounds, ", after all suites"))
+        print_rows(rows[-1:])
     if FLAGS.json:
         records = [row.to_dict() for row in rows]
         write_text(settings.path("json"), json.dumps(records, indent=2, ensure_ascii=False) + "\n")

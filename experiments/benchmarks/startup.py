@@ -1,9 +1,13 @@
 """What a person waits for before anything happens: imports, --help, compilation."""
 
+import subprocess
+import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
-from benchmarks.measure import Row, in_subprocess, row
+from benchmarks.measure import Row, in_subprocess, row, timed
+from benchmarks.prediction import phantom_scan
 
 _COMPILE = """
 import sys, time
@@ -21,6 +25,7 @@ step.lower(state, make_batch(8, 128), jax.random.key(0), None).compile()
 print(time.perf_counter() - start)
 """
 
+_SLICES = 40
 SCRIPTS = ("train_lung", "train_infection", "evaluate", "predict", "cross_validate", "quickstart")
 
 
@@ -57,4 +62,21 @@ def startup_suite(rounds: int, experiments: Path) -> list[Row]:
     name = "first step, full width, 128², batch 8: tracing and compilation"
     rows.append(row("startup", f"{name}, cold", "s", cold, max_value=15))
     rows.append(row("startup", f"{name}, from the compilation cache", "s", cached, max_value=3))
-    return rows
+    return rows + _first_masks(rounds, experiments / "predict.py")
+
+
+def _first_masks(rounds: int, predict: Path) -> list[Row]:
+    """From the command to the masks of a scan, by the shipped pair."""
+    empty: list[float] = []
+    filled: list[float] = []
+    with phantom_scan(_SLICES) as scan, tempfile.TemporaryDirectory() as folder:
+        for turn in range(rounds):
+            flags = [f"--input={scan}", f"--compilation_cache_dir={folder}/cache_{turn}", "--noreport"]
+            for seconds in (empty, filled):
+                command = [sys.executable, predict, *flags, f"--output_dir={folder}/{turn}_{len(filled)}_{len(empty)}"]
+                seconds.append(timed(partial(subprocess.run, command, check=True, capture_output=True)))
+    name = f"predict, masks of 512×512×{_SLICES}"
+    return [
+        row("startup", f"{name}, compilation cache empty", "s", empty, max_value=12),
+        row("startup", f"{name}, compilation cache filled", "s", filled, max_value=5),
+    ]
