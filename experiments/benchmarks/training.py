@@ -12,12 +12,14 @@ import numpy as np
 
 from benchmarks.measure import Row, Run, interleave, load_torch_baseline, on_gpu, row
 from resunet_jax.config import Config, ModelConfig, PreprocessConfig
+from resunet_jax.inference.predictor import jitted_probability
 from resunet_jax.model.build import build_model
 from resunet_jax.model.resunet import init_variables
 from resunet_jax.model.winograd import default_convolution
 from resunet_jax.recipes import recipe
 from resunet_jax.training import step as training_step
 from resunet_jax.training.step import compiler_options, create_state, make_optimizer, make_train_step
+from resunet_jax.weights.store import LoadedModel
 
 FULL = (64, 128, 256, 512)
 NARROW = (16, 32, 64, 128)
@@ -102,7 +104,7 @@ def _step_ratio(setting: Setting) -> float:
 
 
 def forward_suite(rounds: int) -> list[Row]:
-    """Seconds per forward pass in evaluation mode."""
+    """Seconds per forward pass in evaluation mode, as prediction makes it."""
     rows = []
     for setting in settings():
         baseline = _torch_trainer(setting)
@@ -142,10 +144,10 @@ def _jax_step(setting: Setting, convolution: Callable[..., jax.Array] | None = N
 
 
 def _jax_forward(setting: Setting) -> Run:
-    model = build_model(config_of(setting), default_convolution())
+    model = build_model(config_of(setting))
     variables = init_variables(model, jax.random.key(0))
-    forward = jax.jit(lambda variables, x: model.apply(variables, x, train=False))
-    x = jax.device_put(make_batch(BATCH, setting.size)["image"])
+    forward = jitted_probability(LoadedModel(model, variables, config_of(setting)))
+    x: Any = jax.device_put(make_batch(BATCH, setting.size)["image"])
     return lambda: forward(variables, x).block_until_ready()
 
 

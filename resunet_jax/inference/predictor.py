@@ -35,11 +35,8 @@ from resunet_jax.weights.uncertainty import UNCERTAINTY_FILE, UncertaintyRecord,
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 """Those that `choose_threshold` chooses from."""
 
-_REUSED_VALUES = 2 * 128 * 128 * 16
-"""Of the first level, in a batch whose memory malloc keeps (arrays under 32 MB in all) instead of giving it back to the
-system after each batch: without page faults a narrow model takes three quarters of the time."""
-
 _BATCHES_ON_CPU = 2  # side by side: one alone leaves a third of two cores idle
+_SLICES_ON_CPU = 4  # at most in a batch: as slices go through one by one, more would only be filled up more often
 _CHUNK_SLICES = 64  # pasted at a time: a scan may have any number of slices
 
 
@@ -62,7 +59,7 @@ class Predictor:
     Attributes:
       lung: on CT, or None.
       infection: on CT or on [CT, lung probability], or None.
-      batch_size: slices at a time, at most; on CPUs narrow models take fewer, which is faster.
+      batch_size: slices at a time, at most; on CPUs no more than four.
       thresholds: by structure, in (0, 1), instead of the models' own, see `PostprocessConfig`.
       record: of these models' errors, or None; it changes what is reported of the infection, never a mask.
     """
@@ -240,42 +237,49 @@ class Predictor:
     def _run(self, name: str, inputs: FloatArray) -> FloatArray:
         """One model over (slices, S, S, C), by batches of one size, so that it is compiled once."""
         outputs = np.empty(inputs.shape[:-1], np.float32)
-        size = self._slices_at_a_time(name, inputs)
+        on_cpu, variables = jax.default_backend() == "cpu", getattr(self, name).variables
+        size = min(self.batch_size, _SLICES_ON_CPU) if on_cpu else self.batch_size
 
         def run_batch(start: int) -> None:
             batch = inputs[start : start + size]
             padded = np.pad(batch, ((0, size - len(batch)), (0, 0), (0, 0), (0, 0)))
-            probability = self._jitted[name](getattr(self, name).variables, padded.astype(np.float32))
+            probability = self._jitted[name](variables, padded.astype(np.float32))
             outputs[start : start + len(batch)] = np.asarray(probability)[: len(batch), ..., 0]
 
         starts = range(0, len(outputs), size)
         for start in starts[:1]:  # alone: it compiles
             run_batch(start)
-        with ThreadPoolExecutor(_BATCHES_ON_CPU if jax.default_backend() == "cpu" else 1) as executor:
+        with ThreadPoolExecutor(_BATCHES_ON_CPU if on_cpu else 1) as executor:
             for _ in executor.map(run_batch, starts[1:]):  # raises what a batch did
                 pass
         return outputs
 
-    def _slices_at_a_time(self, name: str, images: FloatArray) -> int:
-        """At most `batch_size`; on CPUs no more than malloc keeps memory for, where that holds a slice at all."""
-        first_level = getattr(self, name).config.model.filters[0] * images.shape[1] * images.shape[2]
-        reused = _REUSED_VALUES // first_level
-        return min(self.batch_size, reused) if reused and jax.default_backend() == "cpu" else self.batch_size
-
     @functools.cached_property
     def _jitted(self) -> dict[str, Callable[[Variables, FloatArray], jax.Array]]:
-        def jitted(loaded: LoadedModel) -> Callable[[Variables, FloatArray], jax.Array]:
-            model = loaded.model.clone(convolution=default_convolution())
+        return {name: jitted_probability(getattr(self, name)) for name in self.structures}
 
-            def probability(variables: Variables, x: jax.Array) -> jax.Array:
-                channels, config = loaded.config.preprocess.channels, loaded.config.model
-                x = infection_input(model, x[..., :channels], x[..., channels:])
-                averaging = averaging_of(loaded.config)
-                return predict_probability(model, variables, x, patch_grid=config.patch_grid, averaging=averaging)
 
-            return jax.jit(probability)
+def jitted_probability(loaded: LoadedModel) -> Callable[[Variables, FloatArray], jax.Array]:
+    """A model's compiled forward pass; on CPUs one slice after another, whose arrays stay in the caches.
 
-        return {name: jitted(getattr(self, name)) for name in self.structures}
+    Args:
+      loaded: the model.
+
+    Returns:
+      from variables and float32 (slices, S, S, C), as the model takes them, to probabilities (slices, S, S, 1).
+    """
+    model = loaded.model.clone(convolution=default_convolution())
+
+    def of_slices(variables: Variables, x: jax.Array) -> jax.Array:
+        channels, config = loaded.config.preprocess.channels, loaded.config.model
+        x = infection_input(model, x[..., :channels], x[..., channels:])
+        averaging = averaging_of(loaded.config)
+        return predict_probability(model, variables, x, patch_grid=config.patch_grid, averaging=averaging)
+
+    def one_by_one(variables: Variables, x: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda one: of_slices(variables, one[None])[0], x)
+
+    return jax.jit(one_by_one if jax.default_backend() == "cpu" else of_slices)
 
 
 def load_pretrained(batch_size: int = 8, *, infection_postprocess: Mapping[str, Any] | None = None) -> Predictor:

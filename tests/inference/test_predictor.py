@@ -29,7 +29,7 @@ from resunet_jax.data.slice_cache import PreparedCase, prepare_cases
 from resunet_jax.data.volume import Grid
 from resunet_jax.errors import InputError
 from resunet_jax.inference import scan as module
-from resunet_jax.inference.predictor import THRESHOLDS, choose_threshold
+from resunet_jax.inference.predictor import THRESHOLDS, choose_threshold, jitted_probability
 from resunet_jax.metrics.overlap import confusion_counts, hard_metrics
 from resunet_jax.model.build import build_model
 from resunet_jax.model.resunet import Variables
@@ -166,7 +166,7 @@ def test_batch_size_changes_nothing(trained: Trained, scan: Path) -> None:
         np.testing.assert_allclose(probability, seven.slice_probabilities(images)[name], atol=1e-6)
 
 
-def test_narrow_models_take_few_slices_at_a_time_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_go_through_in_small_batches_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     predictor, shapes = load_predictor(None, None, batch_size=8), []
 
     def record(variables: Variables, x: np.ndarray) -> np.ndarray:
@@ -176,12 +176,20 @@ def test_narrow_models_take_few_slices_at_a_time_on_cpus(monkeypatch: pytest.Mon
     monkeypatch.setitem(predictor.__dict__, "_jitted", {"lung": record, "infection": record})
     images = np.random.default_rng(0).random((5, 128, 128, 3), np.float32)
     probabilities = predictor.slice_probabilities(images)
-    assert shapes == [(2, 128, 128, 1)] * 3 + [(2, 128, 128, 4)] * 3
+    assert shapes == [(4, 128, 128, 1)] * 2 + [(4, 128, 128, 4)] * 2
     for probability in probabilities.values():  # each slice in its place, what fills the last batch in none
         np.testing.assert_array_equal(probability, images[..., 0])
-    shapes.clear()
-    predictor.slice_probabilities(np.ones((9, 256, 256, 3), np.float32))  # not even one slice's memory would be kept
-    assert {shape[0] for shape in shapes} == {8}
+
+
+def test_on_cpus_a_batch_needs_the_memory_of_one_slice(trained: Trained) -> None:
+    loaded = load_model(trained.lung)
+    program = jitted_probability(loaded)
+
+    def temporary_bytes(slices: int) -> int:
+        compiled = program.lower(loaded.variables, np.zeros((slices, 32, 32, 1), np.float32)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(8) < 1.5 * temporary_bytes(1)
 
 
 def test_probabilities_are_what_the_masks_threshold(predictor: Predictor, scan: Path, tmp_path: Path) -> None:
