@@ -276,10 +276,12 @@ def jitted_probability(loaded: LoadedModel) -> Callable[[Variables, FloatArray],
         averaging = averaging_of(loaded.config)
         return predict_probability(model, variables, x, patch_grid=config.patch_grid, averaging=averaging)
 
-    def one_by_one(variables: Variables, x: jax.Array) -> jax.Array:
+    def probability(variables: Variables, x: jax.Array) -> jax.Array:
+        if jax.default_backend() != "cpu":
+            return of_slices(variables, x)
         return jax.lax.map(lambda one: of_slices(variables, one[None])[0], x)
 
-    return jax.jit(one_by_one if jax.default_backend() == "cpu" else of_slices)
+    return jax.jit(probability)
 
 
 def load_pretrained(batch_size: int = 8, *, infection_postprocess: Mapping[str, Any] | None = None) -> Predictor:
