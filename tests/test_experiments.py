@@ -99,9 +99,6 @@ def test_the_whole_way(phantom: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "~").exists()
 
 
-KEEP_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-
-
 def predict_a_folder(root: Path, flags: list[str], env: dict[str, str]) -> None:
     """Two scans and one that is none, and then what is missing."""
     scans, masks = root / "scans", root / "masks"
@@ -111,7 +108,8 @@ def predict_a_folder(root: Path, flags: list[str], env: dict[str, str]) -> None:
     shutil.copy(second, scans / "größer.nii")
     (scans / "bad.nii").write_bytes(b"not a scan")
     predict = ("predict", "--input=~/scans", "--output_dir=~/masks", *flags, "--compilation_cache_dir=~/compiled")
-    result = run_script(*predict, env={**env, "PYTHONIOENCODING": "ascii", **KEEP_ALL})
+    keep_all = {**env, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    result = run_script(*predict, env={**keep_all, "PYTHONIOENCODING": "ascii"})
     assert result.returncode == 2, result.stderr
     assert r"gr\xf6\xdfer_lung.nii.gz" in result.stdout
     assert "2 of 3 scans segmented" in result.stdout

@@ -51,7 +51,7 @@ def predict_suite(rounds: int) -> list[Row]:
 
 
 def prediction_memory() -> list[Row]:
-    """The most memory that a process holds which segments a scan, for scans of two lengths."""
+    """The most memory that a process holds which segments and reports a scan, for scans of two lengths."""
     rows = []
     with phantom_scan(_DRAWN) as scan, tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -61,13 +61,11 @@ def prediction_memory() -> list[Row]:
             save_model(root / structure, loaded.variables, loaded.config)
         for slices in (SLICES, 4 * SLICES):
             code = (
-                "from pathlib import Path\n"
-                "from resunet_jax import load_predictor, segment_scans\n"
-                "from resunet_jax.data.readers import find_sources\n"
+                "from resunet_jax import find_sources, load_predictor, segment_scans\n"
                 "from resunet_jax.report.outputs import make_outputs\n"
                 f"predictor = load_predictor({str(root / 'lung')!r}, {str(root / 'infection')!r})\n"
-                f"scans, masks = find_sources({str(_with_slices(scan, slices))!r}), Path({str(root / 'masks')!r})\n"
-                "for result in segment_scans(scans, masks, predictor, outputs=make_outputs()):\n"
+                f"scans = find_sources({str(_with_slices(scan, slices))!r})\n"
+                f"for result in segment_scans(scans, {str(root / 'masks')!r}, predictor, outputs=make_outputs()):\n"
                 "    if result.error:\n"
                 "        raise result.error\n"
             )

@@ -1,4 +1,4 @@
-"""What a person waits for before anything happens: imports, --help, compilation."""
+"""What a person waits for: imports, --help, compilation, the first masks."""
 
 import subprocess
 import sys
@@ -72,11 +72,11 @@ def _first_masks(rounds: int, predict: Path) -> list[Row]:
     with phantom_scan(_SLICES) as scan, tempfile.TemporaryDirectory() as folder:
         for turn in range(rounds):
             flags = [f"--input={scan}", f"--compilation_cache_dir={folder}/cache_{turn}", "--noreport"]
-            for seconds in (empty, filled):
-                command = [sys.executable, predict, *flags, f"--output_dir={folder}/{turn}_{len(filled)}_{len(empty)}"]
+            for name, seconds in (("empty", empty), ("filled", filled)):
+                command = [sys.executable, predict, *flags, f"--output_dir={folder}/{name}_{turn}"]
                 seconds.append(timed(partial(subprocess.run, command, check=True, capture_output=True)))
-    name = f"predict, masks of 512×512×{_SLICES}"
+    what = f"predict, masks of 512×512×{_SLICES}, compilation cache"
     return [
-        row("startup", f"{name}, compilation cache empty", "s", empty, max_value=12),
-        row("startup", f"{name}, compilation cache filled", "s", filled, max_value=5),
+        row("startup", f"{what} empty", "s", empty, max_value=12),
+        row("startup", f"{what} filled", "s", filled, max_value=5),
     ]

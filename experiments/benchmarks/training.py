@@ -88,8 +88,8 @@ def train_suite(rounds: int) -> list[Row]:
         seconds = interleave(_jax_step(setting), baseline and baseline.step, rounds)
         rows.append(row("train", setting.name, "s", *seconds, max_ratio=_step_ratio(setting)))
         if not on_gpu():
-            seconds = interleave(_jax_step(setting), _jax_step(setting, jax.lax.conv_general_dilated), rounds)
-            rows.append(row("train", f"{setting.name}, compared with XLA's own convolution", "s", *seconds))
+            both = interleave(_jax_step(setting), _jax_step(setting, jax.lax.conv_general_dilated), rounds)
+            rows.append(row("train", f"{setting.name}, compared with XLA's own convolution", "s", *both))
         peak = next((flops for name, flops in PEAK_FLOPS.items() if name in jax.devices()[0].device_kind), None)
         if peak:
             fractions = [step_flops(setting) / s / peak for s in seconds[0]]
@@ -98,8 +98,9 @@ def train_suite(rounds: int) -> list[Row]:
 
 
 def _step_ratio(setting: Setting) -> float:
+    """The target of a step, to PyTorch's time."""
     if on_gpu():
-        return 0.77
+        return 0.77  # 1.3 times as fast
     return 0.8 if setting.filters == FULL else 1.0
 
 

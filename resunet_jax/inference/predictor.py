@@ -36,7 +36,7 @@ THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 """Those that `choose_threshold` chooses from."""
 
 _BATCHES_ON_CPU = 2  # side by side: one alone leaves a third of two cores idle
-_SLICES_ON_CPU = 4  # at most in a batch: as slices go through one by one, more would only be filled up more often
+_SLICES_ON_CPU = 4  # at most in a batch: slices go through one by one, and a last batch holds less padding
 _CHUNK_SLICES = 64  # pasted at a time: a scan may have any number of slices
 
 

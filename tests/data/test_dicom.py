@@ -427,7 +427,7 @@ def test_dicom_seg_reads_back_as_the_masks(hu: np.ndarray, tmp_path: Path, rng: 
             frames = written.get_pixels_by_source_instance(uids_in_order, segment_numbers=[number])[..., 0]
             np.testing.assert_array_equal(frames > 0, grid.from_pls(mask).T)
         written._db_con.close()
-    gc.collect()  # what `write_dicom_seg` leaves open is warned of here, and not in any test
+    gc.collect()  # what `write_dicom_seg` leaves open is warned of here, and not in another test
     with pytest.raises(InputError, match="nothing was found"):
         write_dicom_seg(path, source, grid, {"infection": np.zeros(grid.oriented_shape, bool)})
     with pytest.raises(InputError, match="refers to a DICOM series"):
