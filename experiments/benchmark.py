@@ -12,7 +12,7 @@ from common.run import run
 
 from resunet_jax.files import write_text
 
-SUITES = ("train", "forward", "data", "predict", "evaluate", "memory", "startup")
+SUITES = ("train", "fit", "forward", "data", "predict", "evaluate", "memory", "startup")
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("suite", "all", [*SUITES, "all"], "What to measure.")
@@ -25,6 +25,7 @@ def main() -> None:
     """Measures by the flags."""
     from benchmarks.data import data_suite
     from benchmarks.evaluation import evaluation_suite
+    from benchmarks.fit import fit_suite
     from benchmarks.measure import machine, on_gpu, print_rows
     from benchmarks.memory import memory_suite
     from benchmarks.prediction import predict_suite
@@ -34,6 +35,7 @@ def main() -> None:
     few = min(3, FLAGS.rounds)
     suites = {
         "train": lambda: train_suite(FLAGS.rounds),
+        "fit": fit_suite,
         "forward": lambda: forward_suite(FLAGS.rounds),
         "data": lambda: data_suite(FLAGS.rounds),
         "predict": lambda: predict_suite(min(2, FLAGS.rounds)),

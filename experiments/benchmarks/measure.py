@@ -24,7 +24,7 @@ class Row(NamedTuple):
     """One figure.
 
     Attributes:
-      suite: "train", "forward", "data", "predict", "evaluate", "memory" or "startup".
+      suite: "train", "fit", "forward", "data", "predict", "evaluate", "memory" or "startup".
       name: what was measured.
       unit: of `jax` and `baseline`; "/s" is better when larger, all others when smaller.
       jax: median of this project.

@@ -3,16 +3,24 @@
 The one module that imports PyTorch when it is imported: take it with `load_torch_baseline`.
 """
 
+import math
+from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
+from resunet_jax.config import Config
+from resunet_jax.data.batches import Batch, ProcessShard, SliceSource, train_batches
 from resunet_jax.data.volume import FloatArray
 from resunet_jax.inference.predictor import Predictor
-from resunet_jax.model.cascade import close_lung_probability, symmetric_context
+from resunet_jax.model.cascade import symmetric_context
+from resunet_jax.model.resunet import Variables
+from resunet_jax.training.augment import augment
+from resunet_jax.training.step import create_state, make_optimizer
 from resunet_jax.weights.store import LoadedModel
 from resunet_jax.weights.torch import state_dict_from_params
 
@@ -130,6 +138,79 @@ class Trainer:
             return float(self._model(self._image)[0, 0, 0, 0].item())
 
 
+class InfectionTrainer:
+    """An infection training of the default recipe, step for step as `fit` takes it; the work on arrays is PyTorch's.
+
+    Batches come from the same cache and are augmented by the same program, which takes a hundredth of a step.
+    """
+
+    def __init__(self, config: Config, lung: LoadedModel, source: SliceSource) -> None:
+        """Takes the config of the infection model, its lung model, and the slices."""
+        train = config.train
+        self._config = config
+        self._steps_per_epoch = math.ceil(len(source) / train.batch_size)
+        shard = ProcessShard(lambda batch: batch)
+        self._batches = train_batches(source, train.batch_size, train.seed, shard)
+        self._augment = jax.jit(partial(augment, config=config.augment))
+        self._key = jax.random.fold_in(jax.random.key(train.seed), 1)
+        self._lung = _to_torch(lung)
+        optimizer = make_optimizer(config, self._steps_per_epoch)
+        variables = create_state(config, optimizer, lung_variables=lung.variables).variables
+        self._model = _with_weights(TorchResUnet(config.preprocess.channels + 1, config.model.filters), variables)
+        self._optimizer = torch.optim.AdamW(self._model.parameters(), weight_decay=train.weight_decay)
+        steps = train.epochs * self._steps_per_epoch
+        self._schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self._optimizer,
+            train.learning_rate,
+            steps,
+            pct_start=0.15,
+            cycle_momentum=False,
+            div_factor=10,
+            final_div_factor=100,
+        )
+        average = torch.optim.swa_utils.get_ema_multi_avg_fn(train.ema_decay)
+        self._average = torch.optim.swa_utils.AveragedModel(self._model, multi_avg_fn=average, use_buffers=True)
+
+    def epoch(self) -> list[float]:
+        """The next steps, an epoch of them, and their losses."""
+        self._model.train()
+        return [self._step(next(self._batches)) for _ in range(self._steps_per_epoch)]
+
+    def _step(self, batch: Batch) -> float:
+        key = jax.random.fold_in(self._key, self._schedule.last_epoch)  # PyTorch's word for steps taken
+        image, mask = self._augment(key, batch["image"], batch["mask"].astype(np.float32))
+        x, target = _to_nchw(symmetric_context(image)), _to_nchw(mask[..., :1])
+        with torch.no_grad():
+            lung = torch.sigmoid(self._lung(x[:, : self._lung.input_skip[0].in_channels]))
+        closed = _close(lung, self._config.cascade.closing_fraction)
+        self._optimizer.zero_grad()
+        logits = self._model(torch.cat([x, closed], dim=1))
+        probability = torch.sigmoid(logits)
+        overlap, area = (probability * target).sum(), probability.sum() + target.sum()
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, target) + 1 - (2 * overlap + 2) / (area + 2)
+        loss.backward()
+        self._optimizer.step()
+        self._schedule.step()
+        self._average.update_parameters(self._model)
+        return float(loss.item())
+
+
+def _to_nchw(x: Any) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(np.array(x).transpose(0, 3, 1, 2)))
+
+
+def _close(probability: torch.Tensor, fraction: float) -> torch.Tensor:
+    """See `close_lung_probability`; (N, 1, H, W)."""
+    reach = round(fraction * probability.shape[-1] / 2)
+
+    def highest(x: torch.Tensor) -> torch.Tensor:
+        for window, padding in (((2 * reach + 1, 1), (reach, 0)), ((1, 2 * reach + 1), (0, reach))):
+            x = nn.functional.max_pool2d(x, window, 1, padding)
+        return x
+
+    return -highest(-highest(probability))
+
+
 def matrix_product(size: int) -> float:
     """One product of square matrices."""
     a = torch.ones((size, size))
@@ -146,18 +227,19 @@ class TorchPredictor(Predictor):
         closing = self.infection.model.closing_fraction if self.infection else 0.0
         with torch.no_grad():
             for start in range(0, len(images), self.batch_size):
-                some = np.array(symmetric_context(images[start : start + self.batch_size]))
-                image = torch.tensor(some.transpose(0, 3, 1, 2))
+                image = _to_nchw(symmetric_context(images[start : start + self.batch_size]))
                 lung = torch.sigmoid(models["lung"](image[:, : models["lung"].input_skip[0].in_channels]))
-                closed = np.array(close_lung_probability(lung.numpy()[:, 0, ..., None], closing))[:, None, ..., 0]
-                infection = torch.sigmoid(models["infection"](torch.cat([image, torch.from_numpy(closed)], dim=1)))
+                infection = torch.sigmoid(models["infection"](torch.cat([image, _close(lung, closing)], dim=1)))
                 outputs["lung"][start : start + len(image)] = lung[:, 0].numpy()
                 outputs["infection"][start : start + len(image)] = infection[:, 0].numpy()
         return outputs
 
 
 def _to_torch(loaded: LoadedModel) -> nn.Module:
-    model = TorchResUnet(loaded.model.in_channels, loaded.config.model.filters)
-    arrays = state_dict_from_params(loaded.variables)
+    return _with_weights(TorchResUnet(loaded.model.in_channels, loaded.config.model.filters), loaded.variables).eval()
+
+
+def _with_weights(model: nn.Module, variables: Variables) -> nn.Module:
+    arrays = state_dict_from_params(variables)
     model.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()}, strict=False)
-    return model.eval()
+    return model

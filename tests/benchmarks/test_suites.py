@@ -8,16 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks import data, evaluation, memory, prediction, training
+from benchmarks import data, evaluation, fit, memory, prediction, training
 from benchmarks.measure import load_torch_baseline
 from benchmarks.training import config_of
 
 from resunet_jax import Predictor, load_model
-from resunet_jax.config import AugmentConfig, Config, PreprocessConfig
+from resunet_jax.config import AugmentConfig, Config, PreprocessConfig, override
+from resunet_jax.data.batches import SliceSource
 from resunet_jax.data.cases import find_cases
 from resunet_jax.data.preprocess import prepare_volume
 from resunet_jax.data.readers import read_volume
 from resunet_jax.data.slice_cache import prepare_cases
+from resunet_jax.training import loop as training_loop
 from tests.conftest import ROOT, Trained
 
 TINY = (4, 8, 16, 32)
@@ -43,6 +45,23 @@ def test_torch_baseline_segments_the_same_and_everywhere(trained: Trained) -> No
     by_torch = baseline.TorchPredictor(lung, infection).slice_probabilities(images)
     for name, probability in by_jax.items():
         np.testing.assert_allclose(by_torch[name], probability, atol=1e-5)
+
+
+@pytest.mark.exhaustive
+def test_infection_training_of_the_torch_baseline_has_the_same_losses(trained: Trained, tmp_path: Path) -> None:
+    baseline = load_torch_baseline()
+    if baseline is None:
+        pytest.skip("PyTorch is not installed: pip install '.[torch]'")
+    config, lung = fit.make_models(TINY, epochs=1, image_size=32)
+    config = override(config, {"train.learning_rate": 1e-9})  # the steps of the two schedules are counted otherwise
+    cases = [case for case in find_cases(trained.data) if case.infection_mask]
+    source = SliceSource(prepare_cases(cases, config.preprocess, tmp_path / "cache"), "infection")
+    trainer = baseline.InfectionTrainer(config, lung, source)
+    by_torch: list[float] = []
+    history = training_loop.fit(
+        config, source, None, tmp_path / "run", lung, on_epoch=lambda record: by_torch.append(np.mean(trainer.epoch()))
+    )
+    np.testing.assert_allclose(by_torch, [record["train_loss"] for record in history], rtol=1e-4)
 
 
 def without_augmentation(setting: training.Setting) -> Config:
