@@ -40,6 +40,8 @@ SOUND_AIR_LEVEL = (34.0, 70.0)
 """The same of scans in 0..255; `air_offset` shifts it to -1000 HU, once the body's box is found."""
 SOUND_MUSCLE_HU: dict[IntensityScale, tuple[float, float]] = {"hu": (5.0, 130.0), "windowed": (-5.0, 65.0)}
 """Where muscle, or an organ with contrast agent, lies in scans that are left as they are, air being at -1000 HU."""
+SOUND_FAT_HU: dict[IntensityScale, tuple[float, float]] = {"hu": (-125.0, -62.0), "windowed": (-135.0, -50.0)}
+"""The same of fat, where it can be told from muscle: it takes up no contrast agent, so it tells a slope that is off."""
 FAT_HU = -60.0
 """Below it, the brightest tissue may be the fat of a scan that shows no muscle: it is left as it is, with a warning."""
 
@@ -53,9 +55,26 @@ _PADDING_BELOW = -1100.0  # values beyond the field of view, in HU
 INSIDE_FIELD = 0.2
 """Of the voxels around the body; fewer above 0 are the table and clothes, and air itself is at 0."""
 _PROMINENT = 0.5  # of the highest peak: fat and muscle are both so high, vessels with contrast agent are not
+_FAT_PROMINENT = 0.2  # of the highest peak, below muscle: thin patients have little fat
+_FAT_BELOW_MUSCLE = (0.1, 0.3)  # of the way from muscle to air, about 100 to 300 HU
 _NEAR_AIR = 0.06  # of the way from air to soft tissue, about 60 HU
 _CUT_BINS = 8  # below the largest value, where values that a window cuts off pile up
 _CLIPPED = 0.45  # of the bright voxels at the largest value: soft tissue is cut off
+
+
+class Anchors(NamedTuple):
+    """Levels of which it is known where they lie in HU, in the units of the file.
+
+    Attributes:
+      air: median of what is around the body and near its most frequent value.
+      muscle: of what is bright the brightest frequent value, for the most frequent one may be fat.
+      fat: the frequent value next below it; None where it cannot be told from muscle, as in thin patients and noisy
+        scans.
+    """
+
+    air: float
+    muscle: float
+    fat: float | None
 
 
 class Levels(NamedTuple):
@@ -67,7 +86,7 @@ class Levels(NamedTuple):
       tissue: most frequent value of what is bright.
       distinct: how many different values there are.
       clipped: whether most of what is bright has the largest value.
-      anchors: air, and muscle: of what is bright the brightest frequent value, for the most frequent one may be fat.
+      anchors: see `Anchors`; None where air or what is bright cannot be seen.
     """
 
     air: float | None
@@ -75,7 +94,7 @@ class Levels(NamedTuple):
     tissue: float | None
     distinct: int
     clipped: bool
-    anchors: tuple[float, float] | None = None
+    anchors: Anchors | None = None
 
     def __str__(self) -> str:
         found = {"air": self.air, "lung": self.lung, "soft tissue": self.tissue}
@@ -154,15 +173,19 @@ def _mode(values: npt.NDArray[np.float32], bin_width: float) -> float:
 
 def _anchors(
     outside: npt.NDArray[np.float32], tissue: npt.NDArray[np.float32], air: float | None, soft: float | None
-) -> tuple[float, float] | None:
-    """The median of what is near air, and the brightest of the frequent values of tissue, smoothed by about 20 HU."""
+) -> Anchors | None:
+    """Air from what is around the body, muscle and fat from what is bright, smoothed by about 20 HU."""
     if air is None or soft is None or soft <= air or not tissue.size:
         return None
     near_air = outside[np.abs(outside - air) < _NEAR_AIR * (soft - air)]  # the rest is lung, the table, clothes
     smooth, centres = _smooth_histogram(tissue, (soft - air) / 200, 4.0)
     padded = np.pad(smooth, 1)
-    peaks = (smooth >= padded[:-2]) & (smooth > padded[2:]) & (smooth >= _PROMINENT * smooth.max())
-    return float(np.median(near_air)), float(centres[np.flatnonzero(peaks)[-1]])
+    peaks = (smooth >= padded[:-2]) & (smooth > padded[2:])
+    muscle = float(centres[peaks & (smooth >= _PROMINENT * smooth.max())][-1])
+    below = (muscle - centres) / (muscle - air)
+    is_fat = peaks & (smooth >= _FAT_PROMINENT * smooth.max())
+    is_fat &= (below > _FAT_BELOW_MUSCLE[0]) & (below < _FAT_BELOW_MUSCLE[1])
+    return Anchors(float(np.median(near_air)), muscle, float(centres[is_fat][-1]) if is_fat.any() else None)
 
 
 def _smooth_histogram(
@@ -181,14 +204,18 @@ def muscle_hu(levels: Levels, scale: IntensityScale) -> float | None:
     """Where muscle lies on a scan's scale when air is put at -1000 HU; None where either of them cannot be seen."""
     if levels.anchors is None or not sees_air(levels):
         return None
-    air, muscle = levels.anchors
-    return (muscle - air) * (1.0 if scale == "hu" else (HU_WINDOW[1] - HU_WINDOW[0]) / 255) - 1000
+    return _hu(levels.anchors.muscle, levels.anchors, scale)
+
+
+def _hu(level: float, anchors: Anchors, scale: IntensityScale) -> float:
+    """A level on a scan's scale when air is put at -1000 HU."""
+    return (level - anchors.air) * (1.0 if scale == "hu" else (HU_WINDOW[1] - HU_WINDOW[0]) / 255) - 1000
 
 
 def calibration(levels: Levels, scale: IntensityScale) -> tuple[float, float] | None:
-    """The stored values that HU -1250 and 250 are, where air and muscle lie off the scale that a scan is on.
+    """The stored values that HU -1250 and 250 are, where air, muscle or fat lie off the scale that a scan is on.
 
-    A slope or window that is a little off changes what ground glass looks like; where air and muscle lie is known.
+    A slope or window that is a little off changes what ground glass looks like; where these lie is known.
 
     Args:
       levels: of the scan.
@@ -197,11 +224,12 @@ def calibration(levels: Levels, scale: IntensityScale) -> tuple[float, float] | 
     Returns:
       the values; None for a scan that is left as it is, which sound ones are, and where air or muscle cannot be seen.
     """
-    found = muscle_hu(levels, scale)
-    if levels.anchors is None or found is None or found < FAT_HU:
+    anchors, found = levels.anchors, muscle_hu(levels, scale)
+    if anchors is None or found is None or found < FAT_HU:
         return None
-    air, muscle = levels.anchors
-    if _within(air, SOUND_AIR_HU if scale == "hu" else SOUND_AIR_LEVEL) and _within(found, SOUND_MUSCLE_HU[scale]):
+    air, muscle, fat = anchors
+    sound = _within(air, SOUND_AIR_HU if scale == "hu" else SOUND_AIR_LEVEL) and _within(found, SOUND_MUSCLE_HU[scale])
+    if sound and (fat is None or _within(_hu(fat, anchors, scale), SOUND_FAT_HU[scale])):
         return None
     slope = (muscle - air) / (MUSCLE_HU + 1000)
     low, high = (air + slope * (hu + 1000) for hu in HU_WINDOW)

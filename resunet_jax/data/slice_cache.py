@@ -30,7 +30,7 @@ from resunet_jax.errors import InputError
 from resunet_jax.files import atomic_dir, make_output_dir, remove_dir, write_text
 from resunet_jax.progress import logger, progress
 
-_FORMAT = 5  # raise it when the same files and settings would give other slices
+_FORMAT = 6  # raise it when the same files and settings would give other slices
 _MAX_WORKERS = 4  # each holds a volume in memory
 _IN_USE = ".in_use"  # folder of the cache: for each `prepare_cases` whose result is alive, a lock and the names
 

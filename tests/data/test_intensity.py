@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from resunet_jax.data.intensity import infer_scale, measure_levels, parse_assumption
+from resunet_jax.data.intensity import MUSCLE_HU, calibration, infer_scale, measure_levels, parse_assumption
 from resunet_jax.data.volume import HU_WINDOW, Grid, Volume
 from resunet_jax.errors import InputError
 
@@ -109,6 +109,43 @@ def test_air_at_0_is_not_taken_for_the_next_commonest_level() -> None:
     values[values < 8] = 0
     levels = measure_levels(Volume(values, "windowed", Grid(values.shape, np.eye(4))))
     assert levels.air == 0
+
+
+def calibrated(values: np.ndarray, scale: str = "hu") -> tuple[float, float] | None:
+    return calibration(measure_levels(Volume(values, scale, Grid(values.shape, np.eye(4)))), scale)
+
+
+def with_muscle_at(level: float, seed: int) -> np.ndarray:
+    hu = chest(seed, noise=10.0)
+    muscle = (hu > -30) & (hu < 150)
+    return np.where(muscle, hu + level - np.median(hu[muscle]), hu)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_sound_scans_are_not_rescaled(seed: int) -> None:
+    for level in (20, MUSCLE_HU, 110):  # with contrast agent
+        hu = with_muscle_at(level, seed)
+        assert calibrated(hu) is None
+        assert calibrated(np.clip(hu, -1024, 3071)) is None
+    assert calibrated(exported(with_muscle_at(MUSCLE_HU, seed), -1250, 250), "windowed") is None
+
+
+@pytest.mark.parametrize(("slope", "offset"), [(1.06, 0), (1.06, 63), (0.95, -50), (1, 40), (0.92, -100), (1.15, 90)])
+def test_a_slope_and_offset_that_are_off_are_taken_back(slope: float, offset: float) -> None:
+    expected = [slope * hu + offset for hu in HU_WINDOW]
+    for seed in range(5):
+        found = calibrated(slope * with_muscle_at(MUSCLE_HU, seed) + offset)
+        np.testing.assert_allclose(found, expected, atol=15)
+
+
+@pytest.mark.parametrize("slope", [0.95, 1.05])
+def test_fat_tells_a_slope_that_is_off_from_contrast_agent(slope: float) -> None:
+    """Muscle does not: it lies where it may lie with more or less contrast agent."""
+    values = (with_muscle_at(65, seed=1) + 1000) * slope - 1000
+    levels = measure_levels(Volume(values, "hu", Grid(values.shape, np.eye(4))))
+    assert levels.anchors.fat == pytest.approx(900 * slope - 1000, abs=10)
+    assert calibration(levels, "hu") is not None
+    assert calibration(levels._replace(anchors=levels.anchors._replace(fat=None)), "hu") is None
 
 
 def test_a_slices_own_range_takes_any_scale_that_shows_lungs() -> None:
