@@ -85,8 +85,7 @@ def test_masks_are_those_of_the_unperturbed_scan(caplog: pytest.LogCaptureFixtur
 
 @pytest.mark.exhaustive
 def test_masks_are_those_of_the_unperturbed_scan_searched_long(caplog: pytest.LogCaptureFixture) -> None:
-    """Small lesions of one in twelve may be less alike."""
     caplog.set_level(logging.WARNING)
     dices = [value for seed in range(1000, 1500) if (value := least_dice(seed, caplog)) is not None]
-    assert np.mean(np.array(dices) < LEAST_DICE) <= 0.08
-    assert min(dices) >= 0.8
+    assert len(dices) > 100
+    assert min(dices) >= LEAST_DICE
