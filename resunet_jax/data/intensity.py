@@ -68,7 +68,7 @@ class Anchors(NamedTuple):
     Attributes:
       air: median of what is around the body and near its most frequent value.
       muscle: of what is bright the brightest frequent value, for the most frequent one may be fat.
-      fat: the frequent value next below it; None where it cannot be told from muscle, as in thin patients and noisy
+      fat: the frequent value next below it, by 100 HU or more; None where none is seen, as in thin patients and noisy
         scans.
     """
 
