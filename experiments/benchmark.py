@@ -16,7 +16,9 @@ SUITES = ("train", "fit", "forward", "data", "predict", "evaluate", "memory", "s
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("suite", "all", [*SUITES, "all"], "What to measure.")
-flags.DEFINE_integer("rounds", 5, "Runs of each side; at most 2 of whole scans, 3 of processes.", lower_bound=1)
+flags.DEFINE_integer(
+    "rounds", 5, "Runs of each side; at most 2 of whole scans, 3 of processes; 1 of fit.", lower_bound=1
+)
 settings.define_path("json", "File for a list of {suite, name, unit, jax, baseline, ratio, target, passed, spread}.")
 flags.adopt_module_key_flags(settings)  # so that --help shows them
 
