@@ -17,7 +17,8 @@ from resunet_jax.config import Config
 from resunet_jax.data.batches import Batch, ProcessShard, SliceSource, train_batches
 from resunet_jax.data.volume import FloatArray
 from resunet_jax.inference.predictor import Predictor
-from resunet_jax.model.cascade import symmetric_context
+from resunet_jax.model.build import averaging_of
+from resunet_jax.model.cascade import Averaging, symmetric_context
 from resunet_jax.model.resunet import Variables
 from resunet_jax.training.augment import augment
 from resunet_jax.training.step import create_state, make_optimizer
@@ -225,14 +226,31 @@ class TorchPredictor(Predictor):
         models = self.__dict__.setdefault("_torch", {name: _to_torch(getattr(self, name)) for name in self.structures})
         outputs = {name: np.empty(images.shape[:-1], np.float32) for name in self.structures}
         closing = self.infection.model.closing_fraction if self.infection else 0.0
+        averaging = {name: averaging_of(getattr(self, name).config) for name in self.structures}
         with torch.no_grad():
             for start in range(0, len(images), self.batch_size):
                 image = _to_nchw(symmetric_context(images[start : start + self.batch_size]))
-                lung = torch.sigmoid(models["lung"](image[:, : models["lung"].input_skip[0].in_channels]))
-                infection = torch.sigmoid(models["infection"](torch.cat([image, _close(lung, closing)], dim=1)))
+                slices = image[:, : models["lung"].input_skip[0].in_channels]
+                lung = _probability(models["lung"], slices, averaging["lung"])
+                stacked = torch.cat([image, _close(lung, closing)], dim=1)
+                infection = _probability(models["infection"], stacked, averaging["infection"])
                 outputs["lung"][start : start + len(image)] = lung[:, 0].numpy()
                 outputs["infection"][start : start + len(image)] = infection[:, 0].numpy()
         return outputs
+
+
+def _probability(model: nn.Module, x: torch.Tensor, averaging: Averaging) -> torch.Tensor:
+    """See `predict_probability`, of one view or of the two of the default recipe; (N, C, H, W)."""
+    if not any(averaging):
+        return torch.sigmoid(model(x))
+    if not all(averaging):
+        raise NotImplementedError(f"PyTorch's side of the benchmark has no {averaging}")
+    left, right = x[:, :1].chunk(2, dim=-1)
+    turned = left.sum((1, 2, 3), keepdim=True) > right.sum((1, 2, 3), keepdim=True)
+    x = torch.where(turned, x.flip(-1), x)
+    alone = torch.cat([x[:, :1].expand(-1, 3, -1, -1), x[:, 3:]], dim=1)
+    mean = (torch.sigmoid(model(x)) + torch.sigmoid(model(alone.flip(-1))).flip(-1)) / 2
+    return torch.where(turned, mean.flip(-1), mean)
 
 
 def _to_torch(loaded: LoadedModel) -> nn.Module:

@@ -20,7 +20,7 @@ from resunet_jax.data.preprocess import prepare_volume
 from resunet_jax.data.readers import read_volume
 from resunet_jax.data.slice_cache import prepare_cases
 from resunet_jax.training import loop as training_loop
-from tests.conftest import ROOT, Trained
+from tests.conftest import ROOT, Trained, with_averaging
 
 TINY = (4, 8, 16, 32)
 
@@ -39,7 +39,7 @@ def test_torch_baseline_segments_the_same_and_everywhere(trained: Trained) -> No
     baseline = load_torch_baseline()
     if baseline is None:
         pytest.skip("PyTorch is not installed: pip install '.[torch]'")
-    lung, infection = load_model(trained.lung), load_model(trained.infection)
+    lung, infection = load_model(trained.lung), with_averaging(load_model(trained.infection))
     images, _ = prepare_volume(read_volume(find_cases(trained.data)[0].ct), infection.config.preprocess)
     by_jax = Predictor(lung, infection, thresholds={"lung": 0.0}).slice_probabilities(images)
     by_torch = baseline.TorchPredictor(lung, infection).slice_probabilities(images)
