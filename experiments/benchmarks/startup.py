@@ -1,4 +1,4 @@
-"""What a person waits for: imports, --help, compilation, the first masks."""
+"""What a person waits for: imports, --help, compilation, the first masks, the quickstart."""
 
 import subprocess
 import sys
@@ -62,7 +62,7 @@ def startup_suite(rounds: int, experiments: Path) -> list[Row]:
     name = "first step, full width, 128², batch 8: tracing and compilation"
     rows.append(row("startup", f"{name}, cold", "s", cold, max_value=15))
     rows.append(row("startup", f"{name}, from the compilation cache", "s", cached, max_value=3))
-    return rows + _first_masks(rounds, experiments / "predict.py")
+    return [*rows, *_first_masks(rounds, experiments / "predict.py"), _quickstart(experiments / "quickstart.py")]
 
 
 def _first_masks(rounds: int, predict: Path) -> list[Row]:
@@ -80,3 +80,11 @@ def _first_masks(rounds: int, predict: Path) -> list[Row]:
         row("startup", f"{what} empty", "s", empty, max_value=12),
         row("startup", f"{what} filled", "s", filled, max_value=5),
     ]
+
+
+def _quickstart(script: Path) -> Row:
+    """The whole of it, once, with an empty compilation cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, script, f"--output_dir={folder}/run", f"--compilation_cache_dir={folder}/cache"]
+        seconds = timed(partial(subprocess.run, command, check=True, capture_output=True))
+    return row("startup", "quickstart", "s", [seconds], max_value=180)
