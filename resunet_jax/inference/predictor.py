@@ -246,13 +246,20 @@ class Predictor:
             probability = self._jitted[name](variables, padded.astype(np.float32))
             outputs[start : start + len(batch)] = np.asarray(probability)[: len(batch), ..., 0]
 
-        starts = range(0, len(outputs), size)
-        for start in starts[:1]:  # alone: it compiles
+        starts, program = range(0, len(outputs), size), (name, inputs.shape[1:])
+        alone = program not in self._compiled
+        for start in starts[:alone]:  # it compiles
             run_batch(start)
+            self._compiled.add(program)
         with ThreadPoolExecutor(_BATCHES_ON_CPU if on_cpu else 1) as executor:
-            for _ in executor.map(run_batch, starts[1:]):  # raises what a batch did
+            for _ in executor.map(run_batch, starts[alone:]):  # raises what a batch did
                 pass
         return outputs
+
+    @functools.cached_property
+    def _compiled(self) -> set[tuple[str, tuple[int, ...]]]:
+        """Structure and shape of a slice of the programs that have run."""
+        return set()
 
     @functools.cached_property
     def _jitted(self) -> dict[str, Callable[[Variables, FloatArray], jax.Array]]:
