@@ -190,6 +190,12 @@ def test_what_is_no_ct_slice_is_left_out_by_name(
     assert "left out: 2 localizer, 4 not monochrome, 3 of modality PT" in caplog.text.replace("\n", " ")
     check(source, hu)
 
+    write_series(tmp_path / "views", hu[..., :2], change=localizer)
+    caplog.clear()
+    with caplog.at_level(logging.INFO), pytest.raises(InputError, match="no scan in it"):
+        find_sources(tmp_path / "views")
+    assert "left out: 2 localizer" in caplog.text
+
 
 def refuse(folder: Path, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:

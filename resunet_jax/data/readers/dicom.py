@@ -120,7 +120,7 @@ def find_dicom(path: Path) -> list[Source]:
             unreadable.append(member)
         else:
             left_out[header] += 1
-    if left_out and (series or unreadable or path.is_file()):
+    if left_out:
         what = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
         logger.info("%s: left out: %s", path, what)
     sources = _sources(path, list(series.values()), unreadable)
