@@ -248,7 +248,7 @@ class Predictor:
 
         starts, program = range(0, len(outputs), size), (name, inputs.shape[1:])
         alone = program not in self._compiled
-        for start in starts[:alone]:  # it compiles
+        for start in starts[:alone]:  # side by side, both would compile
             run_batch(start)
             self._compiled.add(program)
         with ThreadPoolExecutor(_BATCHES_ON_CPU if on_cpu else 1) as executor:
@@ -258,7 +258,7 @@ class Predictor:
 
     @functools.cached_property
     def _compiled(self) -> set[tuple[str, tuple[int, ...]]]:
-        """Structure and shape of a slice of the programs that have run."""
+        """The programs that have run, by structure and shape of a slice."""
         return set()
 
     @functools.cached_property
