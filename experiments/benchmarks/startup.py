@@ -13,13 +13,13 @@ _COMPILE = """
 import sys, time
 import jax
 from benchmarks.training import FULL, Setting, config_of, make_batch
-from resunet_jax.training.step import compiler_options, create_state, make_optimizer, make_train_step
+from resunet_jax.training.step import create_state, make_optimizer, make_train_step
 
 jax.config.update("jax_compilation_cache_dir", {cache!r})
 config = config_of(Setting(FULL, 128, "float32"))
 optimizer = make_optimizer(config, 100)
 state = create_state(config, optimizer)
-step = jax.jit(make_train_step(config, optimizer), donate_argnums=0, compiler_options=compiler_options())
+step = jax.jit(make_train_step(config, optimizer), donate_argnums=0)
 start = time.perf_counter()
 step.lower(state, make_batch(8, 128), jax.random.key(0), None).compile()
 print(time.perf_counter() - start)

@@ -18,7 +18,7 @@ from resunet_jax.model.resunet import init_variables
 from resunet_jax.model.winograd import default_convolution
 from resunet_jax.recipes import recipe
 from resunet_jax.training import step as training_step
-from resunet_jax.training.step import compiler_options, create_state, make_optimizer, make_train_step
+from resunet_jax.training.step import create_state, make_optimizer, make_train_step
 from resunet_jax.weights.store import LoadedModel
 
 FULL = (64, 128, 256, 512)
@@ -131,7 +131,7 @@ def _jax_step(setting: Setting, convolution: Callable[..., jax.Array] | None = N
     optimizer = make_optimizer(config, 100)
     with mock.patch.object(training_step, "default_convolution", return_value=convolution or default_convolution()):
         train_step = make_train_step(config, optimizer)
-    step = jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
+    step = jax.jit(train_step, donate_argnums=0)
     batch: Any = jax.device_put(make_batch(BATCH, setting.size))
     state = create_state(config, optimizer)
     key = jax.random.key(0)

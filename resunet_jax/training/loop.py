@@ -28,7 +28,6 @@ from resunet_jax.training.devices import is_primary, make_mesh, process_shard, r
 from resunet_jax.training.losses import LOSSES, Loss, make_loss
 from resunet_jax.training.step import (
     TrainState,
-    compiler_options,
     create_state,
     frozen_lung,
     make_eval_step,
@@ -189,7 +188,7 @@ def _jitted_steps(
     lung_variables = replicate(lung.variables, mesh) if lung else None
     return (
         partial(
-            jax.jit(train_step, donate_argnums=0, out_shardings=on_each, compiler_options=compiler_options()),
+            jax.jit(train_step, donate_argnums=0, out_shardings=on_each),
             key=key,
             lung_variables=lung_variables,
         ),

@@ -284,14 +284,8 @@ def compile_train_step(
     step_fn = make_train_step(
         config, optimizer, frozen, losses=losses, augmentations=augmentations, architectures=architectures
     )
-    step = jax.jit(step_fn, donate_argnums=0, compiler_options=compiler_options())
+    step = jax.jit(step_fn, donate_argnums=0)
     return step.lower(state, batch, jax.random.key(0), lung_variables).compile(), state
-
-
-def compiler_options() -> dict[str, Any]:
-    """For `jax.jit` of a training step: on CPUs, operations in the order that keeps least in memory."""
-    on_cpu = jax.default_backend() == "cpu"
-    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if on_cpu else {}
 
 
 def make_eval_step(
