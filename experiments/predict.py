@@ -80,12 +80,15 @@ def main() -> None:
             print(file, *["(done before)"] * result.skipped, flush=True)
         if result.summary:
             print(f"{result.scan.name}: {result.summary}", flush=True)
+    failed = _conclude(results)
     if "report" in outputs:
         print(*write_cohort(output_dir), sep="\n")
-    _conclude(results)
+    if failed:
+        sys.exit(BAD_INPUT)
 
 
-def _conclude(results: "Sequence[ScanResult]") -> None:
+def _conclude(results: "Sequence[ScanResult]") -> bool:
+    """Prints what has become of all scans, and returns whether one has failed."""
     failures = [result for result in results if result.error]
     for failure in failures:
         print(f"error: {failure.error}", file=sys.stderr)
@@ -95,8 +98,7 @@ def _conclude(results: "Sequence[ScanResult]") -> None:
             f"{len(results) - len(failures)} of {len(results)} scans segmented"
             f"{f', {skipped} of them before' * (skipped > 0)}"
         )
-    if failures:
-        sys.exit(BAD_INPUT)
+    return bool(failures)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import glob
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from filelock import FileLock, Timeout
 from resunet_jax.config import to_dict
 from resunet_jax.data.readers import READERS, Reader, Source, digest, open_scan
 from resunet_jax.data.volume import Scan
-from resunet_jax.errors import InputError
+from resunet_jax.errors import InputError, first_line
 from resunet_jax.files import make_output_dir, write_text
 from resunet_jax.inference.predictor import Predictor
 from resunet_jax.inference.scan import SegmentedScan, mask_paths, prefetch, segment_opened
@@ -24,7 +23,10 @@ from resunet_jax.weights.store import fingerprint
 MANIFEST = "masks.json"
 """File of the output folder that says which scans were segmented, and how."""
 
-_KINDS = ("lung", "infection", "lung_probability", "infection_probability", "uncertainty")
+_KINDS = (
+    *(f"{kind}.nii.gz" for kind in ("lung", "infection", "lung_probability", "infection_probability", "uncertainty")),
+    *("report.json", "report.html", "preview.png", "labels.nii.gz", "seg.dcm"),
+)
 _LOCKS = ".locks"
 
 
@@ -92,7 +94,8 @@ def segment_scans(
 
     Args:
       scans: from `find_sources`, of different names.
-      output_dir: gets the masks, and masks.json: {"settings": ..., "scans": {name: {"digest", "bytes", "warnings"}}}.
+      output_dir: gets the masks, and masks.json: {"settings": ..., "scans": {file: {"name", "digest", "bytes",
+        "warnings"}}}. A scan whose name is that of another one's masks in it is refused.
       predictor: the models.
       save_probabilities: see `segment_scan`.
       uncertainty: see `segment_scan`.
@@ -149,23 +152,31 @@ class _Batch:
         """Opens the scans that nobody else is at, then waits for the others, in case their process was killed."""
         busy = []
         for scan in scans:
-            lock = self._lock(scan)
             try:
-                lock.acquire(timeout=0)
+                yield self._claim(scan, timeout=0)
             except Timeout:
                 busy.append(scan)
-            else:
-                yield self._open(scan, lock)
         for scan in busy:
-            lock = self._lock(scan)
-            lock.acquire()
-            yield self._open(scan, lock)
+            yield self._claim(scan, timeout=-1)
+
+    def _claim(self, scan: Source, timeout: float) -> _Claimed | ScanResult:
+        file = self.output_dir / _LOCKS / f"{scan.name}.lock"
+        lock = FileLock(file, thread_local=False)
+        try:
+            make_output_dir(file.parent)
+            lock.acquire(timeout=timeout)
+        except Timeout:
+            raise
+        except OSError as error:
+            return ScanResult(scan, [], error=InputError(f"{file}: {first_line(error)}; choose another `output_dir`"))
+        return self._open(scan, lock)
 
     def segment(self, claimed: _Claimed) -> ScanResult:
         """Segments an open scan and writes everything that is asked for."""
         source, begun = claimed.source, time.perf_counter()
         masks = self._masks(source)
         try:
+            _remove(self._others(source))  # or they would lie next to masks that they are not of
             segmented = segment_opened(
                 claimed.scan, self.predictor, source.path.name, masks, uncertainty=self.uncertainty
             )
@@ -182,10 +193,6 @@ class _Batch:
         summary = ", ".join(finding.summary for finding in findings if finding.summary)
         return ScanResult(source, masks, self._others(source), summary=summary)
 
-    def _lock(self, scan: Source) -> FileLock:
-        make_output_dir(self.output_dir / _LOCKS)
-        return FileLock(self.output_dir / _LOCKS / f"{scan.name}.lock", thread_local=False)
-
     def _masks(self, scan: Source) -> list[Path]:
         return mask_paths(scan, self.output_dir, self.predictor, self.save_probabilities, self.uncertainty)
 
@@ -199,10 +206,13 @@ class _Batch:
             on_failure.push(stack)
             state, masks = _state(scan, self.readers), self._masks(scan)
             others = self._others(scan)
+            if (other := self.manifest.namesake(scan)) and any(file.exists() for file in masks):
+                text = f"{scan.path}: {masks[0]} is of another scan, {other}; choose another `output_dir`"
+                return ScanResult(scan, [], error=InputError(text))
             if self.manifest.vouches_for(scan, state) and all(file.is_file() for file in (*masks, *others)):
                 return ScanResult(scan, masks, others, skipped=True)
-            _warn_of_others(scan, masks)
-            self.manifest.forget([scan])  # or it would vouch for masks that are being replaced
+            _warn_of_others(scan, [*masks, *others])
+            self.manifest.forget(scan)  # or it would vouch for masks that are being replaced
             physical = self.predictor.preprocess.is_physical
             try:
                 opened = stack.enter_context(open_scan(scan, self.readers, assumed=self.assumed, physical=physical))
@@ -212,11 +222,19 @@ class _Batch:
             return _Claimed(scan, opened, state, stack)
 
 
-def _warn_of_others(scan: Source, masks: Sequence[Path]) -> None:
-    """Names masks of the same scan name that stay next to the new ones, and are by other models or settings."""
-    for path in sorted(masks[0].parent.glob(f"{glob.escape(scan.name)}_*.nii.gz")) if masks else ():
-        kind = path.name[len(scan.name) + 1 :].removesuffix(".nii.gz")
-        if kind in _KINDS and path not in masks:
+def _remove(files: Sequence[Path]) -> None:
+    for file in files:
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(f"{file}: cannot be replaced ({first_line(error)}); close what uses it") from error
+
+
+def _warn_of_others(scan: Source, replaced: Sequence[Path]) -> None:
+    """Names files of the same scan name that stay next to the new masks, and are by other models or settings."""
+    for kind in _KINDS:
+        path = replaced[0].with_name(f"{scan.name}_{kind}")
+        if path not in replaced and path.is_file():
             logger.warning(
                 "%s: stays next to the new masks, and is of an earlier prediction; remove it if not needed", path
             )
@@ -263,37 +281,50 @@ class _Manifest:
 
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
         self._file, self._settings = file, settings
-        self._done = self._read()
-        if file.is_file() and not self._done:
+        if file.is_file() and not self._done():
             logger.info("%s: of other models, settings or another version; masks are made again", file)
 
     def vouches_for(self, scan: Source, state: dict[str, Any]) -> bool:
         """Whether this state of a scan has been segmented by these settings, by this process or another."""
-        self._done = self._read()
-        done = self._done.get(_key(scan), {})
+        done = self._done().get(_key(scan), {})
         return bool(state) and {name: done.get(name) for name in state} == state
 
-    def forget(self, scans: Sequence[Source]) -> None:
-        """Takes scans out of an existing manifest."""
-        if scans and self._file.is_file():
-            self._update({_key(scan): None for scan in scans})
+    def namesake(self, scan: Source) -> str | None:
+        """Another scan, of any settings, whose files have the names of this one's."""
+        return next((key for key, state in self._read()[1].items() if key != _key(scan) and _is_of(state, scan)), None)
+
+    def forget(self, scan: Source) -> None:
+        """Takes a scan out of an existing manifest."""
+        if self._file.is_file():
+            self._update(scan, {})
 
     def record(self, scan: Source, state: dict[str, Any]) -> None:
         """Says that a scan is done."""
-        self._update({_key(scan): state})
+        self._update(scan, {_key(scan): {"name": scan.name, **state}})
 
-    def _update(self, changes: Mapping[str, dict[str, Any] | None]) -> None:
+    def _update(self, scan: Source, entry: Mapping[str, dict[str, Any]]) -> None:
         make_output_dir(self._file.parent / _LOCKS)
         with FileLock(self._file.parent / _LOCKS / f"{MANIFEST}.lock"):
-            merged = {**self._read(), **changes}
-            self._done = {name: state for name, state in merged.items() if state is not None}
-            values = {"settings": self._settings, "scans": self._done}
+            others = {
+                key: state for key, state in self._done().items() if key != _key(scan) and not _is_of(state, scan)
+            }
+            values = {"settings": self._settings, "scans": {**others, **entry}}
             write_text(self._file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
-    def _read(self) -> dict[str, Any]:
-        """The scans that are done by these settings; none where the manifest is absent or cannot be read."""
+    def _done(self) -> dict[str, Any]:
+        """The scans that are done by these settings."""
+        settings, scans = self._read()
+        return scans if settings == self._settings else {}
+
+    def _read(self) -> tuple[Any, dict[str, Any]]:
+        """Settings and scans; none where the manifest is absent or cannot be read."""
         try:
             values = json.loads(self._file.read_text(encoding="utf-8", errors="surrogateescape"))
-            return dict(values["scans"]) if values["settings"] == self._settings else {}
+            return values["settings"], dict(values["scans"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return {}
+            return None, {}
+
+
+def _is_of(state: Any, scan: Source) -> bool:
+    """Whether files of these names are a scan's, on any disk; before 0.18.0 no name was kept."""
+    return isinstance(state, dict) and str(state.get("name", "")).casefold() == scan.name.casefold()

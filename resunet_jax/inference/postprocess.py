@@ -113,7 +113,7 @@ def gate_infection(
             coarse[k // slice_step][inside] |= mask[np.ix_(*(p[p >= 0] for p in pixels))]
     plane = sagittal_plane(coarse.sum(axis=(0, 1)), _coarse_columns(boxes, column_step))
     top, side = (_span(coarse, axis) for axis in (1, 2))  # what lies around the lungs takes memory
-    coarse, plane = coarse[:, top, side].copy(), plane - side.start
+    coarse, plane = coarse[:, top, side].copy(), max(0, plane - side.start)
     left = np.moveaxis(left_lung(np.moveaxis(coarse, 0, -1), plane), -1, 0)
     right = np.logical_xor(coarse, left, out=coarse)
     steps = np.array((slice_step, row_step, column_step))

@@ -235,7 +235,9 @@ def measure(
 
 
 def warnings_of(segmented: SegmentedScan, totals: Totals) -> list[str]:
-    """All that makes the masks of a scan doubtful."""
+    """All that makes the masks of a scan doubtful; nothing without a lung model."""
+    if "lung" not in segmented.packed:
+        return []
     warnings = implausible(totals, segmented.scan.grid.voxel_ml)
     if totals.posterior_signs < _EXCHANGED:
         warnings.append("front and back seem to be exchanged in the header, and the masks are worse for it; correct it")

@@ -18,7 +18,7 @@ from resunet_jax.inference.batch import Finding, Output
 from resunet_jax.inference.scan import SegmentedScan
 from resunet_jax.metrics.lung_sides import LEFT, RIGHT
 from resunet_jax.progress import logger
-from resunet_jax.report.cohort import write_cohort_csv, write_cohort_page
+from resunet_jax.report.cohort import cohort_row, write_cohort_csv, write_cohort_page
 from resunet_jax.report.numbers import (
     CONSOLIDATION_HU,
     SCHEMA_VERSION,
@@ -131,7 +131,8 @@ def write_cohort(folder: Path) -> list[Path]:
     Returns:
       the files; none where there is no report.
     """
-    reports = [report for path in sorted(folder.glob(f"*{REPORT}")) if (report := _read(path)) is not None]
+    paths = [path for path in sorted(folder.glob(f"*{REPORT}")) if not path.name.startswith(".")]  # not half written
+    reports = [report for path in paths if (report := _read(path)) is not None]
     if not reports:
         return []
     write_cohort_csv(folder / COHORT, reports)
@@ -141,9 +142,10 @@ def write_cohort(folder: Path) -> list[Path]:
 
 def _read(path: Path) -> Mapping[str, Any] | None:
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
         if report["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"schema_version {report['schema_version']}")
+        cohort_row(report)
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("%s: left out of the table (%s); remove it, or segment the scan again", path, error)
         return None

@@ -4,6 +4,7 @@ import shutil
 import threading
 from pathlib import Path
 
+import nibabel as nib
 import pytest
 from filelock import FileLock
 
@@ -132,6 +133,37 @@ def test_a_scan_that_another_process_is_at_is_left_until_last(predictor: Predict
             lock.release(force=True)
     assert order == ["c.nii", "a.nii"]
     assert run(good, output, predictor) == {"a.nii": "before", "c.nii": "before"}
+
+
+def test_another_scan_of_the_same_name_is_refused(predictor: Predictor, scans, tmp_path: Path) -> None:
+    """Whatever the models; when its masks are gone, they are no longer vouched for."""
+    output, (first, _, second) = tmp_path / "masks", scans
+    other = second._replace(path=tmp_path / "A.nii.gz", name="a")
+    shutil.copy(second.path, tmp_path / "plain.nii")
+    nib.save(nib.load(tmp_path / "plain.nii"), other.path)
+    run([first], output, predictor)
+    for models in (predictor, dataclasses.replace(predictor, thresholds={"lung": 0.4})):
+        (result,) = segment_scans([other], output, models)
+        assert str(result.error) == f"{other.path}: {output / 'a_lung.nii.gz'} is of another scan, a.nii; " + (
+            "choose another `output_dir`"
+        )
+    assert run([first], output, predictor) == {"a.nii": "before"}
+    for mask in output.glob("*.nii.gz"):
+        mask.unlink()
+    assert run([other], output, predictor) == {"A.nii.gz": "now"}
+    assert run([first], output, predictor) == {"a.nii": "error"}
+
+
+def test_locks_that_cannot_be_made_are_named(
+    predictor: Predictor, scans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(module.FileLock, "acquire", refuse)
+    results = list(segment_scans(scans, tmp_path / "masks", predictor))
+    assert [Path(str(result.error).split(":")[0]).name for result in results] == ["a.lock", "b.lock", "c.lock"]
+    assert all("Permission denied" in str(result.error) for result in results)
 
 
 def test_prefetch_gives_the_items_in_order_and_errors_in_their_place() -> None:

@@ -130,6 +130,20 @@ def test_gate_keeps_infection_in_the_outline_of_a_lung_and_nothing_else(spacing:
     assert not probabilities["infection"][ball(shape, (20, 32, 16), 1)].any()  # the hole, but for its border
 
 
+def test_gate_closes_a_lone_lung_as_one() -> None:
+    """The left one, away from the middle, narrow above what its mask leaves out and wide below."""
+    size, slices = 64, 40
+    lung = np.zeros((slices, size, size), np.float32)
+    lung[5:20, 20:44, 40:] = 1
+    lung[23:38, 20:44, 40:48] = 1
+    infection = np.zeros_like(lung)
+    infection[20:23, 26:38, 42:46] = 1
+    boxes = np.tile(np.array([8, 16, size, size], np.int32), (slices, 1))
+    probabilities = {"lung": lung, "infection": infection.copy()}
+    module.gate_infection(probabilities, 0.5, boxes, Grid((100, 100, slices), axes_of_pls()), 4.0)
+    np.testing.assert_array_equal(probabilities["infection"], infection)
+
+
 def axes_of_pls() -> np.ndarray:
     """An affine whose axes are (posterior, left, superior)."""
     return np.array([[0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], float)

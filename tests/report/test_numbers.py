@@ -152,6 +152,8 @@ def with_spine(rows: slice, lung: np.ndarray = RIGHT_LUNG | LEFT_LUNG, value: fl
 
 def test_exchanged_front_and_back_are_told_by_the_spine_and_by_the_ends_of_the_lungs() -> None:
     behind, in_front = with_spine(slice(48, 55)), with_spine(slice(3, 10))
+    no_lung = dataclasses.replace(in_front, packed={"infection": in_front.packed["infection"]})
+    assert module.warnings_of(no_lung, totals_of(no_lung)) == []  # of an infection model alone
     assert totals_of(behind).posterior_signs == 1
     assert module.warnings_of(behind, totals_of(behind)) == []
     assert totals_of(in_front).posterior_signs == -1

@@ -1,6 +1,7 @@
 """What is written beside the masks, for one scan, for many, and by several processes."""
 
 import csv
+import dataclasses
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from resunet_jax.data.cases import find_cases
 from resunet_jax.data.readers import find_sources
 from resunet_jax.errors import InputError
 from resunet_jax.evaluation.evaluate import evaluate
-from resunet_jax.inference.batch import MANIFEST, segment_scans
+from resunet_jax.inference.batch import MANIFEST, Finding, segment_scans
 from resunet_jax.report.outputs import make_outputs, write_cohort
 from tests.conftest import Trained
 
@@ -124,17 +125,44 @@ def test_a_missing_report_is_made_again_and_another_setting_makes_all_again(
     assert skipped(consolidation_hu=-100.0) == [False, False]
 
 
+def test_no_report_lies_next_to_masks_of_another_prediction(
+    scans: Path, predictor: Predictor, written: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where an output fails after the masks, and where it is no longer asked for."""
+    folder = tmp_path / "copy"
+    shutil.copytree(written, folder)
+    (source,) = find_sources(scans / "a.nii")
+    other = dataclasses.replace(predictor, thresholds={"lung": 0.4})
+
+    def fail(*_) -> Finding:
+        raise InputError("full")
+
+    report = make_outputs()["report"]
+    (result,) = segment_scans([source], folder, other, outputs={"report": report._replace(write=fail)})
+    assert str(result.error) == "full"
+    assert not list(folder.glob("a_report.*"))
+    assert f"{folder / 'a_labels.nii.gz'}: stays next to the new masks" in caplog.text
+    assert "b_" not in caplog.text
+
+
 def test_cohort_lists_every_report_of_the_folder_and_names_what_is_none(
     written: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(written, folder)
     (folder / "c_report.json").write_text("{")
+    (folder / "d_report.json").write_text('{"schema_version": 1}')
+    text = (folder / "a_report.json").read_text(encoding="utf-8")
+    (folder / ".partial-host-1-a_report.json").write_text(text, encoding="utf-8")
+    report = {**json.loads(text), "scan": {**json.loads(text)["scan"], "name": "e\udce9"}}
+    report = json.dumps(report, ensure_ascii=False)
+    (folder / "e_report.json").write_text(report, encoding="utf-8", errors="surrogateescape")
     write_cohort(folder)
-    rows = table(folder)
-    assert [row["name"] for row in rows] == ["a", "b"]
-    assert "c_report.json: left out" in caplog.text
-    page = (folder / "index.html").read_text(encoding="utf-8")
+    with (folder / "cohort.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == ["a", "b", "e\udce9"]
+    for name in ("c", "d"):
+        assert f"{name}_report.json: left out" in caplog.text
+    page = (folder / "index.html").read_text(encoding="utf-8", errors="surrogateescape")
     assert 'href="a_report.html"' in page
     assert write_cohort(tmp_path) == []
 
