@@ -51,7 +51,7 @@ _WEIGHT = np.array(
 _OUT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]], np.float32)
 
 _TILE = 4  # outputs of a row that are computed together
-_WINOGRAD_CHANNELS = 64  # with fewer on either side, the transforms cost more than they save
+_WINOGRAD_CHANNELS = 32  # with fewer on either side, the transforms cost more than they save
 _WINOGRAD_GRADIENT_CHANNELS = 16  # the same for the gradient to the kernel, which XLA computes more slowly
 _WINOGRAD_VALUES = 1_250_000  # of the largest array of a block: 5 MB, about what the cores' caches hold
 _POSITIONS = 1024  # of a block of the direct kernel gradient: 9 × 64 patch values of each are 2.4 MB
