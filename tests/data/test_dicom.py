@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import io
 import logging
 import re
 import sys
@@ -180,14 +181,20 @@ def test_what_is_no_ct_slice_is_left_out_by_name(
     def colour(dataset: pydicom.Dataset, k: int) -> None:
         dataset.SamplesPerPixel = 3
 
+    def dose_report_or_raw_data(dataset: pydicom.Dataset, k: int) -> None:
+        delattr(dataset, "Rows" if k else "ImagePositionPatient")
+
     write_series(tmp_path / "scan", hu)
-    for number, change in enumerate((localizer, pet, colour), 2):
+    for number, change in enumerate((localizer, pet, colour, dose_report_or_raw_data), 2):
         write_series(tmp_path / "scan", hu[..., :number], number=number, change=change)
     (tmp_path / "scan" / "README").write_text("words")
     (tmp_path / "scan" / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
     with caplog.at_level(logging.INFO):
         (source,) = find_sources(tmp_path / "scan")
-    assert "left out: 2 localizer, 4 not monochrome, 3 of modality PT" in caplog.text.replace("\n", " ")
+    assert (
+        "left out: 2 localizer, 4 not monochrome, 3 of modality PT, 5 without a position or pixels"
+        in caplog.text.replace("\n", " ")
+    )
     check(source, hu)
 
     write_series(tmp_path / "views", hu[..., :2], change=localizer)
@@ -251,6 +258,32 @@ def test_a_damaged_slice_refuses_the_series(hu: np.ndarray, tmp_path: Path) -> N
         paths = write_series(tmp_path / name, hu)
         paths[-1].write_bytes(paths[-1].read_bytes()[:cut])
         refuse(tmp_path / name, paths[-1].name)
+
+
+@pytest.mark.parametrize("name", ["IM{:04}", "1.2.840.{}", "IM{:04}.dcm"])
+@pytest.mark.parametrize("kind", ["empty", "stump", "half a header", "link", "no position"])
+def test_what_may_be_a_slice_refuses_the_series(hu: np.ndarray, tmp_path: Path, name: str, kind: str) -> None:
+    """The last one of a copy that was cut off; other files next to the slices are no matter."""
+    folder = tmp_path / "scan"
+    paths = write_series(folder, hu)
+    for number, path in enumerate(paths, 1):
+        path.rename(folder / name.format(number))
+    last = folder / name.format(len(paths))
+    for other in ("README", "VERSION"):
+        (folder / other).touch()
+    (source,) = find_sources(folder)
+    check(source, hu)
+    content = last.read_bytes()
+    last.unlink()
+    if kind == "link":
+        last.symlink_to(tmp_path / "none")
+    elif kind == "no position":
+        dataset = pydicom.dcmread(io.BytesIO(content))
+        del dataset.ImagePositionPatient
+        dataset.save_as(last, enforce_file_format=True)
+    else:
+        last.write_bytes(content[: {"empty": 0, "stump": 300, "half a header": 600}[kind]])
+    refuse(folder, "a damaged DICOM file")
 
 
 def test_no_name_of_a_patient_is_in_any_output(
@@ -428,11 +461,19 @@ def test_dicom_seg_reads_back_as_the_masks(hu: np.ndarray, tmp_path: Path, rng: 
         write_dicom_seg(path, source, grid, {**masks, "right lung": np.zeros(grid.oriented_shape, bool)})
         written = hd.seg.segread(path)
         assert [segment.SegmentLabel for segment in written.SegmentSequence] == ["left lung", "infection"]
-        uids_in_order = [ds.SOPInstanceUID for ds in series_datasets(source)]
+        uids_in_order = [ds.SOPInstanceUID for ds in series_datasets(source)[0]]
         for number, mask in enumerate(masks.values(), 1):
             frames = written.get_pixels_by_source_instance(uids_in_order, segment_numbers=[number])[..., 0]
             np.testing.assert_array_equal(frames > 0, grid.from_pls(mask).T)
         written._db_con.close()
+    write_multiframe(tmp_path / "enhanced.dcm", hu)  # its frames from the upper end to the lower
+    (source,) = find_sources(tmp_path / "enhanced.dcm")
+    mask = rng.random(grid.oriented_shape) < 0.2
+    write_dicom_seg(path, source, grid, {"infection": mask})
+    written = pydicom.dcmread(path)
+    for pixels, frame in zip(written.pixel_array, written.PerFrameFunctionalGroupsSequence, strict=True):
+        z = float(frame.PlanePositionSequence[0].ImagePositionPatient[2])
+        np.testing.assert_array_equal(pixels > 0, grid.from_pls(mask).T[round((z - 100) / 5)])
     gc.collect()  # what `write_dicom_seg` leaves open is warned of here, and not in another test
     with pytest.raises(InputError, match="nothing was found"):
         write_dicom_seg(path, source, grid, {"infection": np.zeros(grid.oriented_shape, bool)})

@@ -11,7 +11,7 @@ import re
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +46,7 @@ DECODERS = {
 JPEG lossless, JPEG-LS, JPEG 2000, RLE."""
 
 _SUFFIXES = (".dcm", ".ima", ".dicom")
+_EMPTY, _NO_IMAGE, _NO_POSITION = "empty or unreadable", "without an image", "without a position or pixels"
 _HEADER = [
     "ImageOrientationPatient",
     "ImagePositionPatient",
@@ -92,7 +93,7 @@ class _Slice(NamedTuple):
 
 
 class _Header(NamedTuple):
-    """What is known of one file before its pixels are read."""
+    """What is known of one file before its pixels are read; without a position or pixels it has no slices."""
 
     member: str
     series: str
@@ -110,21 +111,42 @@ def find_dicom(path: Path) -> list[Source]:
     if not container.is_candidate:
         return []
     series: dict[tuple[Any, ...], list[_Header]] = {}
-    unreadable: list[str] = []
-    left_out: Counter[str] = Counter()
-    for member in container.members():
-        header = _read_header(container, member)
-        if isinstance(header, _Header):
+    headers = {member: _read_header(container, member) for member in container.members()}
+    for header in headers.values():
+        if isinstance(header, _Header) and header.slices:
             series.setdefault(_series_key(header), []).append(header)
-        elif header == "unreadable":
-            unreadable.append(member)
-        else:
-            left_out[header] += 1
+    kinds = dict(_left_out(headers, [header for one in series.values() for header in one]))
+    unreadable = [member for member, kind in kinds.items() if kind == "unreadable"]
+    left_out = Counter(kind for kind in kinds.values() if kind not in (_EMPTY, "unreadable"))
     if left_out:
         what = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
         logger.info("%s: left out: %s", path, what)
     sources = _sources(path, list(series.values()), unreadable)
     return sources + [source for archive in container.archives() for source in _find_archive(archive)]
+
+
+def _left_out(headers: Mapping[str, _Header | str], slices: Sequence[_Header]) -> Iterator[tuple[str, str]]:
+    """The files that are no slices, and what they are; "unreadable" where one may be a slice of these series.
+
+    An empty file or a stump may, where it is named as they are; one without a position or pixels, where its UID is that
+    of a series, whole or cut off.
+    """
+    alike = {_name_kind(header.member) for header in slices}
+    uids = {"", *(header.series for header in slices)}
+    for member, header in headers.items():
+        if isinstance(header, str):
+            may_be_slice = header in (_EMPTY, _NO_IMAGE) and _name_kind(member) in alike
+            yield member, "unreadable" if may_be_slice else header
+        elif not header.slices:
+            may_be_slice = any(uid.startswith(header.series) for uid in uids)
+            yield member, "unreadable" if may_be_slice else _NO_POSITION
+
+
+def _name_kind(member: str) -> tuple[Path, str, bool]:
+    """Alike for the slices of a folder, and not for a README or VERSION; a number after a dot is no suffix."""
+    path = Path(member)
+    suffix = path.suffix.lower()
+    return path.parent, "" if suffix[1:].isdigit() else suffix, any(letter.isdigit() for letter in path.name)
 
 
 def _find_archive(path: Path) -> list[Source]:
@@ -185,8 +207,9 @@ def open_dicom(source: Source) -> Iterator[Scan]:
         raise InputError(f"{source.path}: no CT slices in it; give the folder of one series")
     for member in source.members:
         header = _read_header(container, member)
-        if not isinstance(header, _Header):
-            raise InputError(f"{container.label(member)}: a damaged DICOM file ({header}); export the series again")
+        if isinstance(header, str) or not header.slices:
+            why = header if isinstance(header, str) else _NO_POSITION
+            raise InputError(f"{container.label(member)}: a damaged DICOM file ({why}); export the series again")
         slices += header.slices
     slices, affine, notes = _arrange(source.path, slices)
     dtype = _value_type(slices)
@@ -198,8 +221,10 @@ def open_dicom(source: Source) -> Iterator[Scan]:
         yield Scan(Grid(shape, affine), array.read, array.plane_bytes, notes=notes)
 
 
-def series_datasets(source: Source) -> list[pydicom.Dataset]:
-    """The files of a series without their pixels, in the order of its slices; of a multi-frame file, that file.
+def series_datasets(source: Source) -> tuple[list[pydicom.Dataset], list[int]]:
+    """The files of a series without their pixels, in the order of its slices, and the frame of each slice in its file.
+
+    A multi-frame file is one file, whose frames may lie in another order than the slices.
 
     Raises:
       InputError: as `open_dicom`.
@@ -208,8 +233,10 @@ def series_datasets(source: Source) -> list[pydicom.Dataset]:
     with container.opened():
         headers = [_read_header(container, member) for member in source.members]
         slices = [one for header in headers if isinstance(header, _Header) for one in header.slices]
-        members = dict.fromkeys(one.member for one in _arrange(source.path, slices)[0])
-        return [_dataset(container.read(member), stop_before_pixels=True) for member in members]
+        arranged = _arrange(source.path, slices)[0]
+        members = dict.fromkeys(one.member for one in arranged)
+        datasets = [_dataset(container.read(member), stop_before_pixels=True) for member in members]
+        return datasets, [one.frame for one in arranged]
 
 
 class _Container:
@@ -233,14 +260,15 @@ class _Container:
             return b""
 
     def members(self) -> list[str]:
-        """Names of the files that look like DICOM, in order."""
+        """Names of the files that look like DICOM, or that are empty or cannot be read, in order."""
         if self.path.is_file() and not self.is_zip:
             return [self.path.name]
         with self.opened():
             if self._zip is not None:
                 names = [info.filename for info in _checked(self.path, self._zip)]
             else:
-                paths = [p for p in self.path.rglob("*") if p.is_file() and not p.name.startswith(".")]
+                paths = [p for p in self.path.rglob("*") if not p.name.startswith(".")]
+                paths = [p for p in paths if p.is_file() or not p.exists()]  # a dangling link may be a slice, too
                 names = [p.relative_to(self.path).as_posix() for p in sorted(paths)]
             return [name for name in names if self._is_dicom(name)]
 
@@ -252,9 +280,10 @@ class _Container:
         if name.lower().endswith((".nii", ".nii.gz", ".zip")) or Path(name).name.upper() == "DICOMDIR":
             return False
         try:
-            return _looks_like(name, self.read(name, 132))
+            start = self.read(name, 132)
         except InputError:
-            return name.lower().endswith(_SUFFIXES)
+            return True
+        return not start or _looks_like(name, start)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
@@ -354,9 +383,14 @@ def _dataset(content: bytes, **options: Any) -> pydicom.Dataset:
 
 
 def _read_header(container: _Container, member: str) -> _Header | str:
-    """The header of a file, or why it is left out: "unreadable", or a kind of picture that is no slice."""
+    """The header of a file, or why it is left out: "unreadable", or a kind of file that is no slice."""
     try:
         content = container.read(member)
+    except InputError:
+        content = b""
+    if not content and not member.lower().endswith(_SUFFIXES):
+        return _EMPTY
+    try:
         dataset = _dataset(content, stop_before_pixels=True, specific_tags=_HEADER)
     except Exception:  # pydicom has no common base for what a damaged file makes it raise
         return "unreadable"
@@ -371,18 +405,19 @@ def _read_header(container: _Container, member: str) -> _Header | str:
 def _header(member: str, dataset: pydicom.Dataset) -> _Header | str:
     modality = str(dataset.get("Modality", "")).strip()
     kinds = [str(kind).upper() for kind in dataset.get("ImageType") or ()]
-    if "Modality" not in dataset and "Rows" not in dataset:
-        return "unreadable" if member.lower().endswith(_SUFFIXES) else "without an image"
+    if not modality and "Rows" not in dataset:
+        return "unreadable" if member.lower().endswith(_SUFFIXES) else _NO_IMAGE
     if modality != "CT":
         return f"of modality {re.sub('[^A-Z]', '', modality)[:4] or 'unknown'}"
-    if "Rows" not in dataset or int(dataset.get("SamplesPerPixel", 1)) != 1:
+    if int(dataset.get("SamplesPerPixel", 1)) != 1:
         return "not monochrome"
     if any(word in kind for kind in kinds for word in _LOCALIZERS):
         return "localizer"
     uid = str(dataset.get("SeriesInstanceUID") or "")
     uid = uid if UID(uid).is_valid else ""
     number = dataset.get("SeriesNumber")
-    slices = tuple(_frames(member, dataset))
+    has_position = dataset.get("ImagePositionPatient") or dataset.get("PerFrameFunctionalGroupsSequence")
+    slices = tuple(_frames(member, dataset)) if "Rows" in dataset and has_position else ()
     return _Header(member, uid, "" if number is None else str(int(number)), slices)
 
 
