@@ -20,7 +20,7 @@ from resunet_jax.data.cases import find_cases
 from resunet_jax.data.readers import find_sources
 from resunet_jax.data.slice_cache import prepare_cases
 from resunet_jax.files import atomic_dir, write_text
-from tests.conftest import ROOT, Trained, run_script
+from tests.conftest import ROOT, Trained, run_file, run_script
 
 OTHER_SYSTEM = """
 import os, sys
@@ -252,6 +252,18 @@ def test_a_cache_that_can_no_longer_be_written_is_named_with_its_argument(
     cases = find_cases(trained.data)[:1]
     with pytest.raises(InputError, match=r"No space left on device\); choose another folder with `cache_dir`"):
         prepare_cases(cases, PreprocessConfig(image_size=16), tmp_path / "cache")
+
+
+def test_a_folder_that_one_may_not_enter_is_one_line(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from common import run\n"
+        "def main():\n    raise PermissionError(13, 'Permission denied', '/a/metadata.csv')\n"
+        "run.run(main)\n"
+    )
+    result = run_file(script, env={"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "experiments")])})
+    assert result.returncode == 2
+    assert result.stderr == "error: /a/metadata.csv: Permission denied; check the path and its permissions\n"
 
 
 BOUND = """

@@ -49,8 +49,8 @@ def run(main: Callable[[], None]) -> None:
         except BrokenPipeError:  # of what is printed, as by `| head`; flushing it once more at exit would fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(CLOSED_PIPE)
-        except InputError as error:
-            _fail(with_flags(str(error)))
+        except (InputError, PermissionError) as error:
+            _fail(with_flags(_line(error)))
         except StoppedError as stopped:
             print(stopped, file=sys.stderr)
             sys.exit(STOPPED)
@@ -71,6 +71,13 @@ def _quiet_libraries() -> None:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home folder it uses a temporary one
     for name in ("nibabel.global", "pydicom"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters comes as an `InputError`
+
+
+def _line(error: InputError | PermissionError) -> str:
+    """What is wrong; permissions lack anywhere a path is looked at in a folder that one may not enter."""
+    if isinstance(error, InputError):
+        return str(error)
+    return f"{error.filename}: {error.strerror}; check the path and its permissions"
 
 
 def with_flags(message: str) -> str:

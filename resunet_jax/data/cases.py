@@ -166,6 +166,8 @@ def _from_csv(metadata: Path, problems: list[InputError], readers: Mapping[str, 
             rows = list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{metadata}: not a CSV file ({error}); export it as UTF-8 CSV") from error
+    except OSError as error:
+        raise InputError(f"{metadata}: cannot be read ({error.strerror or error}); change its permissions") from error
     missing = [column for column in COLUMNS if column not in columns]
     if missing:
         raise InputError(f"{metadata}: no column {missing[0]}; it must have {', '.join(COLUMNS)}")

@@ -70,9 +70,10 @@ def air_offset(scan: Scan | Volume, config: PreprocessConfig) -> float:
       config: its normalization says whether to correct the scale.
 
     Returns:
-      the offset; 0 where the normalization is not "air", for a scan in Hounsfield units, and where no air can be seen.
+      the offset; 0 where the normalization is not "air", for a scan in Hounsfield units or an assumed window, and
+      where no air can be seen.
     """
-    if config.normalization != "air" or scan.intensity_scale == "hu":
+    if config.normalization != "air" or scan.intensity_scale != "windowed":
         return 0.0
     level = air_level(scan, config)
     return 0.0 if level is None else hu_to_window(_AIR_HU) - level

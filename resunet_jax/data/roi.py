@@ -49,11 +49,9 @@ def bounding_box(mask: npt.NDArray[np.bool_]) -> Box:
     labels, count = ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)
     if count == 0:
         return Box(0, 0, *mask.shape)
-    if count > 1:
-        sizes = np.bincount(labels.ravel())
-        mask = labels == 1 + sizes[1:].argmax()
-    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    return Box(*(int(n) for n in (rows[0], columns[0], rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1)))
+    largest = np.bincount(labels.ravel())[1:].argmax() if count > 1 else 0
+    rows, columns = ndimage.find_objects(labels)[largest]
+    return Box(rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
 
 
 def body_columns(boxes: npt.NDArray[np.int32]) -> tuple[int, int]:

@@ -31,6 +31,7 @@ from resunet_jax.files import atomic_dir, make_output_dir, remove_dir, write_tex
 from resunet_jax.progress import logger, progress
 
 _FORMAT = 6  # raise it when the same files and settings would give other slices
+_ASSUMED_FORMAT = 2  # the same for scans whose values are assumed
 _MAX_WORKERS = 4  # each holds a volume in memory
 _IN_USE = ".in_use"  # folder of the cache: for each `prepare_cases` whose result is alive, a lock and the names
 
@@ -120,7 +121,7 @@ def content_digests(
 def _digest(
     case: Case, config: PreprocessConfig, readers: Mapping[str, Reader], assumed: tuple[float, float] | None
 ) -> str:
-    settings = [_FORMAT, dataclasses.asdict(config), *([] if assumed is None else [assumed])]
+    settings = [_FORMAT, dataclasses.asdict(config), *([] if assumed is None else [_ASSUMED_FORMAT, assumed])]
     return f"{case.id}-{_short_digest(settings, case, readers)}"
 
 

@@ -214,14 +214,12 @@ def patient_five_fold_split(cases: Sequence[Case], fold: int) -> Split:
     return Split(train, (), test, f"patient_five_fold, fold {fold} of {NUM_FOLDS}{note}")
 
 
-def ratio_split(cases: Sequence[Case], seed: int, val: float = 0.2, test: float = 0.2) -> Split:
-    """Patients in random order: the first test, the next validate, the rest train.
+def ratio_split(cases: Sequence[Case], seed: int) -> Split:
+    """Patients in random order: the first fifth tests, the next validates, at least one each; the rest train.
 
     Args:
       cases: all cases.
       seed: of the order.
-      val: fraction of the patients that validate, at least one of them.
-      test: fraction of the patients that test, at least one of them.
 
     Raises:
       InputError: fewer than three patients.
@@ -233,8 +231,8 @@ def ratio_split(cases: Sequence[Case], seed: int, val: float = 0.2, test: float 
             "add scans, or name the subsets in `split_file`"
         )
     patients = [patients[i] for i in np.random.default_rng(seed).permutation(len(patients))]
-    n_test, n_val = (max(1, round(fraction * len(patients))) for fraction in (test, val))
-    subsets = (patients[n_test + n_val :], patients[n_test : n_test + n_val], patients[:n_test])
+    fifth = max(1, round(0.2 * len(patients)))
+    subsets = (patients[2 * fifth :], patients[fifth : 2 * fifth], patients[:fifth])
     train_ids, val_ids, test_ids = (tuple(case.id for case in cases if case.patient in subset) for subset in subsets)
     return Split(train_ids, val_ids, test_ids, f"ratio, seed {seed}")
 

@@ -15,7 +15,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
-IntensityScale = Literal["hu", "windowed"]
+IntensityScale = Literal["hu", "windowed", "assumed"]
 
 HU_WINDOW = (-1250.0, 250.0)
 """The part of the Hounsfield scale that is mapped to [0, 1]; scans in 0..255 are taken to come clipped to it."""
@@ -98,7 +98,8 @@ class Volume:
 
     Attributes:
       values: (rows, columns, slices) as in the file, oriented (posterior, left, superior); a number type.
-      intensity_scale: "hu" for Hounsfield units, "windowed" for 0..255 over `HU_WINDOW`.
+      intensity_scale: "hu" for Hounsfield units, "windowed" for 0..255 over `HU_WINDOW`, "assumed" for 0..255 over a
+        window that `parse_assumption` gave.
       grid: of the whole scan.
       stored_window: the values that HU -1250 and 250 are, where they are not those of the intensity scale.
     """

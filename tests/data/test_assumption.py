@@ -2,6 +2,7 @@
 
 That each script hands it on: `tests/test_experiments.py`."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -9,13 +10,17 @@ import numpy as np
 import pytest
 
 from resunet_jax.config import Config, PreprocessConfig
+from resunet_jax.data import slice_cache
 from resunet_jax.data.cases import find_cases
 from resunet_jax.data.intensity import parse_assumption
+from resunet_jax.data.preprocess import air_offset
+from resunet_jax.data.readers import read_volume
 from resunet_jax.data.slice_cache import prepare_cases
 from resunet_jax.data.splits import SplitRequest
 from resunet_jax.data.validate import check_data
 from resunet_jax.errors import InputError
 from resunet_jax.evaluation.evaluate import evaluate
+from resunet_jax.recipes import ORIGINAL_BODY_THRESHOLDS
 from resunet_jax.training.train import train
 from tests.conftest import TINY, Trained, store_in_window
 
@@ -51,6 +56,40 @@ def test_slices_are_those_of_the_scan_in_hounsfield_units(exported: Path, phanto
         inside = np.maximum(one.images, (LOW + 1250) / 1500)  # what is darker was clipped
         assert np.abs(inside - other.images).mean() < 1.5 * LEVEL
         np.testing.assert_array_equal(one.lung, other.lung)
+
+
+def test_body_is_separated_as_in_other_scans_in_0_to_255(phantom: Path, tmp_path: Path) -> None:
+    """By the recipe of the original, whose threshold depends on the scale; --assume=hu is the other scale."""
+    config = PreprocessConfig(32, normalization="minmax", body_thresholds_minmax=ORIGINAL_BODY_THRESHOLDS)
+    case = [case for case in find_cases(phantom) if case.source == "radiopaedia"][:1]
+    plain, window, hu = (
+        prepare_cases(case, config, tmp_path, assumed=assumption and parse_assumption(assumption))[0]
+        for assumption in (None, "window:-1250,250", "hu")
+    )
+    np.testing.assert_array_equal(window.boxes, plain.boxes)
+    np.testing.assert_array_equal(window.images, plain.images)
+    assert not np.array_equal(hu.boxes, plain.boxes)
+
+
+def test_air_is_not_moved_where_the_window_is_known(phantom: Path) -> None:
+    ct = next(case.ct for case in find_cases(phantom) if case.source == "radiopaedia")
+    volume = read_volume(ct, assumed=parse_assumption("window:-1350,150"))
+    config = PreprocessConfig(normalization="air")
+    assert air_offset(volume, config) == 0
+    assert air_offset(dataclasses.replace(volume, intensity_scale="windowed"), config) != 0
+
+
+def test_the_format_of_assumed_scans_is_theirs_alone(
+    phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def digests() -> list[str]:
+        case = find_cases(phantom)[:1]
+        return [prepare_cases(case, CONFIG, tmp_path, assumed=assumed)[0].digest for assumed in (None, ASSUMED)]
+
+    judged, assumed = digests()
+    monkeypatch.setattr(slice_cache, "_ASSUMED_FORMAT", 0)
+    assert digests()[0] == judged
+    assert digests()[1] != assumed
 
 
 def test_slices_of_another_assumption_are_not_taken(exported: Path, tmp_path: Path) -> None:

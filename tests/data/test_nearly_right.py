@@ -16,6 +16,7 @@ from resunet_jax.data.readers import (
     READERS,
     Reader,
     digest,
+    disk,
     find_sources,
     list_sources,
     open_scan,
@@ -23,7 +24,7 @@ from resunet_jax.data.readers import (
     read_mask,
     read_volume,
 )
-from resunet_jax.data.readers.nifti import write_nifti
+from resunet_jax.data.readers.nifti import header_problems, nifti_writer, write_nifti
 from resunet_jax.data.readers.source import Source, by_suffix, file_digest
 from resunet_jax.data.slice_cache import prepare_cases
 from resunet_jax.data.volume import Grid, scan_from_array
@@ -146,6 +147,50 @@ def test_a_qform_serves_where_the_sform_is_empty(copy, scan: Path) -> None:
     assert not nib.load(path).affine[:3].any()
     np.testing.assert_allclose(read_grid(path).affine, nib.load(scan).affine, atol=1e-4)
     same(path, scan)
+
+
+def test_a_qform_that_is_no_rotation_is_a_finding_or_refused(copy) -> None:
+    path = copy("scan.nii", change=lambda image: (image.set_sform(image.affine, 1), image.set_qform(image.affine, 1)))
+    content = bytearray(path.read_bytes())
+    content[256:268] = np.array([1.001, 0, 0], "<f4").tobytes()  # quatern_b to quatern_d
+    path.write_bytes(content)
+    assert [kind for kind, _ in header_problems(read_grid(path))] == ["affine"]
+    content[280:328] = bytes(48)  # srow_x to srow_z
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{path.name}: its affine does not say"):
+        read_grid(path)
+
+
+def test_what_one_may_not_look_at_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    for name, call, message in (
+        ("iterdir", list_sources, "cannot be listed"),
+        ("stat", find_sources, "cannot be read"),
+        ("open", find_cases, "metadata.csv: cannot be read"),
+    ):
+        (tmp_path / "metadata.csv").touch()
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, refuse)
+            with pytest.raises(InputError, match=rf"^{tmp_path}.*{message} \(Permission denied\); .* permissions$"):
+                call(tmp_path)
+
+
+def test_a_full_temporary_folder_is_named_before_anything_is_written(
+    scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    grid = read_grid(scan)
+    monkeypatch.setattr(disk, "reserve", is_full)
+    with (
+        pytest.raises(InputError, match=r"no room for .* set TMPDIR"),
+        nifti_writer(tmp_path / "a.nii", np.uint8, grid),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_labels_that_are_off_by_rounding_are_labels(copy, scan: Path) -> None:

@@ -14,7 +14,7 @@ from resunet_jax.data.intensity import FAT_HU, SAMPLED_SLICES, calibration, infe
 from resunet_jax.data.readers import dicom, itk, nifti
 from resunet_jax.data.readers.source import Source as Source
 from resunet_jax.data.readers.source import by_suffix, file_digest
-from resunet_jax.data.volume import Array, Grid, Scan, Volume, max_corner_distance_mm
+from resunet_jax.data.volume import HU_WINDOW, Array, Grid, Scan, Volume, max_corner_distance_mm
 from resunet_jax.errors import InputError
 from resunet_jax.progress import logger
 
@@ -63,8 +63,12 @@ def find_sources(path: str | Path, readers: Mapping[str, Reader] = READERS, seri
       InputError: nothing there, no scan in it, no such series, or two scans of one name, in any case.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder; check the path")
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise InputError(f"{path}: no such file or folder; check the path") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
     sources = list_sources(path, readers)
     if not sources:
         where = "no scan in it" if path.is_dir() else "not a scan"
@@ -152,7 +156,9 @@ def judge_scan(scan: Scan, path: Path, *, assumed: tuple[float, float] | None = 
     if low == high:
         raise InputError(f"{path}: every voxel is {low:g}, so this is not a scan; export it again")
     if assumed is not None:
-        return dataclasses.replace(scan, stored_window=assumed)
+        return dataclasses.replace(
+            scan, intensity_scale="hu" if assumed == HU_WINDOW else "assumed", stored_window=assumed
+        )
     sample = scan.sample_slices(SAMPLED_SLICES)
     scale = infer_scale(path, sample, (low, high), physical=physical)
     if not physical:

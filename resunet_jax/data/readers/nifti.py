@@ -3,8 +3,8 @@
 import contextlib
 import dataclasses
 import gzip
+import math
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ from nibabel.orientations import OrientationError, io_orientation
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
-from resunet_jax.data.readers.disk import DiskArray, axis_last
+from resunet_jax.data.readers.disk import DiskArray, axis_last, temporary_file
 from resunet_jax.data.readers.source import Source
 from resunet_jax.data.volume import Array, Grid, Scan, max_corner_distance_mm
 from resunet_jax.errors import InputError, first_line
@@ -76,11 +76,21 @@ def header_problems(grid: Grid) -> Iterator[tuple[str, str]]:
     if codes == (0, 0):
         yield "codes", "sform and qform code are 0, so left and right are a guess; set them"
     if codes is not None and all(codes):
-        forms = (np.asarray(form, np.float64) for form in (grid.header.get_sform(), grid.header.get_qform()))
-        sform, qform = (dataclasses.replace(grid, affine=form) for form in forms)
-        apart = max_corner_distance_mm(sform, qform)
+        sform, qform = np.asarray(grid.header.get_sform(), np.float64), _qform(grid.header)
+        if qform is None:
+            yield "affine", "the qform is no rotation; the sform is used, set the qform equal to it"
+            return
+        apart = max_corner_distance_mm(*(dataclasses.replace(grid, affine=form) for form in (sform, qform)))
         if apart > 0.5 * min(grid.spacing_mm):
             yield "affine", f"sform and qform lie {apart:.1f} mm apart; the sform is used, set the qform equal to it"
+
+
+def _qform(header: Any) -> npt.NDArray[np.float64] | None:
+    """None where its quaternion is none of a rotation."""
+    try:
+        return np.asarray(header.get_qform(), np.float64)
+    except (ValueError, HeaderDataError):
+        return None
 
 
 def write_nifti(path: Path, array: Array, grid: Grid) -> None:
@@ -110,9 +120,9 @@ def nifti_writer(path: Path, dtype: npt.DTypeLike, grid: Grid) -> Iterator[Calla
     header.set_data_dtype(dtype)
     header["cal_min"] = header["cal_max"] = header["vox_offset"] = 0
     header.set_slope_inter(1, 0)
-    with atomic_file(path) as partial, tempfile.TemporaryFile() as file:
+    size = math.prod(grid.shape) * header.get_data_dtype().itemsize
+    with atomic_file(path) as partial, temporary_file(size, path) as file:
         array = DiskArray(file, 0, header.get_data_dtype(), grid.shape)
-        file.truncate(array.plane_bytes * grid.shape[2])
 
         def write(start: int, values: Array) -> None:
             axis, first, _ = grid.file_slices(start, start + values.shape[-1])
@@ -124,19 +134,6 @@ def nifti_writer(path: Path, dtype: npt.DTypeLike, grid: Grid) -> Iterator[Calla
             target.write(bytes(int(header["vox_offset"]) - target.tell()))
             file.seek(0)
             shutil.copyfileobj(file, target, _CHUNK_BYTES)
-
-
-@contextlib.contextmanager
-def _in_temporary_folder() -> Iterator[None]:
-    """Around what writes there: a full folder is named, not the scan."""
-    try:
-        yield
-    except OSError as error:
-        where = tempfile.gettempdir()
-        reason = error.strerror or error
-        raise InputError(
-            f"{where}: cannot hold the voxels ({reason}); free it, or set TMPDIR to another folder"
-        ) from error
 
 
 def _new_header(grid: Grid) -> Any:
@@ -211,15 +208,13 @@ def _voxels(path: Path, image: Any) -> Iterator[DiskArray]:
         with path.open("rb") as file:
             yield DiskArray(file, offset, dtype, shape)
         return
-    with tempfile.TemporaryFile() as unpacked:
+    with temporary_file(needed, path) as unpacked:
         try:
             with gzip.open(path) as packed:
                 while unpacked.tell() < needed and (chunk := packed.read(min(_CHUNK_BYTES, needed - unpacked.tell()))):
-                    with _in_temporary_folder():
-                        unpacked.write(chunk)
+                    unpacked.write(chunk)
                 packed.read(1)  # checks, where the voxels are the end, that they are what was packed
-            with _in_temporary_folder():
-                unpacked.flush()
+            unpacked.flush()
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"{path}: its voxels cannot be read ({first_line(error)}); copy it again") from error
         if unpacked.tell() < needed:
@@ -242,8 +237,8 @@ def _grid(path: Path, image: Any) -> Grid:
     header = image.header
     unit = int(header["xyzt_units"]) % 8  # the rest is the unit of time, which nobody needs and which may be unknown
     affine = np.asarray(image.affine, dtype=np.float64)
-    if not _is_valid(affine) and int(header["qform_code"]) > 0:
-        affine = np.asarray(header.get_qform(), dtype=np.float64)
+    if not _is_valid(affine) and int(header["qform_code"]) > 0 and (qform := _qform(header)) is not None:
+        affine = qform
         logger.warning("%s: its sform says nothing; taking its qform", path)
     affine[:3] *= _MM.get(unit, 1.0)
     if not _is_valid(affine):

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from resunet_jax.errors import InputError
+
 
 class Source(NamedTuple):
     """One scan that a reader has found.
@@ -34,7 +36,10 @@ def by_suffix(suffixes: tuple[str, ...]) -> Callable[[Path], list[Source]]:
         return [Source(path, path.name[: -max(map(len, matching))])]
 
     def find(path: Path) -> list[Source]:
-        return one(path) or (sorted(s for entry in path.iterdir() for s in one(entry)) if path.is_dir() else [])
+        try:
+            return one(path) or (sorted(s for entry in path.iterdir() for s in one(entry)) if path.is_dir() else [])
+        except OSError as error:
+            raise InputError(f"{path}: cannot be listed ({error.strerror or error}); change its permissions") from error
 
     return find
 
