@@ -26,12 +26,11 @@ def main() -> None:
     predictor = load_predictor(**settings.checkpoint_arguments(), architectures=load_plugins().architectures)
     if predictor.lung is None or predictor.infection is None:
         raise InputError("a cascade is exported: give --lung_checkpoint and --infection_checkpoint, or neither")
-    thresholds = {name: predictor.threshold(name) for name in predictor.structures}
     metadata = write_export(
         output,
         predictor.lung,
         predictor.infection,
-        thresholds=thresholds,
+        thresholds=predictor.mask_thresholds,
         temperature=None if predictor.record is None else predictor.record.temperature,
         from_hu=FLAGS.from_hu,
     )

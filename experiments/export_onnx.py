@@ -37,11 +37,10 @@ def main() -> None:
     if predictor.lung is None or predictor.infection is None:
         raise InputError("a cascade is exported: give --lung_checkpoint and --infection_checkpoint, or neither")
     pair = predictor.lung, predictor.infection
-    thresholds = {name: predictor.threshold(name) for name in predictor.structures}
     size, channels = predictor.preprocess.image_size, predictor.preprocess.channels
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of every shape that it leaves out
     model = jax2onnx.to_onnx(
-        cascade_program(*pair, thresholds=thresholds),
+        cascade_program(*pair, thresholds=predictor.mask_thresholds),
         [("b", size, size, channels)],
         model_name="cascade",
         input_names=["images"],
@@ -50,7 +49,9 @@ def main() -> None:
     del model.graph.value_info[:]  # shapes within the graph, of which the converter notes some in another order
     form = {"format": f"ONNX, opset {model.opset_import[0].version}"}
     # Of the probabilities as the models give them: the file has no calibrated one.
-    write_files(output, model.SerializeToString(), {**form, **describe_cascade(*pair, thresholds=thresholds)})
+    write_files(
+        output, model.SerializeToString(), {**form, **describe_cascade(*pair, thresholds=predictor.mask_thresholds)}
+    )
     print(f"{output.resolve()}: images float32 (b, {size}, {size}, {channels})")
 
 

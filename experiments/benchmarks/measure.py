@@ -157,7 +157,7 @@ def print_rows(rows: Sequence[Row]) -> None:
     wide_console().print(table)
 
 
-def in_subprocess(code: str, *, environment: dict[str, str] | None = None) -> tuple[str, float, float]:
+def in_subprocess(code: str) -> tuple[str, float, float]:
     """Runs Python code, which can import this package, in a process of its own.
 
     Returns:
@@ -173,7 +173,7 @@ def in_subprocess(code: str, *, environment: dict[str, str] | None = None) -> tu
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+        env={**os.environ, "PYTHONPATH": path},
     )
     seconds = time.perf_counter() - start
     if done.returncode:

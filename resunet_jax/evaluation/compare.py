@@ -216,7 +216,7 @@ def _accumulate(sums: dict[str, Any], key: str, value: Any) -> None:
 def _settings(predictor: Predictor) -> dict[str, Any]:
     """How masks, reported probabilities and intervals are made."""
     settings: dict[str, Any] = {
-        "threshold": {structure: predictor.threshold(structure) for structure in predictor.structures},
+        "threshold": predictor.mask_thresholds,
         "min_component_fraction": predictor.min_component_fraction,
         "infection_postprocess": predictor.infection_postprocess,
     }
@@ -249,7 +249,7 @@ def _uncertainty(predictor: Predictor, row: Mapping[str, Any], pairwise_dice: fl
 
 def _seen_in(predictor: Predictor, patient: str) -> str:
     """Where one of the models has seen a patient: "train", "val", or ""."""
-    configs = [model.config for model in (predictor.lung, predictor.infection) if model is not None]
+    configs = [model.config for model in predictor.models.values()]
     subsets = {"train": [c.train_patients for c in configs], "val": [c.val_patients for c in configs]}
     return next((name for name, groups in subsets.items() if any(patient in group for group in groups)), "")
 
@@ -331,8 +331,8 @@ def _overlay(
     return Overlay(
         f"{prepared.case.id} slice {k}",
         volume.normalize_hu(k),
-        {structure: reference[..., k] for structure, (_, reference) in pairs.items()},
-        {structure: predicted[..., k] for structure, (predicted, _) in pairs.items()},
+        {structure: reference[..., k].copy() for structure, (_, reference) in pairs.items()},
+        {structure: predicted[..., k].copy() for structure, (predicted, _) in pairs.items()},
     )
 
 

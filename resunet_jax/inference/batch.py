@@ -18,7 +18,6 @@ from resunet_jax.files import make_output_dir, write_text
 from resunet_jax.inference.predictor import Predictor
 from resunet_jax.inference.scan import SegmentedScan, mask_paths, prefetch, segment_opened
 from resunet_jax.progress import logger
-from resunet_jax.weights.store import fingerprint
 
 MANIFEST = "masks.json"
 """File of the output folder that says which scans were segmented, and how."""
@@ -249,13 +248,12 @@ def _settings(
 ) -> dict[str, Any]:
     """All that decides what the files of a scan are."""
     record = None if predictor.record is None else json.loads(predictor.record.to_json())
-    models = {name: getattr(predictor, name) for name in predictor.structures}
     return {
         "models": {
-            name: {"fingerprint": fingerprint(model.variables), "config": to_dict(model.config)}
-            for name, model in models.items()
+            name: {"fingerprint": predictor.fingerprints[name], "config": to_dict(model.config)}
+            for name, model in predictor.models.items()
         },
-        "thresholds": {name: predictor.threshold(name) for name in models},
+        "thresholds": predictor.mask_thresholds,
         "probabilities": save_probabilities,
         "assumed": None if assumed is None else list(assumed),
         "outputs": {name: output.settings for name, output in outputs.items()},

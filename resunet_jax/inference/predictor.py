@@ -70,11 +70,26 @@ class Predictor:
     thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     record: UncertaintyRecord | None = None
 
+    @functools.cached_property
+    def models(self) -> dict[str, LoadedModel]:
+        """By structure, those that there are."""
+        both = {"lung": self.lung, "infection": self.infection}
+        return {name: model for name, model in both.items() if model is not None}
+
     @property
     def structures(self) -> tuple[str, ...]:
         """What it segments: "lung", "infection" or both."""
-        models = {"lung": self.lung, "infection": self.infection}
-        return tuple(name for name, model in models.items() if model is not None)
+        return tuple(self.models)
+
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """By structure, of the model's variables."""
+        return {name: fingerprint(model.variables) for name, model in self.models.items()}
+
+    @property
+    def mask_thresholds(self) -> dict[str, float]:
+        """By structure, see `threshold`."""
+        return {name: self.threshold(name) for name in self.models}
 
     @property
     def preprocess(self) -> PreprocessConfig:
@@ -125,7 +140,7 @@ class Predictor:
     def mask_settings(self) -> dict[str, Any]:
         """What besides the models decides the masks, in JSON values."""
         return {
-            "thresholds": {name: self.threshold(name) for name in self.structures},
+            "thresholds": self.mask_thresholds,
             "min_component_fraction": self.min_component_fraction,
             "infection_postprocess": self.infection_postprocess,
         }
@@ -263,7 +278,7 @@ class Predictor:
 
     @functools.cached_property
     def _jitted(self) -> dict[str, Callable[[Variables, FloatArray], jax.Array]]:
-        return {name: jitted_probability(getattr(self, name)) for name in self.structures}
+        return {name: jitted_probability(model) for name, model in self.models.items()}
 
 
 def jitted_probability(loaded: LoadedModel) -> Callable[[Variables, FloatArray], jax.Array]:

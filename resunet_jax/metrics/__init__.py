@@ -109,7 +109,7 @@ METRICS: dict[str, Metric] = {
     "accuracy": Metric(lambda c: c.overlap["accuracy"], "accuracy"),
     "nsd": Metric(lambda c: c.surface["nsd"], "NSD"),
     "hd95_mm": Metric(lambda c: c.surface["hd95_mm"], "HD95", "mm"),
-    "lesion_recall": Metric(lambda c: c.lesions["lesion_recall"], "lesions found"),
+    "lesion_recall": Metric(lambda c: c.lesions["lesion_recall"], "lesion sens."),
     "false_positive_lesions": Metric(lambda c: c.lesions["false_positive_lesions"], "FP lesions"),
     "volume_error_ml": Metric(lambda c: c.volumes_ml[0] - c.volumes_ml[1], "error", "ml"),
     "lung_involvement_error": Metric(lambda c: c.lung_involvement[0] - c.lung_involvement[1], "involvement error"),

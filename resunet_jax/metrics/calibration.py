@@ -115,11 +115,6 @@ class LogitHistogram:
         return LogitHistogram(self.counts + other.counts)
 
     @property
-    def pixels(self) -> int:
-        """How many there are."""
-        return int(self.counts.sum())
-
-    @property
     def has_both(self) -> bool:
         """Whether pixels lie inside and outside the structure."""
         return bool(self.counts.any(axis=1).all())

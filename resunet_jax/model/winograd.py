@@ -184,8 +184,9 @@ def _kernel_gradient(x: jax.Array, g: jax.Array, layout: _Layout, size: tuple[in
     return _direct_kernel_gradient(x, g, layout, size)
 
 
-def _conv_fwd(x: jax.Array, kernel: jax.Array, layout: _Layout) -> tuple[jax.Array, Any]:
-    return _conv(x, kernel, layout), (x, kernel)
+def _saving(operation: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, Any]]:
+    """The operation, which also gives its two arrays to its derivative."""
+    return lambda a, b, *settings: (operation(a, b, *settings), (a, b))
 
 
 def _conv_bwd(layout: _Layout, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -196,21 +197,11 @@ def _conv_bwd(layout: _Layout, saved: Any, g: jax.Array) -> tuple[jax.Array, jax
     )
 
 
-def _input_gradient_fwd(
-    g: jax.Array, kernel: jax.Array, layout: _Layout, size: tuple[int, int]
-) -> tuple[jax.Array, Any]:
-    return _input_gradient(g, kernel, layout, size), (g, kernel)
-
-
 def _input_gradient_bwd(
     layout: _Layout, size: tuple[int, int], saved: Any, x: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     g, kernel = saved
     return _conv(x, kernel, layout), _kernel_gradient(x, g, layout, kernel.shape[:2])
-
-
-def _kernel_gradient_fwd(x: jax.Array, g: jax.Array, layout: _Layout, size: tuple[int, int]) -> tuple[jax.Array, Any]:
-    return _kernel_gradient(x, g, layout, size), (x, g)
 
 
 def _kernel_gradient_bwd(
@@ -220,9 +211,9 @@ def _kernel_gradient_bwd(
     return _input_gradient(g, kernel, layout, x.shape[1:3]), _conv(x, kernel, layout)
 
 
-_conv.defvjp(_conv_fwd, _conv_bwd)
-_input_gradient.defvjp(_input_gradient_fwd, _input_gradient_bwd)
-_kernel_gradient.defvjp(_kernel_gradient_fwd, _kernel_gradient_bwd)
+_conv.defvjp(_saving(_conv), _conv_bwd)
+_input_gradient.defvjp(_saving(_input_gradient), _input_gradient_bwd)
+_kernel_gradient.defvjp(_saving(_kernel_gradient), _kernel_gradient_bwd)
 
 
 # 3×3, stride 1. Jitted, here and below, so that layers of one shape are traced and lowered once.

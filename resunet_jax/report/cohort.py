@@ -13,32 +13,38 @@ from resunet_jax.report.markup import fill_page, number
 Report = Mapping[str, Any]
 Cell = str | int | float | None
 
-COHORT_COLUMNS: dict[str, str] = {
-    "name": "of the scan; its page is <name>_report.html",
-    "file": "file or folder it was read from",
-    "slices": "axial slices",
-    "lung_ml": "volume of both lungs, infection included, ml",
-    "left_lung_ml": "volume of the left lung, ml",
-    "right_lung_ml": "volume of the right lung, ml",
-    "infection_ml": "volume of the infection, ml",
-    "involvement_percent": "infected part of the lung volume, %",
-    "left_percent": "the same of the left lung, %",
-    "right_percent": "the same of the right lung, %",
-    "grade": "0 to 5: none, below 5, 25, 50, 75 %, and from 75 %",
-    "ground_glass_ml": "infection that is not consolidation, ml",
-    "consolidation_ml": "infection above the threshold of consolidation, ml",
-    "infection_mean_hu": "mean of the infection, HU",
-    "lesions": "connected components of the infection",
-    "warnings": "warnings, joined by ' | '",
-    "version": "of resunet-jax",
-    "seconds": "time it took, s",
-    "infection_low_ml": "interval of the infection's volume, from, ml; the report says what it is worth",
-    "infection_high_ml": "to, ml",
-    "involvement_low_percent": "interval of the involvement, from, %",
-    "involvement_high_percent": "to, %",
-    "pairwise_dice": "agreement of members, 0 to 1: low where the infection's mask is doubtful",
+COHORT_COLUMNS: dict[str, tuple[str, str]] = {
+    "name": ("scan.name", "of the scan; its page is <name>_report.html"),
+    "file": ("scan.file", "file or folder it was read from"),
+    "slices": ("scan.slices", "axial slices"),
+    "lung_ml": ("lung.volume_ml", "volume of both lungs, infection included, ml"),
+    "left_lung_ml": ("lung.left_ml", "volume of the left lung, ml"),
+    "right_lung_ml": ("lung.right_ml", "volume of the right lung, ml"),
+    "infection_ml": ("infection.volume_ml", "volume of the infection, ml"),
+    "involvement_percent": ("infection.involvement_percent", "infected part of the lung volume, %"),
+    "left_percent": ("involvement.left.percent", "the same of the left lung, %"),
+    "right_percent": ("involvement.right.percent", "the same of the right lung, %"),
+    "grade": ("grade", "0 to 5: none, below 5, 25, 50, 75 %, and from 75 %"),
+    "ground_glass_ml": ("infection.ground_glass_ml", "infection that is not consolidation, ml"),
+    "consolidation_ml": ("infection.consolidation_ml", "infection above the threshold of consolidation, ml"),
+    "infection_mean_hu": ("infection.mean_hu", "mean of the infection, HU"),
+    "lesions": ("infection.lesions", "connected components of the infection"),
+    "warnings": ("warnings", "warnings, joined by ' | '"),
+    "version": ("version", "of resunet-jax"),
+    "seconds": ("seconds", "time it took, s"),
+    "infection_low_ml": (
+        "infection.volume_interval_ml.0",
+        "interval of the infection's volume, from, ml; the report says what it is worth",
+    ),
+    "infection_high_ml": ("infection.volume_interval_ml.1", "to, ml"),
+    "involvement_low_percent": ("infection.involvement_interval_percent.0", "interval of the involvement, from, %"),
+    "involvement_high_percent": ("infection.involvement_interval_percent.1", "to, %"),
+    "pairwise_dice": (
+        "uncertainty.pairwise_dice",
+        "agreement of members, 0 to 1: low where the infection's mask is doubtful",
+    ),
 }
-"""Columns of the CSV in order, and what they mean; an undefined value is an empty cell."""
+"""Columns of the CSV in order: where a report has them, and what they mean; an undefined value is an empty cell."""
 
 _SHOWN: dict[str, tuple[str, Callable[[Any], str]]] = {
     "slices": ("Slices", number),
@@ -60,35 +66,16 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 def cohort_row(report: Report) -> dict[str, Cell]:
     """One scan as a row: a value for each of `COHORT_COLUMNS`, None where it is not defined."""
-    scan, lung, infection = report["scan"], report["lung"], report["infection"]
-    sides = report["involvement"]
-    ml = infection.get("volume_interval_ml") or (None, None)
-    percent = infection.get("involvement_interval_percent") or (None, None)
-    return {
-        "name": scan["name"],
-        "file": scan["file"],
-        "slices": scan["slices"],
-        "lung_ml": lung["volume_ml"],
-        "left_lung_ml": lung["left_ml"],
-        "right_lung_ml": lung["right_ml"],
-        "infection_ml": infection["volume_ml"],
-        "involvement_percent": infection["involvement_percent"],
-        "left_percent": (sides.get("left") or {}).get("percent"),
-        "right_percent": (sides.get("right") or {}).get("percent"),
-        "grade": report["grade"],
-        "ground_glass_ml": infection["ground_glass_ml"],
-        "consolidation_ml": infection["consolidation_ml"],
-        "infection_mean_hu": infection["mean_hu"],
-        "lesions": infection["lesions"],
-        "warnings": " | ".join(map(str, report["warnings"])),
-        "version": report["version"],
-        "seconds": report["seconds"],
-        "infection_low_ml": ml[0],
-        "infection_high_ml": ml[1],
-        "involvement_low_percent": percent[0],
-        "involvement_high_percent": percent[1],
-        "pairwise_dice": (report.get("uncertainty") or {}).get("pairwise_dice"),
-    }
+    row = {name: _value(report, path) for name, (path, _) in COHORT_COLUMNS.items()}
+    return {**row, "warnings": " | ".join(map(str, report["warnings"]))}
+
+
+def _value(report: Report, path: str) -> Any:
+    """What stands at a path of keys and indices; None where something on the way is absent or null."""
+    value: Any = report
+    for key in path.split("."):
+        value = (value[int(key)] if key.isdecimal() else value.get(key)) if value else None
+    return value
 
 
 def write_cohort_csv(path: Path, reports: Iterable[Report]) -> None:

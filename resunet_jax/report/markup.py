@@ -43,11 +43,10 @@ def to_base85(data: bytes) -> str:
     return base64.b85encode(data).decode().translate(_SAFE)
 
 
-def table_row(cells: Sequence[str], header: str = "th") -> str:
+def table_row(cells: Sequence[str]) -> str:
     """A row of a table: a header, then values; the cells are HTML."""
     values = "".join(f"<td>{cell}</td>" for cell in cells[1:])
-    scope = ' scope="row"' if header == "th" else ""
-    return f"<tr><{header}{scope}>{cells[0]}</{header}>{values}</tr>"
+    return f'<tr><th scope="row">{cells[0]}</th>{values}</tr>'
 
 
 def items(texts: Sequence[object]) -> str:

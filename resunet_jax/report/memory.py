@@ -32,12 +32,12 @@ class Segmentation(NamedTuple):
 
 
 def segment_volume(hu: Array, affine: npt.NDArray[np.float64], model: Predictor | None = None) -> Segmentation:
-    """Segments a scan in memory; the masks are those that `segment_scan` writes, voxel for voxel.
+    """Segments a scan in memory: `lung > 0` and `infection` are what `segment_scan` writes, voxel for voxel.
 
     Args:
       hu: (x, y, z), a number type, in Hounsfield units (or 0..255, see `infer_scale`).
       affine: (4, 4), voxel index to mm in RAS, as nibabel has it.
-      model: both models; by default `load_pretrained()`, which a caller of many scans should keep.
+      model: a `Predictor` of both structures; by default `load_pretrained()`, which a caller of many scans should keep.
 
     Raises:
       InputError: not three axes, NaN or infinite voxels, a singular affine, no chest CT, or one model alone.

@@ -16,7 +16,6 @@ from resunet_jax.metrics.lesions import SMALLEST_LESION_ML
 from resunet_jax.metrics.lung_sides import LEFT, RIGHT, left_lung, sagittal_plane
 from resunet_jax.metrics.severity import component_sizes, grade, involvement_percent, thirds
 from resunet_jax.report.markup import DISCLAIMER
-from resunet_jax.weights.store import fingerprint
 
 SCHEMA_VERSION = 1
 
@@ -360,10 +359,8 @@ def _uncertainty(segmented: SegmentedScan) -> dict[str, Any]:
 
 def _models(segmented: SegmentedScan) -> dict[str, Any]:
     predictor = segmented.predictor
-    return {
-        name: {"fingerprint": fingerprint(getattr(predictor, name).variables), "threshold": predictor.threshold(name)}
-        for name in predictor.structures
-    }
+    thresholds = predictor.mask_thresholds
+    return {name: {"fingerprint": it, "threshold": thresholds[name]} for name, it in predictor.fingerprints.items()}
 
 
 def _settings(segmented: SegmentedScan) -> dict[str, Any]:

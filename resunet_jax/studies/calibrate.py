@@ -7,8 +7,10 @@ interval (`cv_plus_coverage`).
 """
 
 import dataclasses
+import functools
 import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +22,7 @@ from resunet_jax.errors import InputError, first_line
 from resunet_jax.evaluation.evaluate import evaluate
 from resunet_jax.inference.predictor import Predictor
 from resunet_jax.metrics import METRICS
-from resunet_jax.metrics.calibration import Calibration, LogitHistogram, fit_temperature
+from resunet_jax.metrics.calibration import LogitHistogram, fit_temperature
 from resunet_jax.metrics.conformal import (
     QUANTITIES,
     conformal_quantile,
@@ -32,7 +34,6 @@ from resunet_jax.metrics.conformal import (
 )
 from resunet_jax.plugins import Tables
 from resunet_jax.progress import logger
-from resunet_jax.weights.store import LoadedModel, fingerprint
 from resunet_jax.weights.uncertainty import Method, UncertaintyRecord
 
 _LEAST_PATIENTS = 2
@@ -204,21 +205,20 @@ def _models(fold: Fold, target: Predictor) -> dict[str, Any]:
     return {
         "lung_checkpoint": fold.lung,
         "infection_checkpoint": fold.infection,
-        "thresholds": {name: target.threshold(name) for name in target.structures},
+        "thresholds": target.mask_thresholds,
         "min_component_fraction": target.min_component_fraction,
         "infection_postprocess": target.infection_postprocess,
     }
 
 
-def require_pair(target: Predictor) -> dict[str, LoadedModel]:
-    """Its models, "lung" and "infection".
+def require_pair(target: Predictor) -> None:
+    """Checks that there are models of both structures.
 
     Raises:
       InputError: there is only one.
     """
-    if target.lung is None or target.infection is None:
+    if len(target.models) < 2:
         raise InputError("a pair is calibrated: give `lung_checkpoint` and `infection_checkpoint`, or neither")
-    return {"lung": target.lung, "infection": target.infection}
 
 
 def make_record(errors: Errors, target: Predictor, method: Method, source: str) -> UncertaintyRecord:
@@ -227,15 +227,15 @@ def make_record(errors: Errors, target: Predictor, method: Method, source: str) 
     Raises:
       InputError: there are too few patients, or only one model.
     """
-    models = require_pair(target)
+    require_pair(target)
     residuals = {name: sorted(errors.patient_residuals(name).values()) for name in QUANTITIES}
     least = min(sum(one.has_both for one in errors.logits.values()), *map(len, residuals.values()))
     if least < _LEAST_PATIENTS:
         raise InputError(f"{least} patient(s) with lungs and infection in them; at least {_LEAST_PATIENTS} are needed")
-    if method == "split_conformal" and not all(model.config.train_patients for model in models.values()):
+    if method == "split_conformal" and not all(one.config.train_patients for one in target.models.values()):
         logger.warning("the models do not say who trained them: intervals are right only if none of these patients did")
     return UncertaintyRecord(
-        fingerprints={name: fingerprint(model.variables) for name, model in models.items()},
+        fingerprints=target.fingerprints,
         temperature=fit_temperature(list(errors.logits.values())),
         calibration=calibration_of_unseen(errors.logits),
         method=method,
@@ -256,8 +256,8 @@ def calibration_of_unseen(logits: Mapping[str, LogitHistogram]) -> dict[str, flo
     temperatures = {
         patient: fit_temperature([one for other, one in logits.items() if other != patient]) for patient in logits
     }
-    before = _total([one.calibration() for one in logits.values()])
-    after = _total([one.calibration(temperatures[patient]) for patient, one in logits.items()])
+    before = functools.reduce(operator.add, [one.calibration() for one in logits.values()])
+    after = functools.reduce(operator.add, [one.calibration(temperatures[patient]) for patient, one in logits.items()])
     return {
         "ece": before.ece,
         "ece_calibrated": after.ece,
@@ -271,13 +271,6 @@ def calibration_of_unseen(logits: Mapping[str, LogitHistogram]) -> dict[str, flo
         ),
         "patients": len(logits),
     }
-
-
-def _total(sums: Sequence[Calibration]) -> Calibration:
-    total = sums[0]
-    for one in sums[1:]:
-        total = total + one
-    return total
 
 
 def failure_detection(scans: Sequence[ScanErrors]) -> dict[str, float]:

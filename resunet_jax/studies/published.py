@@ -49,7 +49,7 @@ PUBLISHED = (
     Published("covid19.MIScnn 3-D", "five-fold of its own", "infection", 0.761, None, True),
     Published("LungQuant, two U-Nets", "external test", "lung", 0.95, None, False),
     Published("LungQuant, two U-Nets", "external test", "infection", 0.66, None, False),
-    Published("two human readers", "agreement", "infection", 0.70, None, False),
+    Published("three readers (Bartoli et al. 2022)", "agreement", "infection", 0.70, None, False),
     Published("original project 2-D", "original", "lung", 0.7385, None, True, _SOFT),
     Published("original project 2-D", "original", "infection", 0.4708, None, True, _SOFT),
 )

@@ -35,6 +35,7 @@ from resunet_jax.training.step import compile_train_step
 from resunet_jax.training.train import check_data_unchanged, train, versions, write_data_record
 
 _MOST_COMPARED = 4  # variants in a picture
+_SAME_RESULTS_SINCE = [0, 16]  # raise it when the same configs and cases would give other results
 _SECONDS_BETWEEN_LOOKS = 5.0  # at what other processes have done
 
 
@@ -167,14 +168,14 @@ def _check_data(study: Study, cases: Sequence[Case], splits: Iterable[Split]) ->
 
 
 def _check_version(file: Path) -> None:
-    """Refuses a study of 0.10.0 or older, whose runs have the same keys; notes the versions that begin a new one."""
+    """Refuses a study of a version with other results under the same keys; notes the versions that begin a new one."""
     if not file.is_file():
         make_output_dir(file.parent)
         _write(file, versions())
     begun_by = _read(file, "choose a new `workdir`", "resunet-jax")["resunet-jax"]
-    if [int(number) for number in re.findall(r"\d+", begun_by)] < [0, 11]:
+    if [int(number) for number in re.findall(r"\d+", begun_by)] < _SAME_RESULTS_SINCE:
         raise InputError(
-            f"{file.parent}: was begun by resunet_jax {begun_by}, whose recipes were others; finish it with that "
+            f"{file.parent}: was begun by resunet_jax {begun_by}, whose results differ; finish it with that "
             "version, or choose a new `workdir`"
         )
 

@@ -358,7 +358,7 @@ def _plot_inputs(
 def _use_validation(
     workdir: Path, predictor: Predictor, val_set: Sequence[PreparedCase], task: Task, readers: Mapping[str, Reader]
 ) -> None:
-    """Chooses the best model's threshold, and plots it on the validation slices with most of the target."""
+    """Chooses the best model's threshold; plots the slice with most of the target and the middle one of some cases."""
     references: list[tuple[PreparedCase, Array, Grid]] = []
     overlays: list[plots.Overlay] = []
     for prepared in val_set:
@@ -368,10 +368,12 @@ def _use_validation(
             continue
         grid = read_grid(case.ct, readers)
         references.append((prepared, read_mask(path, case.ct, grid, readers) > 0, grid))
+        if len(overlays) >= _MAX_OVERLAYS:
+            continue
         targets = getattr(prepared, task.target)[..., 0]
         areas = targets.sum(axis=(1, 2))
         probabilities = predictor.scan_probabilities(prepared.images, prepared.boxes, grid)[task.target]
-        for k in sorted({int(np.argmax(areas)), len(areas) // 2}) if len(overlays) < _MAX_OVERLAYS else ():
+        for k in sorted({int(np.argmax(areas)), len(areas) // 2}):
             masks = (
                 {str(task.target): targets[k]},
                 {str(task.target): probabilities[k] > predictor.threshold(task.target)},

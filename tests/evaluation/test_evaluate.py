@@ -195,6 +195,11 @@ def test_report_files(evaluation: Evaluation, tmp_path: Path, capsys: pytest.Cap
     assert out.count("undefined") >= 4
 
 
+def test_slices_that_are_kept_keep_no_volume(evaluation: Evaluation) -> None:
+    for _, overlay in evaluation.overlays:
+        assert all(mask.base is None for masks in overlay[2:] for mask in masks.values())
+
+
 def test_best_median_and_worst_are_shown(evaluation: Evaluation) -> None:
     overlay = evaluation.overlays[0][1]
     cases = [

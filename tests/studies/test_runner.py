@@ -253,7 +253,7 @@ def test_damage_is_named(ablation: Ablation, calls: Calls, tmp_path: Path) -> No
                 ablation()
 
 
-@pytest.mark.parametrize("version", ["0.6.0", "0.10.0", "not installed"])
+@pytest.mark.parametrize("version", ["0.6.0", "0.15.0", "not installed"])
 def test_studies_of_older_versions_are_refused(
     ablation: Ablation, calls: Calls, phantom: Path, tmp_path: Path, version: str
 ) -> None:
@@ -263,12 +263,24 @@ def test_studies_of_older_versions_are_refused(
     assert versions["resunet-jax"] == __version__
     file.write_text(json.dumps({**versions, "resunet-jax": version}))
     calls.trained.clear()
-    with pytest.raises(InputError, match=f"begun by resunet_jax {version}, whose recipes were others"):
+    with pytest.raises(InputError, match=f"begun by resunet_jax {version}, whose results differ"):
         ablation(seeds=[9])
     (tmp_path / "run" / "cross_validation.json").write_text('{"lung": {}, "infection": {}, "splits": []}')
     study = Study(phantom, tmp_path / "run", tmp_path / "cache")
     with pytest.raises(InputError, match=f"begun by resunet_jax {version}"):
         cross_validate(study, LUNG_ALIKE[0], protocol="patient_five_fold", changes=CHANGES)
+    assert calls.trained == []
+
+
+def test_studies_of_versions_with_the_same_results_are_resumed(
+    ablation: Ablation, calls: Calls, tmp_path: Path
+) -> None:
+    ablation()
+    file = tmp_path / "run" / "versions.json"
+    calls.trained.clear()
+    for version in ("0.16.0", "0.17.0"):
+        file.write_text(json.dumps({"resunet-jax": version}))
+        ablation()
     assert calls.trained == []
 
 
