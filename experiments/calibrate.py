@@ -1,4 +1,4 @@
-"""Calibrates a pair of models on patients it has not seen: temperature, intervals, and whether members name bad masks.
+"""Calibrates a pair of models on patients it has not seen: temperature, intervals, failure detection.
 
 python experiments/calibrate.py --data_dir=DATA --split_file=SPLIT --lung_checkpoint=runs/lung \
         --infection_checkpoint=runs/infection --output_dir=runs/calibration
@@ -27,8 +27,8 @@ settings.define_model_flags()
 settings.define_path("split_file", "Its test cases calibrate; with --study_dir they try CV+ intervals.")
 settings.define_path("study_dir", "Finished study whose fold models are judged instead.")
 settings.define_path("pair_dir", "New folder: gets the shipped pair with its record, as the package has it.")
-flags.DEFINE_string("variant", None, "Of a study with several.")
-flags.DEFINE_integer("seed", None, "Of a study with several.")
+flags.DEFINE_string("variant", None, "Variant of the study to use, where it has several.")
+flags.DEFINE_integer("seed", None, "Seed of the study to use, where it has several.")
 settings.define_cache_flags()
 flags.adopt_module_key_flags(settings)  # so that --help shows them
 

@@ -26,14 +26,16 @@ flags.DEFINE_bool("probabilities", False, "Also writes the probabilities, as <sc
 flags.DEFINE_bool(
     "uncertainty",
     False,
-    "Also segments mirrored and shifted (test-time augmentation): <scan>_uncertainty.nii.gz, agreement.",
+    "Also segments mirrored and shifted views (test-time augmentation); writes <scan>_uncertainty.nii.gz.",
 )
-flags.DEFINE_bool("report", True, "Writes <scan>_report.json, .html and <scan>_preview.png, and a table of all scans.")
+flags.DEFINE_bool(
+    "report", True, "Writes <scan>_report.json, .html, _preview.png, a table of all scans; needs both models."
+)
 flags.DEFINE_bool("multilabel", False, "Also writes <scan>_labels.nii.gz: 1 left lung, 2 right lung, 3 infection.")
 flags.DEFINE_bool("dicom_seg", False, "Also writes <scan>_seg.dcm; for DICOM, needs the extra dicom-seg.")
 flags.DEFINE_float("consolidation_hu", -300.0, "From which HU infection counts as consolidation.")
 settings.define_path("lobes", "Mask of the lobes by another tool, on the scan's grid: adds involvement by lobe.")
-flags.DEFINE_string("assume", None, "What the values are: hu, or window:LOW,HIGH in HU for 0..255; by default judged.")
+settings.define_assume_flag()
 settings.define_compilation_cache_flag()
 flags.adopt_module_key_flags(settings)  # so that --help shows them
 

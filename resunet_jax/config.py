@@ -137,7 +137,7 @@ class PostprocessConfig:
         high=1,
     )
     keep_lesion_ml: float = setting(
-        20.0, "components of at least this volume stay, whatever their probability; 0 for none", unit="ml", low=0
+        20.0, "components of at least this volume stay, whatever their probability; 0: no exemption", unit="ml", low=0
     )
 
 

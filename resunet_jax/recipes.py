@@ -1,7 +1,7 @@
 """Named recipes: whole configs to train by, of which any field can be overridden.
 
 `robust` is the default, and `Config()` is `robust` for the lungs. The argument `recipe` of the training scripts chooses
-one; times and expected Dice stand in the README, reasons in BUILD_NOTES.md.
+one; Dice stands in the README, speed and reasons in BUILD_NOTES.md.
 """
 
 import dataclasses

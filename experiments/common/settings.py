@@ -61,15 +61,16 @@ def optional_path(name: str) -> Path | None:
     return path(name) if getattr(flags.FLAGS, name) else None
 
 
-def _define_field(field: str) -> None:
+def _define_field(field: str, note: str = "") -> None:
     setting, name = SETTINGS[field], field.partition(".")[2]
+    text = setting.help + note
     if setting.choices:
-        flags.DEFINE_enum(name, None, setting.choices, setting.help)
+        flags.DEFINE_enum(name, None, setting.choices, text)
     elif typing.get_origin(setting.kind) is tuple:
-        flags.DEFINE_list(name, None, setting.help)
+        flags.DEFINE_list(name, None, text)
     else:
         define = _DEFINE.get(setting.kind, flags.DEFINE_string)
-        define(name, None, setting.help)
+        define(name, None, text)
     if name in _ALIASES:
         flags.DEFINE_alias(_ALIASES[name], name)
 
@@ -77,6 +78,11 @@ def _define_field(field: str) -> None:
 def define_data_flags() -> None:
     """--data_dir and --assume."""
     define_path("data_dir", "Folder of the data set, in Kaggle's or Zenodo's layout.", required=True)
+    define_assume_flag()
+
+
+def define_assume_flag() -> None:
+    """--assume, of every script that reads scans."""
     flags.DEFINE_string(
         "assume", None, "What the scans' values are: hu, or window:LOW,HIGH in HU for 0..255; by default judged."
     )
@@ -94,7 +100,7 @@ def define_cache_flags() -> None:
     define_path(
         "cache_dir", "Folder of preprocessed slices; may be deleted at any time.", default=str(default_cache_dir())
     )
-    text = "Of --cache_dir; beyond it, slices that were used longest ago and are not in use are removed."
+    text = "Size limit of --cache_dir in GB: the least recently used slices that are not in use are removed."
     flags.DEFINE_float("max_cache_gb", MAX_CACHE_GB, text, lower_bound=0)
     define_compilation_cache_flag()
 
@@ -112,7 +118,7 @@ def define_compilation_cache_flag() -> None:
 def define_recipe_flags() -> None:
     """Flags of the scripts that train by one recipe."""
     flags.DEFINE_enum(
-        "recipe", DEFAULT_RECIPE, typing.get_args(RecipeName), "What the flags below are where they are not given."
+        "recipe", DEFAULT_RECIPE, typing.get_args(RecipeName), "Gives every training setting that no flag sets."
     )
     _define_field("train.seed")
     flags.DEFINE_bool("tensorboard", False, "Also writes metrics and figures for TensorBoard, in WORKDIR/tensorboard.")
@@ -144,7 +150,7 @@ def define_training_flags() -> None:
 def define_split_flags() -> None:
     """Flags of both training scripts that choose the cases."""
     define_path("split_file", 'JSON {"train": [ids], "val": [ids], "test": [ids]}.')
-    flags.DEFINE_integer("split_seed", None, "Of --protocol=ratio.", lower_bound=0)
+    flags.DEFINE_integer("split_seed", None, "Seed of --protocol=ratio, by default 0.", lower_bound=0)
     flags.DEFINE_enum(
         "protocol",
         None,
@@ -224,16 +230,9 @@ def define_model_flags() -> None:
     """Flags of every script that makes masks by trained models."""
     define_checkpoint_flags()
     flags.DEFINE_integer("batch_size", 8, "Slices at a time; it does not change the result.", lower_bound=1)
-    name = "min_component_fraction"
-    flags.DEFINE_float(name, None, f"{SETTINGS[f'postprocess.{name}'].help}; by default as the lung model was trained.")
-    flags.DEFINE_alias(_ALIASES[name], name)
+    _define_field("postprocess.min_component_fraction", "; by default as the lung model was trained.")
     for name in INFECTION_POSTPROCESS:
-        setting = SETTINGS[f"postprocess.{name}"]
-        text = f"{setting.help}; by default as the infection model was trained."
-        if setting.choices:
-            flags.DEFINE_enum(name, None, setting.choices, text)
-        else:
-            flags.DEFINE_float(name, None, text)
+        _define_field(f"postprocess.{name}", "; by default as the infection model was trained.")
 
 
 def model_arguments() -> dict[str, Any]:
