@@ -29,7 +29,13 @@ CLOSED_PIPE = 141
 _CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 _CACHE_SIZE_VARIABLE = "JAX_COMPILATION_CACHE_MAX_SIZE"
 _CACHE_BYTES = 2**30  # what has not been used for longest is deleted first
-_FLAG_OF_ARGUMENT = {"subset": "split", "validated_threshold": "threshold", "target": "task"}
+_FLAG_OF_ARGUMENT = {
+    "assumed": "assume",
+    "path": "input",
+    "subset": "split",
+    "target": "task",
+    "validated_threshold": "threshold",
+}
 
 
 def run(main: Callable[[], None]) -> None:

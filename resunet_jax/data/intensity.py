@@ -253,7 +253,7 @@ def parse_assumption(text: str) -> tuple[float, float]:
     except ValueError:
         low, high = np.nan, np.nan
     if kind != "window" or not low < high or not np.isfinite(high - low):
-        raise InputError(f"`assume={text}`: it must be hu, or window:LOW,HIGH in HU, as in window:-1250,250")
+        raise InputError(f"`assumed={text}`: it must be hu, or window:LOW,HIGH in HU, as in window:-1250,250")
     first, second = (255 * (hu - low) / (high - low) for hu in HU_WINDOW)
     return first, second
 
@@ -295,7 +295,7 @@ def infer_scale(
 
 _REMEDY = (
     "export the scan in Hounsfield units (the header's slope and intercept applied), or say what its values are with "
-    "`assume`"
+    "`assumed`"
 )
 
 

@@ -64,7 +64,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class SplitRequest:
-    """What the flags ask for.
+    """How a split is to be made.
 
     Attributes:
       split_file: JSON, {"train": [ids], "val": [ids], "test": [ids]}; decides alone.

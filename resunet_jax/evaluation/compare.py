@@ -63,7 +63,7 @@ class Evaluation:
       logits: {patient: of the infection, over the pixels of the model grid that postprocessing has left}.
       overlays: (Dice, slice) of each case: the slice with most of the reference.
       settings: what the numbers depend on: "protocol", "seen_patients", "threshold",
-        "min_component_fraction", "infection_postprocess", "tolerance_mm".
+        "min_component_fraction", "infection_postprocess", "tolerance_mm"; with a record "temperature" and "interval".
       metrics: the table that the rows have columns of.
     """
 

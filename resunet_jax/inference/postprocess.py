@@ -1,4 +1,4 @@
-"""From the probabilities of a whole scan to its masks: small components of the lung, infection far from it."""
+"""From a whole scan's probabilities to its masks: removes small lung components, far and doubtful infection."""
 
 import itertools
 from collections import deque

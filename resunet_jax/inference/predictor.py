@@ -350,7 +350,7 @@ def load_predictor(
         logger.info("no model is given: using the pair that resunet_jax ships, see its model card (`info`)")
         if validated_threshold:
             raise InputError(
-                "`threshold`: the shipped pair has no validated threshold; leave it out, or give your models"
+                "`validated_threshold`: the shipped pair has no validated threshold; leave it out, or give your models"
             )
     _check_pair(lung, infection, lung_checkpoint, infection_checkpoint)
     record = _checked_record(record, lung, infection, infection_checkpoint)

@@ -1,4 +1,4 @@
-"""Numbers from masks and probabilities, in NumPy alone; a metric is one function and one row of `METRICS`."""
+"""Numbers from masks and probabilities, without JAX; a metric is one function and one row of `METRICS`."""
 
 import dataclasses
 import math

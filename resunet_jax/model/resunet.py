@@ -143,7 +143,7 @@ class ResUnet(nn.Module):
       filters: channels of the four levels, from full to an eighth of the resolution.
       dtype: type of the computation; parameters, batch statistics and logits are float32.
       remat: computes each residual block again when its gradient is taken, instead of keeping what lies within.
-      closing_fraction: for two channels, how far the lung probability is to be closed before it comes here, see
+      closing_fraction: with a lung probability, how far the lung probability is to be closed before it comes here, see
         `infection_input`.
       convolution: `jax.lax.conv_general_dilated` or a drop-in for it; `default_convolution()` of `model/winograd.py` is
         faster on CPUs, in reverse mode only.

@@ -80,7 +80,8 @@ def train(
     Args:
       config: what to train and how; `lung_fingerprint` and the patients are filled in here.
       data_dir: see `find_cases`.
-      workdir: gets config.json, split.json, versions.json, metrics.jsonl, threshold.json, checkpoints/ and figures/.
+      workdir: gets config.json, split.json, data.json, versions.json, metrics.jsonl, checkpoints/, figures/ and, where
+        there are validation cases, threshold.json.
       cache_dir: see `prepare_cases`.
       split: see `make_split`; without validation cases all epochs are trained and the last is kept.
       lung_checkpoint: for task "infection", the lung model that feeds it.
@@ -298,7 +299,7 @@ def check_data_unchanged(workdir: Path, digests: Mapping[str, str]) -> None:
     changed = [case_id for case_id, digest in digests.items() if before.get(case_id, digest) != digest]
     if changed:
         raise InputError(
-            f"{workdir}: a scan or mask of {', '.join(changed)} has changed since this run began, or `assume` "
+            f"{workdir}: a scan or mask of {', '.join(changed)} has changed since this run began, or `assumed` "
             "has, or an older version prepared it otherwise; restore it, or choose a new `workdir`"
         )
 

@@ -59,7 +59,7 @@ _NOT_INSIDE = (
     "the body's box in each slice",
     "removal of small components of the lung mask, in three dimensions",
     "the gate that removes infection outside the closed lungs, in three dimensions",
-    "removal of small lesions, and of those that are nowhere certain, in three dimensions",
+    "removal of small lesions, and of those that are neither certain anywhere nor large, in three dimensions",
     "pasting back to the scan's own grid",
 )
 

@@ -338,16 +338,16 @@ def load_threshold(path: str | Path) -> float:
     except FileNotFoundError as error:
         raise InputError(
             f"{file}: no such file: the training had no validation case to choose a threshold on, or is not done; "
-            "leave `threshold` out"
+            "leave `validated_threshold` out"
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{file}: holds no threshold in (0, 1) ({first_line(error)}); leave `threshold` out"
+            f"{file}: holds no threshold in (0, 1) ({first_line(error)}); leave `validated_threshold` out"
         ) from error
     if step is not None and (folder / CHECKPOINTS).is_dir() and _best_name(folder) != str(step):
         raise InputError(
             f"{file}: was chosen for the checkpoint of step {step}, which is not the best any more; resume the "
-            "training, which chooses it anew, or leave `threshold` out"
+            "training, which chooses it anew, or leave `validated_threshold` out"
         )
     return threshold
 

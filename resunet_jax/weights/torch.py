@@ -212,7 +212,7 @@ def _read(torch: ModuleType, path: Path) -> tuple[dict[str, np.ndarray], dict[st
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; check `input`") from error
+        raise InputError(f"{path}: no such file; check `path`") from error
     except Exception as error:  # torch has no common base for what a wrong or hostile file makes it raise
         raise InputError(f"{path}: refused, not a plain PyTorch checkpoint ({first_line(error)})") from error
     state = content.get(STATE_DICT) if isinstance(content, Mapping) else None
@@ -246,7 +246,7 @@ def _config(path: Path, variables: Mapping[str, Any], target: str, image_size: i
         ("infection", 2): "infection",
     }
     if (target, channels) not in tasks:
-        raise InputError(f"{path}: a model on {channels} channel(s), which is no {target} model; check `task`")
+        raise InputError(f"{path}: a model on {channels} channel(s), which is no {target} model; check `target`")
     convolutions = (
         params["input_conv1"],
         *(params[name]["conv1"] for name in ("residual_conv_1", "residual_conv_2", "bridge")),

@@ -1,4 +1,4 @@
-"""Scans in a window that only their owner knows: refused, unless `assume` says what it is.
+"""Scans in a window that only their owner knows: refused, unless `assumed` says what it is.
 
 That each script hands it on: `tests/test_experiments.py`."""
 
@@ -45,7 +45,7 @@ def exported(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_slices_are_those_of_the_scan_in_hounsfield_units(exported: Path, phantom: Path, tmp_path: Path) -> None:
     cases = find_cases(exported)
-    with pytest.raises(InputError, match=r"but not over HU \[-1250, 250\].*`assume`"):
+    with pytest.raises(InputError, match=r"but not over HU \[-1250, 250\].*`assumed`"):
         prepare_cases(cases, CONFIG, tmp_path)
     originals = [case for case in find_cases(phantom) if case.source == "coronacases"]
     expected, found = (
@@ -103,7 +103,7 @@ def test_slices_of_another_assumption_are_not_taken(exported: Path, tmp_path: Pa
 def test_a_training_under_another_assumption_is_not_resumed(trained: Trained, tmp_path: Path) -> None:
     shutil.copytree(trained.lung, tmp_path / "lung")
     with pytest.raises(
-        InputError, match=r"has changed since this run began, or `assume` has, .*; restore it, or choose"
+        InputError, match=r"has changed since this run began, or `assumed` has, .*; restore it, or choose"
     ):
         train(
             Config(**TINY),

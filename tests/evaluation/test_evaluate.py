@@ -117,7 +117,7 @@ def test_threshold_of_the_validation_cases_is_used(trained: Trained, tmp_path: P
     (mask,) = segment_scan(case.ct, tmp_path / "masks", predictor)
     assert np.count_nonzero(nib.load(mask).dataobj) == low["tp"] + low["fp"]
     (tmp_path / "lung" / "threshold.json").unlink()
-    with pytest.raises(InputError, match=r"threshold\.json: no such file.*leave `threshold` out"):
+    with pytest.raises(InputError, match=r"threshold\.json: no such file.*leave `validated_threshold` out"):
         load_predictor(tmp_path / "lung", None, validated_threshold=True)
     for text in ("{}", "[]", '{"threshold": 1.5}', '{"threshold": "a"}', "x"):
         (tmp_path / "lung" / "threshold.json").write_text(text)

@@ -319,7 +319,7 @@ def test_a_study_whose_data_have_changed_is_not_resumed(
 def test_a_study_takes_what_is_assumed_of_its_scans(ablation: Ablation, calls: Calls) -> None:
     ablation(assumed=(0.0, 255.0), variants=LUNG_ALIKE[:1])
     assert calls.arguments["assumed"] == (0.0, 255.0)
-    with pytest.raises(InputError, match=r"has changed since this run began, or `assume` has, .*; restore it"):
+    with pytest.raises(InputError, match=r"has changed since this run began, or `assumed` has, .*; restore it"):
         ablation(variants=LUNG_ALIKE[:1])
 
 

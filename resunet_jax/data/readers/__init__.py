@@ -167,7 +167,7 @@ def judge_scan(scan: Scan, path: Path, *, assumed: tuple[float, float] | None = 
     window, muscle = calibration(levels, scale), muscle_hu(levels, scale)
     if muscle is not None and muscle < FAT_HU:
         logger.warning(
-            "%s: no tissue brighter than fat (%.0f HU) is seen; if the scale is off, use `assume`", path, muscle
+            "%s: no tissue brighter than fat (%.0f HU) is seen; if the scale is off, use `assumed`", path, muscle
         )
     notes = scan.notes if window is None else (*scan.notes, _RESCALED)
     return dataclasses.replace(scan, intensity_scale=scale, stored_window=window, notes=notes)
