@@ -5,7 +5,7 @@ python experiments/train_infection.py --data_dir=DATA --workdir=runs/infection -
 
 from absl import flags
 from common import processes, settings
-from common.run import run, stop_signals
+from common.run import run
 
 from resunet_jax.errors import InputError
 
@@ -27,22 +27,9 @@ def main() -> None:
         raise InputError(
             "infection training needs the lung model: give its workdir with --lung_checkpoint, or --ct_only"
         )
-    config = settings.config_from_flags("infection_ct" if FLAGS.ct_only else "infection")
-
-    from resunet_jax.plugins import load_plugins
-    from resunet_jax.training.train import train
-
-    devices = processes.init_distributed()
-    with settings.epoch_writer() as on_epoch:
-        train(
-            config,
-            devices=devices,
-            should_stop=stop_signals(),
-            on_epoch=on_epoch,
-            **settings.training_arguments(),
-            lung_checkpoint=settings.optional_path("lung_checkpoint"),
-            **load_plugins().for_training,
-        )
+    settings.train_from_flags(
+        "infection_ct" if FLAGS.ct_only else "infection", settings.optional_path("lung_checkpoint")
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from resunet_jax.config import INFECTION_POSTPROCESS, SETTINGS, Config, TaskName, override
+from common import processes
+from common.run import stop_signals
+from resunet_jax.config import INFECTION_POSTPROCESS, SETTINGS, TaskName, override
 from resunet_jax.data.slice_cache import MAX_CACHE_GB
 from resunet_jax.data.splits import NUM_FOLDS, Protocol, SplitRequest
 from resunet_jax.errors import InputError
@@ -125,14 +127,6 @@ def define_recipe_flags() -> None:
     define_training_flags()
 
 
-def epoch_writer() -> contextlib.AbstractContextManager[Callable[[dict[str, Any]], None]]:
-    """What --tensorboard asks for, for `train`'s `on_epoch`."""
-    from resunet_jax.training.loop import ignore_epoch
-    from resunet_jax.training.tensorboard import tensorboard_writer
-
-    return tensorboard_writer(path("workdir")) if flags.FLAGS.tensorboard else contextlib.nullcontext(ignore_epoch)
-
-
 def define_training_flags() -> None:
     """Flags of every script that trains: what of a recipe is to be different."""
     define_data_flags()
@@ -197,21 +191,35 @@ def checkpoint_arguments() -> dict[str, Any]:
     }
 
 
-def training_arguments() -> dict[str, Any]:
-    """What the data, split and folder flags ask for, as keywords of `train`."""
-    return {
-        "data_dir": path("data_dir"),
-        "workdir": path("workdir"),
-        "cache_dir": path("cache_dir"),
-        "split": split_request(),
-        "assumed": assumption(),
-        "max_cache_gb": flags.FLAGS.max_cache_gb,
-    }
+def train_from_flags(task: TaskName, lung_checkpoint: Path | None = None) -> None:
+    """Trains a model as the training flags describe; SIGTERM and SIGINT stop it."""
+    config = override(recipe(flags.FLAGS.recipe, task), changes_from_flags(), "flags")
+
+    from resunet_jax.plugins import load_plugins
+    from resunet_jax.training.loop import ignore_epoch
+    from resunet_jax.training.tensorboard import tensorboard_writer
+    from resunet_jax.training.train import train
+
+    devices, workdir = processes.init_distributed(), path("workdir")
+    with tensorboard_writer(workdir) if flags.FLAGS.tensorboard else contextlib.nullcontext(ignore_epoch) as on_epoch:
+        train(
+            config,
+            path("data_dir"),
+            workdir,
+            path("cache_dir"),
+            split=split_request(),
+            lung_checkpoint=lung_checkpoint,
+            devices=devices,
+            should_stop=stop_signals(),
+            on_epoch=on_epoch,
+            assumed=assumption(),
+            max_cache_gb=flags.FLAGS.max_cache_gb,
+            **load_plugins().for_training,
+        )
 
 
 def study() -> "Study":
     """What the data and folder flags ask for; SIGTERM and SIGINT stop it."""
-    from common.run import stop_signals
     from resunet_jax.plugins import load_plugins
     from resunet_jax.studies.runner import Study
 
@@ -245,11 +253,6 @@ def model_arguments() -> dict[str, Any]:
             n: flags.FLAGS[n].value for n in INFECTION_POSTPROCESS if flags.FLAGS[n].value is not None
         },
     }
-
-
-def config_from_flags(task: TaskName) -> Config:
-    """The config that the training flags describe."""
-    return override(recipe(flags.FLAGS.recipe, task), changes_from_flags(), "flags")
 
 
 def changes_from_flags() -> dict[str, Any]:

@@ -255,27 +255,20 @@ def draw_scan(
       HU, lung labels (0, 1 left, 2 right) and infection (0 or 1), each of that shape, oriented (posterior, left,
       superior).
     """
-    return _render(_draw_anatomy(person, scan, nearly_free=nearly_free), shape, spacing_mm, scan)
-
-
-def _render(
-    anatomy: _Anatomy, shape: tuple[int, int, int], spacing: Floats, rng: np.random.Generator
-) -> tuple[FloatArray, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Draws a scan: HU, lung labels (1 left, 2 right) and infection, each (rows, columns, slices)."""
+    anatomy = _draw_anatomy(person, scan, nearly_free=nearly_free)
     rows, columns, slices = shape
     y, x = np.meshgrid(
-        (np.arange(rows) - (rows - 1) / 2) * spacing[1],
-        (np.arange(columns) - (columns - 1) / 2) * spacing[0],
+        (np.arange(rows) - (rows - 1) / 2) * spacing_mm[1],
+        (np.arange(columns) - (columns - 1) / 2) * spacing_mm[0],
         indexing="ij",
     )
     hu = np.empty(shape, np.float32)
     lung, infection = np.empty(shape, np.uint8), np.empty(shape, np.uint8)
-    sigma, blur = rng.uniform(18, 32), rng.uniform(0.5, 0.8)
+    sigma, blur = scan.uniform(18, 32), scan.uniform(0.5, 0.8)
     for k in range(slices):
-        z = (k - (slices - 1) / 2) * spacing[2]
-        clean, lung[..., k], infection[..., k] = _render_slice(anatomy, x, y, z, spacing)
-        noisy = ndimage.gaussian_filter(clean, blur / spacing[0]) + rng.normal(0, sigma, clean.shape)
-        hu[..., k] = noisy
+        z = (k - (slices - 1) / 2) * spacing_mm[2]
+        clean, lung[..., k], infection[..., k] = _render_slice(anatomy, x, y, z, spacing_mm)
+        hu[..., k] = ndimage.gaussian_filter(clean, blur / spacing_mm[0]) + scan.normal(0, sigma, clean.shape)
     return hu, lung, infection
 
 

@@ -82,14 +82,7 @@ def conv_general_dilated(
     rhs: jax.Array,
     window_strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
-    *,
-    lhs_dilation: Sequence[int] | None = None,
-    rhs_dilation: Sequence[int] | None = None,
-    dimension_numbers: Any = None,
-    feature_group_count: int = 1,
-    batch_group_count: int = 1,
-    precision: Any = None,
-    preferred_element_type: Any = None,
+    **options: Any,
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated`, faster on CPUs and equal to XLA's to 1e-5 of its norm.
 
@@ -99,47 +92,43 @@ def conv_general_dilated(
       rhs: the kernel.
       window_strides: for this and the rest see `jax.lax.conv_general_dilated`.
       padding: see there.
-      lhs_dilation: see there.
-      rhs_dilation: see there.
-      dimension_numbers: see there.
-      feature_group_count: see there.
-      batch_group_count: see there.
-      precision: see there.
-      preferred_element_type: see there.
+      **options: lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, batch_group_count, precision and
+        preferred_element_type, with the same defaults.
 
     Returns:
       the convolution. Differentiable in reverse mode, to any order; `jax.jvp` raises TypeError.
     """
-    images = dimension_numbers is not None and lhs.ndim == 4 and _is_nhwc(lhs, rhs, dimension_numbers)
-    dtype = lhs.dtype
-    known = dtype == rhs.dtype and dtype in (jnp.float32, jnp.bfloat16) and preferred_element_type in (None, dtype)
-    dilated = any(d != 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
-    grouped = feature_group_count != 1 or batch_group_count != 1
-    if not images or not known or dilated or grouped:
-        return lax.conv_general_dilated(
-            lhs,
-            rhs,
-            window_strides,
-            padding,
-            lhs_dilation=lhs_dilation,
-            rhs_dilation=rhs_dilation,
-            dimension_numbers=dimension_numbers,
-            feature_group_count=feature_group_count,
-            batch_group_count=batch_group_count,
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-        )
+    if not _is_fast(lhs, rhs, **options):
+        return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
     (top, bottom), (left, right) = padding
     row_stride, column_stride = window_strides
-    layout = _Layout((row_stride, column_stride), ((top, bottom), (left, right)), precision)
-    return _conv(lhs.astype(jnp.float32), rhs.astype(jnp.float32), layout).astype(dtype)
+    layout = _Layout((row_stride, column_stride), ((top, bottom), (left, right)), options.get("precision"))
+    return _conv(lhs.astype(jnp.float32), rhs.astype(jnp.float32), layout).astype(lhs.dtype)
 
 
-def _is_nhwc(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any) -> bool:
+def _is_fast(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    *,
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> bool:
+    """Whether it is a convolution that this module computes; an option that XLA's does not know raises TypeError."""
+    if dimension_numbers is None or lhs.ndim != 4:
+        return False
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-    return numbers == lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+    images = numbers == lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+    dtype = lhs.dtype
+    known = dtype == rhs.dtype and dtype in (jnp.float32, jnp.bfloat16) and preferred_element_type in (None, dtype)
+    dilated = any(d != 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
+    return images and known and not dilated and feature_group_count == batch_group_count == 1
 
 
 def _suits_winograd(kernel_shape: tuple[int, ...], strides: tuple[int, int], channels: int) -> bool:

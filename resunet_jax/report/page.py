@@ -80,20 +80,15 @@ def write_scan_page(
     """
     if not slices or any(s.shape != slices[0].shape for s in slices):
         raise ValueError(f"expected slices of one shape, found {sorted({s.shape for s in slices})}")
-    scan, by_slice = report["scan"], {key: _finite(values) for key, values in report["by_slice"].items()}
-    if any(len(values) != len(slices) for values in by_slice.values()):
-        raise ValueError(f"expected {len(slices)} values by slice, found {[len(v) for v in by_slice.values()]}")
-    size_mm = [float(v) for v in (*pixel_mm[:2], pixel_mm[2] if len(pixel_mm) > 2 else scan["spacing_mm"][2])]
-    write_text(path, _page(report, by_slice, slices, size_mm))
+    counts = [len(values) for values in report["by_slice"].values()]
+    if any(count != len(slices) for count in counts):
+        raise ValueError(f"expected {len(slices)} values by slice, found {counts}")
+    size_mm = [float(v) for v in (*pixel_mm[:2], pixel_mm[2] if len(pixel_mm) > 2 else report["scan"]["spacing_mm"][2])]
+    write_text(path, _page(report, slices, size_mm))
 
 
-def _page(
-    report: Mapping[str, Any],
-    by_slice: Mapping[str, list[float]],
-    slices: Sequence[EncodedSlice],
-    size_mm: Sequence[float],
-) -> str:
-    sampling = choose_sampling(slices)
+def _page(report: Mapping[str, Any], slices: Sequence[EncodedSlice], size_mm: Sequence[float]) -> str:
+    infection_ml, sampling = report["by_slice"]["infection_ml"], choose_sampling(slices)
     layers = [layer for layer in LAYERS if layer.plane in slices[0].planes()]
     variables = "".join(f"--{layer.id}:rgb{layer.color};" for layer in LAYERS)
     return fill_page(
@@ -106,23 +101,19 @@ def _page(
         layers="".join(_layer_switch(layer) for layer in layers),
         last=str(len(slices)),
         shown=_shown_note(slices[0].shape, sampling),
-        bars=_bars(by_slice["infection_ml"]),
-        most=number(max(by_slice["infection_ml"]), 2, "ml"),
+        bars=_bars(infection_ml),
+        most=number(max(infection_ml), 2, "ml"),
         montage=_montage(slices, sampling, size_mm),
         tables=_tables(report),
         notes=_notes(report),
         details=_details(report),
         version=escape(str(report.get("version", ""))),
-        data=json_block(_data(by_slice, slices, sampling, layers, size_mm)),
+        data=json_block(_data(infection_ml, slices, sampling, layers, size_mm)),
     )
 
 
-def _finite(values: Sequence[float | None]) -> list[float]:
-    return [float(v) if v is not None and np.isfinite(v) else 0.0 for v in values]
-
-
 def _data(
-    by_slice: Mapping[str, list[float]],
+    infection_ml: Sequence[float],
     slices: Sequence[EncodedSlice],
     sampling: Sampling,
     layers: Sequence[Layer],
@@ -136,7 +127,6 @@ def _data(
         for name, plane in one.planes().items():
             packed.setdefault(name, []).append(to_base85(pack(sampling(plane))))
             coronal.setdefault(name, []).append(plane[row, sampling.columns])
-    infection = by_slice["infection_ml"]
     return {
         "hu": {"lowest": HU_LOWEST, "step": HU_STEP},
         "uncertaintySteps": UNCERTAINTY_STEPS,
@@ -146,8 +136,8 @@ def _data(
         "sizeMm": list(size_mm),
         "stepVoxels": [_step(sampling.rows), _step(sampling.columns)],
         "layers": [layer._asdict() for layer in layers],
-        "start": int(np.argmax(infection)) if any(infection) else len(slices) // 2,
-        "infection_ml": infection,
+        "start": int(np.argmax(infection_ml)) if any(infection_ml) else len(slices) // 2,
+        "infection_ml": infection_ml,
         "planes": packed,
         "coronal": {name: to_base85(pack(np.stack(lines[::-1]))) for name, lines in coronal.items()},
     }

@@ -59,7 +59,7 @@ def encode_slices(
     infection: npt.NDArray[np.bool_],
     *,
     uncertainty: Bytes2D | None = None,
-    file: BinaryIO | None = None,
+    file: BinaryIO,
 ) -> list[EncodedSlice]:
     """Encodes consecutive axial slices; to be called chunk by chunk.
 
@@ -68,7 +68,7 @@ def encode_slices(
       lung: uint8 (rows, columns, n): 0, 1 left, 2 right.
       infection: bool (rows, columns, n).
       uncertainty: uint8 (rows, columns, n), as `uncertainty_map` gives it, or None.
-      file: where the planes are kept, from its position on; open as long as slices are read. By default in memory.
+      file: where the planes are kept, from its position on; open as long as slices are read.
 
     Returns:
       n slices, in the same order.
@@ -93,10 +93,8 @@ def encode_slices(
     return encoded
 
 
-def _keep(planes: Mapping[str, Bytes2D], file: BinaryIO | None) -> Callable[[], Mapping[str, Bytes2D]]:
-    """Gives the planes again, from memory or from the file."""
-    if file is None:
-        return lambda: planes
+def _keep(planes: Mapping[str, Bytes2D], file: BinaryIO) -> Callable[[], Mapping[str, Bytes2D]]:
+    """Writes the planes, and gives them again from the file."""
     start = file.tell()
     file.writelines(plane.tobytes() for plane in planes.values())
     return functools.partial(_read_planes, file, start, tuple(planes), next(iter(planes.values())).shape)

@@ -182,6 +182,8 @@ def test_unsupported_options_fall_back_to_xla() -> None:
         conv_general_dilated(x.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1), (1, 1), "SAME"),
         lax.conv_general_dilated(x.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1), (1, 1), "SAME"),
     )
+    with pytest.raises(TypeError, match="rhs_dilatation"):
+        conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=NHWC, rhs_dilatation=(2, 2))
 
 
 def test_forward_mode_is_refused() -> None:

@@ -1,10 +1,11 @@
 """A report as `report/numbers.py` makes it, with hostile names, and a small scan."""
 
+import io
 from typing import Any
 
 import numpy as np
 
-from resunet_jax.report.page import EncodedSlice, encode_slices
+from resunet_jax.report.slices import EncodedSlice, encode_slices
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'\u2028"
 
@@ -60,7 +61,7 @@ def example_report(name: str = "scan_1", slices: int = 12, **changes: Any) -> di
 
 
 def example_arrays(rows: int = 120, columns: int = 150, slices: int = 12) -> dict[str, Any]:
-    """A noisy body with two lungs and a lesion in one; as keywords of `encode_slices`."""
+    """A noisy body with two lungs and a lesion in one; as keywords of `encode`."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[-1 : 1 : rows * 1j, -1 : 1 : columns * 1j]
     hu = np.where((x / 0.9) ** 2 + (y / 0.8) ** 2 < 1, 40.0, -1000.0)[..., None] + rng.normal(
@@ -76,5 +77,10 @@ def example_arrays(rows: int = 120, columns: int = 150, slices: int = 12) -> dic
     return {"hu": hu.astype(np.float32), "lung": lung, "infection": infection}
 
 
+def encode(**arrays: Any) -> list[EncodedSlice]:
+    """`encode_slices`, kept in memory."""
+    return encode_slices(**arrays, file=io.BytesIO())
+
+
 def example_slices(**size: int) -> list[EncodedSlice]:
-    return encode_slices(**example_arrays(**size))
+    return encode(**example_arrays(**size))

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from resunet_jax.report.cohort import write_cohort_page
-from resunet_jax.report.page import LAYERS, encode_slices, write_scan_page
-from tests.report.example import HOSTILE, example_arrays, example_report
+from resunet_jax.report.page import LAYERS, write_scan_page
+from tests.report.example import HOSTILE, encode, example_arrays, example_report
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 if not (CHROMIUM and DRIVER):
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         HOSTILE, 30, warnings=[HOSTILE], by_slice={"lung_ml": INFECTION_ML, "infection_ml": INFECTION_ML}
     )
     uncertainty = 100 * ARRAYS["infection"].astype(np.uint8)
-    write_scan_page(folder / "scan.html", report, encode_slices(**ARRAYS, uncertainty=uncertainty), (0.8, 0.8))
+    write_scan_page(folder / "scan.html", report, encode(**ARRAYS, uncertainty=uncertainty), (0.8, 0.8))
     volumes = {"b": 5.0, "a": None, "c": -2.0, "a10": 30.0, "a9": 30.5}
     reports = [example_report(name) for name in volumes]
     for one, volume in zip(reports, volumes.values(), strict=True):

@@ -12,9 +12,9 @@ import pytest
 
 from resunet_jax.errors import InputError
 from resunet_jax.report.markup import DISCLAIMER, json_block, number
-from resunet_jax.report.page import encode_slices, write_scan_page
-from resunet_jax.report.slices import HU_LOWEST, HU_STEP, Bytes2D, choose_sampling, pack
-from tests.report.example import HOSTILE, example_arrays, example_report, example_slices
+from resunet_jax.report.page import write_scan_page
+from resunet_jax.report.slices import HU_LOWEST, HU_STEP, Bytes2D, choose_sampling, encode_slices, pack
+from tests.report.example import HOSTILE, encode, example_arrays, example_report, example_slices
 
 
 def unpack(data: bytes, shape: tuple[int, int]) -> Bytes2D:
@@ -56,28 +56,26 @@ def test_packing_is_lossless(shape: tuple[int, int]) -> None:
 def test_levels_are_within_half_a_step() -> None:
     hu = np.linspace(-1350, 1200, 511, dtype=np.float32).reshape(7, 73, 1)
     empty = np.zeros(hu.shape, np.uint8)
-    (one,) = encode_slices(hu, empty, empty > 0)
+    (one,) = encode(hu=hu, lung=empty, infection=empty > 0)
     shown = one.planes()["ct"] * float(HU_STEP) + HU_LOWEST
     assert np.abs(shown - hu[..., 0]).max() <= HU_STEP / 2
-    (clipped,) = encode_slices(np.where(hu > 0, 9000, -9000).astype(np.float32), empty, empty > 0)
+    (clipped,) = encode(hu=np.where(hu > 0, 9000, -9000).astype(np.float32), lung=empty, infection=empty > 0)
     assert set(np.unique(clipped.planes()["ct"])) == {0, 255}
 
 
-@pytest.mark.parametrize("in_file", [False, True])
-def test_a_page_holds_the_very_voxels(tmp_path: Path, in_file: bool) -> None:
+def test_a_page_holds_the_very_voxels(tmp_path: Path) -> None:
     arrays = example_arrays()
     uncertainty = np.linspace(0, 100, arrays["hu"].size).astype(np.uint8).reshape(arrays["hu"].shape)
-    file = (tmp_path / "planes").open("w+b") if in_file else None
-    chunks = [
-        encode_slices(
-            **{key: a[..., k : k + 5] for key, a in {**arrays, "uncertainty": uncertainty}.items()}, file=file
-        )
-        for k in range(0, 12, 5)
-    ]
-    write_scan_page(tmp_path / "a.html", example_report(), [s for chunk in chunks for s in chunk], (0.8, 0.8, 5.0))
-    if file is not None:
+    with (tmp_path / "planes").open("w+b") as file:
+        slices = [
+            one
+            for k in range(0, 12, 5)
+            for one in encode_slices(
+                **{key: a[..., k : k + 5] for key, a in {**arrays, "uncertainty": uncertainty}.items()}, file=file
+            )
+        ]
+        write_scan_page(tmp_path / "a.html", example_report(), slices, (0.8, 0.8, 5.0))
         assert file.tell() == 3 * arrays["hu"].size
-        file.close()
     data = data_of((tmp_path / "a.html").read_text(encoding="utf-8"))
     grid = np.ix_(data["rows"], data["columns"])
     shape = (len(data["rows"]), len(data["columns"]))
@@ -97,13 +95,13 @@ def test_a_page_holds_the_very_voxels(tmp_path: Path, in_file: bool) -> None:
 def test_the_body_is_cropped_and_no_mask_is_cut() -> None:
     arrays = example_arrays(rows=600, columns=700, slices=2)
     arrays["hu"][560:562] = 200  # a thin table
-    sampling = choose_sampling(encode_slices(**arrays))
+    sampling = choose_sampling(encode(**arrays))
     assert sampling.rows[0] > 40
     assert sampling.rows[-1] < 560
     assert 256 <= len(sampling.columns) <= 320
     assert len(np.unique(sampling.columns)) == len(sampling.columns)
     arrays["infection"][2:30, 10:50] = True
-    sampling = choose_sampling(encode_slices(**arrays))
+    sampling = choose_sampling(encode(**arrays))
     assert sampling.rows[0] <= 3
     assert sampling.columns[0] <= 11
 
@@ -111,7 +109,7 @@ def test_the_body_is_cropped_and_no_mask_is_cut() -> None:
 @pytest.mark.parametrize("value", [-1000.0, 3000.0])
 def test_an_empty_scan_has_a_page(tmp_path: Path, value: float) -> None:
     hu = np.full((30, 40, 1), value, np.float32)
-    slices = encode_slices(hu, np.zeros(hu.shape, np.uint8), np.zeros(hu.shape, bool))
+    slices = encode(hu=hu, lung=np.zeros(hu.shape, np.uint8), infection=np.zeros(hu.shape, bool))
     write_scan_page(
         tmp_path / "a.html", example_report(by_slice={"lung_ml": [0.0], "infection_ml": [0.0]}), slices, (1, 2)
     )
@@ -121,7 +119,7 @@ def test_an_empty_scan_has_a_page(tmp_path: Path, value: float) -> None:
 def test_a_noisy_scan_of_300_slices_stays_below_15_mb(tmp_path: Path) -> None:
     arrays = example_arrays(rows=512, columns=512, slices=60)
     arrays["hu"] += np.random.default_rng(1).normal(0, 30, arrays["hu"].shape).astype(np.float32)
-    slices = encode_slices(**arrays)
+    slices = encode(**arrays)
     sampling = choose_sampling(slices * 5)
     assert len(sampling.columns) >= 256
     write_scan_page(tmp_path / "a.html", example_report(slices=30), (slices * 5)[::10], (0.8, 0.8))
@@ -192,9 +190,9 @@ def test_numbers_as_text() -> None:
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     arrays = example_arrays()
     with pytest.raises(ValueError, match="one shape"):
-        encode_slices(arrays["hu"], arrays["lung"][1:], arrays["infection"])
+        encode(**{**arrays, "lung": arrays["lung"][1:]})
     with pytest.raises(ValueError, match="labels"):
-        encode_slices(arrays["hu"], arrays["lung"] + 1, arrays["infection"])
+        encode(**{**arrays, "lung": arrays["lung"] + 1})
     with pytest.raises(ValueError, match="one shape"):
         write_scan_page(tmp_path / "a.html", example_report(), [], (1, 1))
     with pytest.raises(ValueError, match="by slice"):
