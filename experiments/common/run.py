@@ -83,6 +83,8 @@ def _line(error: InputError | PermissionError) -> str:
     """What is wrong; permissions lack anywhere a path is looked at in a folder that one may not enter."""
     if isinstance(error, InputError):
         return str(error)
+    if error.filename is None:
+        raise error
     return f"{error.filename}: {error.strerror}; check the path and its permissions"
 
 

@@ -336,5 +336,5 @@ def _require_window(path: Path, levels: Levels) -> None:
     if not good:
         raise InputError(
             f"{path}: 0..255, but not over HU [-1250, 250] or a window near it: {levels}, where air is near 42, lung "
-            f"near 68 and soft tissue near 219; {_REMEDY}, as in assume=window:-1000,400"
+            f"near 68 and soft tissue near 219; {_REMEDY}, as in `assumed=window:-1000,400`"
         )

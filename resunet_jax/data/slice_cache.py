@@ -25,13 +25,13 @@ from resunet_jax.config import PreprocessConfig
 from resunet_jax.data.cases import Case
 from resunet_jax.data.preprocess import context_slices, prepare_mask, prepare_volume
 from resunet_jax.data.readers import READERS, Reader, digest, read_mask, read_volume
-from resunet_jax.data.volume import FloatArray
+from resunet_jax.data.volume import HU_WINDOW, FloatArray
 from resunet_jax.errors import InputError
 from resunet_jax.files import atomic_dir, make_output_dir, remove_dir, write_text
 from resunet_jax.progress import logger, progress
 
 _FORMAT = 6  # raise it when the same files and settings would give other slices
-_ASSUMED_FORMAT = 2  # the same for scans whose values are assumed
+_ASSUMED_FORMAT = 2  # the same for body thresholds on the range of slices whose window is assumed
 _MAX_WORKERS = 4  # each holds a volume in memory
 _IN_USE = ".in_use"  # folder of the cache: for each `prepare_cases` whose result is alive, a lock and the names
 
@@ -121,7 +121,9 @@ def content_digests(
 def _digest(
     case: Case, config: PreprocessConfig, readers: Mapping[str, Reader], assumed: tuple[float, float] | None
 ) -> str:
-    settings = [_FORMAT, dataclasses.asdict(config), *([] if assumed is None else [_ASSUMED_FORMAT, assumed])]
+    settings = [_FORMAT, dataclasses.asdict(config), *([] if assumed is None else [assumed])]
+    if assumed not in (None, HU_WINDOW) and config.body_thresholds_minmax:
+        settings.append(_ASSUMED_FORMAT)
     return f"{case.id}-{_short_digest(settings, case, readers)}"
 
 

@@ -94,7 +94,8 @@ def segment_scans(
     Args:
       scans: from `find_sources`, of different names.
       output_dir: gets the masks, and masks.json: {"settings": ..., "scans": {file: {"name", "digest", "bytes",
-        "warnings"}}}. A scan whose name is that of another one's masks in it is refused.
+        "warnings"}}}, of a DICOM series by file and UID. A scan of another file, whose name is that of masks in it, is
+        refused.
       predictor: the models.
       save_probabilities: see `segment_scan`.
       uncertainty: see `segment_scan`.
@@ -205,11 +206,13 @@ class _Batch:
             on_failure.push(stack)
             state, masks = _state(scan, self.readers), self._masks(scan)
             others = self._others(scan)
-            if (other := self.manifest.namesake(scan)) and any(file.exists() for file in masks):
-                text = f"{scan.path}: {masks[0]} is of another scan, {other}; choose another `output_dir`"
-                return ScanResult(scan, [], error=InputError(text))
             if self.manifest.vouches_for(scan, state) and all(file.is_file() for file in (*masks, *others)):
                 return ScanResult(scan, masks, others, skipped=True)
+            if (other := self.manifest.namesake(scan, state)) and any(file.exists() for file in masks):
+                text = f"{masks[0]}: is of another scan, {other}, than {scan.path}"
+                if other != _key(scan):
+                    return ScanResult(scan, [], error=InputError(f"{text}; choose another `output_dir`"))
+                logger.warning("%s, or of what that was before; it is replaced", text)
             _warn_of_others(scan, [*masks, *others])
             self.manifest.forget(scan)  # or it would vouch for masks that are being replaced
             physical = self.predictor.preprocess.is_physical
@@ -287,9 +290,10 @@ class _Manifest:
         done = self._done().get(_key(scan), {})
         return bool(state) and {name: done.get(name) for name in state} == state
 
-    def namesake(self, scan: Source) -> str | None:
-        """Another scan, of any settings, whose files have the names of this one's."""
-        return next((key for key, state in self._read()[1].items() if key != _key(scan) and _is_of(state, scan)), None)
+    def namesake(self, scan: Source, state: dict[str, Any]) -> str | None:
+        """What the files with the names of this scan's are of, where the manifest names another content."""
+        entries = ((key, entry) for key, entry in self._read()[1].items() if _is_of(entry, scan))
+        return next((key for key, entry in entries if entry.get("digest") != state.get("digest")), None)
 
     def forget(self, scan: Source) -> None:
         """Takes a scan out of an existing manifest."""

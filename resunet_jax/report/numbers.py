@@ -360,7 +360,7 @@ def _uncertainty(segmented: SegmentedScan) -> dict[str, Any]:
 def _models(segmented: SegmentedScan) -> dict[str, Any]:
     predictor = segmented.predictor
     thresholds = predictor.mask_thresholds
-    return {name: {"fingerprint": it, "threshold": thresholds[name]} for name, it in predictor.fingerprints.items()}
+    return {n: {"fingerprint": digest, "threshold": thresholds[n]} for n, digest in predictor.fingerprints.items()}
 
 
 def _settings(segmented: SegmentedScan) -> dict[str, Any]:

@@ -145,8 +145,9 @@ def _read(path: Path) -> Mapping[str, Any] | None:
         report = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
         if report["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"schema_version {report['schema_version']}")
-        cohort_row(report)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not cohort_row(report)["name"]:
+            raise KeyError("scan.name")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         logger.warning("%s: left out of the table (%s); remove it, or segment the scan again", path, error)
         return None
     return report

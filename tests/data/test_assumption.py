@@ -79,17 +79,21 @@ def test_air_is_not_moved_where_the_window_is_known(phantom: Path) -> None:
     assert air_offset(dataclasses.replace(volume, intensity_scale="windowed"), config) != 0
 
 
-def test_the_format_of_assumed_scans_is_theirs_alone(
+def test_the_format_of_assumed_windows_is_theirs_alone(
     phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And only where the body is separated on the range of each slice."""
+    original = dataclasses.replace(CONFIG, body_thresholds_minmax=ORIGINAL_BODY_THRESHOLDS)
+    assumptions = [(CONFIG, ASSUMED), (original, None), (original, parse_assumption("hu")), (original, ASSUMED)]
+
     def digests() -> list[str]:
         case = find_cases(phantom)[:1]
-        return [prepare_cases(case, CONFIG, tmp_path, assumed=assumed)[0].digest for assumed in (None, ASSUMED)]
+        return [prepare_cases(case, config, tmp_path, assumed=assumed)[0].digest for config, assumed in assumptions]
 
-    judged, assumed = digests()
+    *others, window = digests()
     monkeypatch.setattr(slice_cache, "_ASSUMED_FORMAT", 0)
-    assert digests()[0] == judged
-    assert digests()[1] != assumed
+    assert digests()[:-1] == others
+    assert digests()[-1] != window
 
 
 def test_slices_of_another_assumption_are_not_taken(exported: Path, tmp_path: Path) -> None:

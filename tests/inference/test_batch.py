@@ -135,8 +135,13 @@ def test_a_scan_that_another_process_is_at_is_left_until_last(predictor: Predict
     assert run(good, output, predictor) == {"a.nii": "before", "c.nii": "before"}
 
 
-def test_another_scan_of_the_same_name_is_refused(predictor: Predictor, scans, tmp_path: Path) -> None:
-    """Whatever the models; when its masks are gone, they are no longer vouched for."""
+def test_another_scan_of_the_same_name_is_refused(
+    predictor: Predictor, scans, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever the models; of the same file name it may be the scan of before, changed, and is named.
+
+    When masks are gone, they are no longer vouched for.
+    """
     output, (first, _, second) = tmp_path / "masks", scans
     other = second._replace(path=tmp_path / "A.nii.gz", name="a")
     shutil.copy(second.path, tmp_path / "plain.nii")
@@ -144,9 +149,20 @@ def test_another_scan_of_the_same_name_is_refused(predictor: Predictor, scans, t
     run([first], output, predictor)
     for models in (predictor, dataclasses.replace(predictor, thresholds={"lung": 0.4})):
         (result,) = segment_scans([other], output, models)
-        assert str(result.error) == f"{other.path}: {output / 'a_lung.nii.gz'} is of another scan, a.nii; " + (
-            "choose another `output_dir`"
-        )
+        what = f"{output / 'a_lung.nii.gz'}: is of another scan, a.nii, than {other.path}"
+        assert str(result.error) == f"{what}; choose another `output_dir`"
+    assert not caplog.text
+    shutil.copytree(first.path.parent, tmp_path / "later")
+    shutil.copy(second.path, tmp_path / "later" / "a.nii")
+    later = find_sources(tmp_path / "later" / "a.nii")
+    assert run(later, output, predictor) == {"a.nii": "now"}
+    assert "a_lung.nii.gz: is of another scan, a.nii, than" in caplog.text
+    moved = other._replace(path=shutil.copy(second.path, tmp_path / "A.nii"))
+    assert run([moved], output, predictor) == {"A.nii": "now"}  # the same content
+    assert run([first], output, predictor) == {"a.nii": "error"}
+    for mask in output.glob("*.nii.gz"):
+        mask.unlink()
+    assert run([first], output, predictor) == {"a.nii": "now"}
     assert run([first], output, predictor) == {"a.nii": "before"}
     for mask in output.glob("*.nii.gz"):
         mask.unlink()

@@ -151,7 +151,9 @@ def test_cohort_lists_every_report_of_the_folder_and_names_what_is_none(
     folder = tmp_path / "copy"
     shutil.copytree(written, folder)
     (folder / "c_report.json").write_text("{")
-    (folder / "d_report.json").write_text('{"schema_version": 1}')
+    others = ('{"schema_version": 1}', '{"schema_version": 1, "warnings": []}')
+    for name, other in zip("dfg", (*others, '{"schema_version": 1, "warnings": [], "scan": "x"}'), strict=True):
+        (folder / f"{name}_report.json").write_text(other)
     text = (folder / "a_report.json").read_text(encoding="utf-8")
     (folder / ".partial-host-1-a_report.json").write_text(text, encoding="utf-8")
     report = {**json.loads(text), "scan": {**json.loads(text)["scan"], "name": "e\udce9"}}
@@ -160,7 +162,7 @@ def test_cohort_lists_every_report_of_the_folder_and_names_what_is_none(
     write_cohort(folder)
     with (folder / "cohort.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         assert [row["name"] for row in csv.DictReader(file)] == ["a", "b", "e\udce9"]
-    for name in ("c", "d"):
+    for name in ("c", "d", "f", "g"):
         assert f"{name}_report.json: left out" in caplog.text
     page = (folder / "index.html").read_text(encoding="utf-8", errors="surrogateescape")
     assert 'href="a_report.html"' in page

@@ -253,7 +253,7 @@ def test_damage_is_named(ablation: Ablation, calls: Calls, tmp_path: Path) -> No
                 ablation()
 
 
-@pytest.mark.parametrize("version", ["0.6.0", "0.15.0", "not installed"])
+@pytest.mark.parametrize("version", ["0.6.0", "0.17.0", "not installed"])
 def test_studies_of_older_versions_are_refused(
     ablation: Ablation, calls: Calls, phantom: Path, tmp_path: Path, version: str
 ) -> None:
@@ -278,7 +278,7 @@ def test_studies_of_versions_with_the_same_results_are_resumed(
     ablation()
     file = tmp_path / "run" / "versions.json"
     calls.trained.clear()
-    for version in ("0.16.0", "0.17.0"):
+    for version in ("0.18.0", "0.18.7", "1.0.0"):
         file.write_text(json.dumps({"resunet-jax": version}))
         ablation()
     assert calls.trained == []

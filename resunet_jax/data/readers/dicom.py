@@ -132,13 +132,14 @@ def _left_out(headers: Mapping[str, _Header | str], slices: Sequence[_Header]) -
     of a series, whole or cut off.
     """
     alike = {_name_kind(header.member) for header in slices}
-    uids = {"", *(header.series for header in slices)}
+    uids = {header.series for header in slices}
     for member, header in headers.items():
         if isinstance(header, str):
             may_be_slice = header in (_EMPTY, _NO_IMAGE) and _name_kind(member) in alike
             yield member, "unreadable" if may_be_slice else header
         elif not header.slices:
-            may_be_slice = any(uid.startswith(header.series) for uid in uids)
+            is_cut_off = not header.number and any(uid.startswith(header.series) for uid in uids)
+            may_be_slice = header.series in uids or is_cut_off
             yield member, "unreadable" if may_be_slice else _NO_POSITION
 
 
@@ -387,6 +388,8 @@ def _read_header(container: _Container, member: str) -> _Header | str:
     try:
         content = container.read(member)
     except InputError:
+        if container.is_zip:  # which is damaged there
+            return "unreadable"
         content = b""
     if not content and not member.lower().endswith(_SUFFIXES):
         return _EMPTY
