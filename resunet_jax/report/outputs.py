@@ -28,7 +28,8 @@ from resunet_jax.report.numbers import (
     summary_line,
     warnings_of,
 )
-from resunet_jax.report.page import encode_slices, write_preview, write_scan_page
+from resunet_jax.report.page import write_preview, write_scan_page
+from resunet_jax.report.slices import encode_slices
 
 REPORT = "_report.json"
 PAGE = "_report.html"

@@ -21,11 +21,8 @@ from resunet_jax.report.slices import (
     EncodedSlice,
     Sampling,
     choose_sampling,
-    encode_slices,
     pack,
 )
-
-__all__ = ["LAYERS", "EncodedSlice", "Layer", "encode_slices", "write_preview", "write_scan_page"]
 
 
 class Layer(NamedTuple):
