@@ -148,7 +148,7 @@ class Hostile:
         (lambda path: original_file(path, **{"output_layer.0.bias": torch.full((1,), torch.nan)}), "NaN"),
         (lambda path: original_file(path, **{"output_layer.0.bias": torch.zeros(1).half()}), "float32"),
         (lambda path: original_file(path, **{"output_layer.0.running_mean": torch.zeros(1)}), "are not those of"),
-        (lambda path: original_file(path, channels=2), "a model on 2 channel.*`task`"),
+        (lambda path: original_file(path, channels=2), "a model on 2 channel.*`target`"),
     ],
 )
 def test_a_wrong_file_is_refused_and_leaves_nothing(write, message: str, tmp_path: Path) -> None:
