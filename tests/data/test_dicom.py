@@ -261,7 +261,7 @@ def test_a_damaged_slice_refuses_the_series(hu: np.ndarray, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["IM{:04}", "1.2.840.{}", "IM{:04}.dcm"])
-@pytest.mark.parametrize("kind", ["empty", "stump", "half a header", "link", "no position"])
+@pytest.mark.parametrize("kind", ["empty", "few bytes", "stump", "half a header", "link", "no position"])
 def test_what_may_be_a_slice_refuses_the_series(hu: np.ndarray, tmp_path: Path, name: str, kind: str) -> None:
     """The last one of a copy that was cut off; other files next to the slices are no matter."""
     folder = tmp_path / "scan"
@@ -270,7 +270,7 @@ def test_what_may_be_a_slice_refuses_the_series(hu: np.ndarray, tmp_path: Path, 
         path.rename(folder / name.format(number))
     last = folder / name.format(len(paths))
     for other in ("README", "VERSION"):
-        (folder / other).touch()
+        (folder / other).write_text("of a viewer" * (other == "VERSION"))
     (source,) = find_sources(folder)
     check(source, hu)
     content = last.read_bytes()
@@ -282,7 +282,7 @@ def test_what_may_be_a_slice_refuses_the_series(hu: np.ndarray, tmp_path: Path, 
         del dataset.ImagePositionPatient
         dataset.save_as(last, enforce_file_format=True)
     else:
-        last.write_bytes(content[: {"empty": 0, "stump": 300, "half a header": 600}[kind]])
+        last.write_bytes(content[: {"empty": 0, "few bytes": 100, "stump": 300, "half a header": 600}[kind]])
     refuse(folder, "a damaged DICOM file")
 
 
@@ -325,6 +325,12 @@ def test_hostile_zips_are_refused(tmp_path: Path, options: dict[str, Any], messa
         (tmp_path / "bad.zip").write_bytes(data)
     with pytest.raises(InputError, match=message):
         list_sources(tmp_path / "bad.zip")
+    with zipfile.ZipFile(tmp_path / "twice.zip", "w") as archive:
+        archive.writestr("a.dcm", b"")
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("a.dcm", b"")
+    with pytest.raises(InputError, match="several files named a"):
+        list_sources(tmp_path / "twice.zip")
     (tmp_path / "words.zip").write_bytes(b"not a zip")
     with pytest.raises(InputError, match="cannot be read as a zip"):
         list_sources(tmp_path / "words.zip")

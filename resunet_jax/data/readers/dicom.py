@@ -46,6 +46,7 @@ DECODERS = {
 JPEG lossless, JPEG-LS, JPEG 2000, RLE."""
 
 _SUFFIXES = (".dcm", ".ima", ".dicom")
+_PREAMBLE_BYTES = 132  # with the four letters DICM at its end
 _EMPTY, _NO_IMAGE, _NO_POSITION = "empty or unreadable", "without an image", "without a position or pixels"
 _HEADER = [
     "ImageOrientationPatient",
@@ -256,12 +257,12 @@ class _Container:
     def _start(self) -> bytes:
         try:
             with self.path.open("rb") as file:
-                return file.read(132)
+                return file.read(_PREAMBLE_BYTES)
         except OSError:
             return b""
 
     def members(self) -> list[str]:
-        """Names of the files that look like DICOM, or that are empty or cannot be read, in order."""
+        """Names of the files that look like DICOM, or are too short for that or cannot be read, in order."""
         if self.path.is_file() and not self.is_zip:
             return [self.path.name]
         with self.opened():
@@ -281,10 +282,10 @@ class _Container:
         if name.lower().endswith((".nii", ".nii.gz", ".zip")) or Path(name).name.upper() == "DICOMDIR":
             return False
         try:
-            start = self.read(name, 132)
+            start = self.read(name, _PREAMBLE_BYTES)
         except InputError:
             return True
-        return not start or _looks_like(name, start)
+        return len(start) < _PREAMBLE_BYTES or _looks_like(name, start)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
@@ -343,7 +344,8 @@ class _Container:
 
 
 def _looks_like(name: str, start: bytes) -> bool:
-    return start[128:132] == b"DICM" or (name.lower().endswith(_SUFFIXES) and not Path(name).name.startswith("."))
+    has_suffix = name.lower().endswith(_SUFFIXES) and not Path(name).name.startswith(".")
+    return start[128:_PREAMBLE_BYTES] == b"DICM" or has_suffix
 
 
 def _checked(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
@@ -369,6 +371,9 @@ def _checked(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
             problem = f"{info.file_size} bytes are not in {info.compress_size} compressed ones"
         if problem:
             raise InputError(f"{path}: {info.filename!r}: {problem}; pack the series again")
+    doubled = sorted(name for name, count in Counter(info.filename for info in infos).items() if count > 1)
+    if doubled:
+        raise InputError(f"{path}: several files named {_some(doubled)}; pack the series again")
     if sum(info.compress_size for info in infos) > total:
         raise InputError(f"{path}: its files overlap; pack the series again")
     return infos
@@ -391,7 +396,7 @@ def _read_header(container: _Container, member: str) -> _Header | str:
         if container.is_zip:  # which is damaged there
             return "unreadable"
         content = b""
-    if not content and not member.lower().endswith(_SUFFIXES):
+    if len(content) < _PREAMBLE_BYTES and not member.lower().endswith(_SUFFIXES):
         return _EMPTY
     try:
         dataset = _dataset(content, stop_before_pixels=True, specific_tags=_HEADER)
