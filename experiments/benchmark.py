@@ -15,7 +15,7 @@ from common import settings
 from common.run import run
 
 from resunet_jax.errors import InputError
-from resunet_jax.files import write_text
+from resunet_jax.files import write_json
 
 SUITES = ("train", "fit", "forward", "data", "predict", "evaluate", "memory", "startup")
 
@@ -60,7 +60,7 @@ def main() -> None:
     print_rows(rows)
     records += [row.to_dict() for row in rows]
     if FLAGS.json:
-        write_text(settings.path("json"), json.dumps(records, indent=2, ensure_ascii=False) + "\n")
+        write_json(settings.path("json"), records)
 
 
 def _of_own_process(suite: str) -> list[dict[str, Any]]:

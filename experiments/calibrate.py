@@ -12,8 +12,6 @@ infection model, where `predict`, `evaluate` and `export` find it; without a che
 --pair_dir writes with it.
 """
 
-import json
-
 from absl import flags
 from common import settings
 from common.run import run
@@ -35,8 +33,7 @@ flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 def main() -> None:
     """Calibrates by the flags."""
-    from resunet_jax.evaluation.compare import nan_to_none
-    from resunet_jax.files import check_output_dir, make_output_dir, write_text
+    from resunet_jax.files import check_output_dir, make_output_dir, write_json, write_text
     from resunet_jax.inference.predictor import load_predictor
     from resunet_jax.plugins import load_plugins
     from resunet_jax.studies import calibrate
@@ -77,7 +74,7 @@ def main() -> None:
     if study_dir is not None and split_file is not None:
         summary["cv_plus"] = calibrate.cv_plus_coverage(judge, folds, errors, target, split_file)
     make_output_dir(output_dir)
-    write_text(output_dir / "summary.json", json.dumps(nan_to_none(summary), indent=2) + "\n")
+    write_json(output_dir / "summary.json", summary)
     write_text(output_dir / "table.md", calibrate.to_markdown(summary, record))
     files = [save_record(output_dir, record)]
     if pair_dir is not None:

@@ -1,6 +1,8 @@
 """Atomic files and folders, folders that one process holds, and room on disk; on Linux, macOS and Windows."""
 
 import contextlib
+import json
+import math
 import os
 import re
 import shutil
@@ -176,6 +178,28 @@ def write_text(path: Path, text: str) -> None:
     """
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def json_text(value: Any) -> str:
+    """JSON of dicts, lists and plain values, indented; a NaN, which JSON does not have, is null."""
+    return json.dumps(_nan_to_none(value), indent=2, ensure_ascii=False) + "\n"
+
+
+def _nan_to_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _nan_to_none(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nan_to_none(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `json_text` atomically.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    write_text(path, json_text(value))
 
 
 def check_output_dir(path: Path) -> None:

@@ -1,4 +1,6 @@
 import contextlib
+import json
+import math
 import os
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from resunet_jax.files import (
     dir_lock,
     make_output_dir,
     reserve,
+    write_json,
     write_text,
 )
 
@@ -92,6 +95,13 @@ def test_reserved_files_are_zeros_on_disk(
         assert (tmp_path / "file").read_bytes() == bytes(size)
         occupied = getattr(os.fstat(file.fileno()), "st_blocks", size) * 512  # Windows does not say
     assert occupied >= size
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"é": [1.5, math.nan], "b": ({"c": math.nan}, "nan", 1)})
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert "é" in text
+    assert json.loads(text) == {"é": [1.5, None], "b": [{"c": None}, "nan", 1]}
 
 
 def test_output_dirs(tmp_path: Path) -> None:

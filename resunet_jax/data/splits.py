@@ -10,7 +10,7 @@ import numpy as np
 
 from resunet_jax.data.cases import KNOWN_CASES, Case
 from resunet_jax.errors import InputError
-from resunet_jax.files import write_text
+from resunet_jax.files import write_json
 
 SUBSETS = ("train", "val", "test")
 Protocol = Literal["original", "few_shot", "five_fold", "patient_five_fold", "ratio"]
@@ -293,4 +293,4 @@ def _check_patients(path: Path, split: Split, cases: Sequence[Case]) -> None:
 def write_split(path: Path, split: Split) -> None:
     """Writes the form that `read_split` reads."""
     values = {name: value for name, value in dataclasses.asdict(split).items() if name in SUBSETS or value}
-    write_text(path, json.dumps(values, indent=2) + "\n")
+    write_json(path, values)

@@ -1,7 +1,6 @@
 """Models against references: per volume on its native grid, and by the original's batch-wise soft Dice."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from resunet_jax.data.readers import READERS, Reader, read_mask, read_volume
 from resunet_jax.data.roi import body_columns
 from resunet_jax.data.slice_cache import PreparedCase
 from resunet_jax.data.volume import Array, FloatArray, Volume
+from resunet_jax.files import json_text
 from resunet_jax.inference.predictor import Predictor
 from resunet_jax.inference.uncertainty import compare_members
 from resunet_jax.metrics import METRICS, Comparison, Metric, with_legacy_keys
@@ -91,7 +91,7 @@ class Evaluation:
             "soft_batch": {"note": _SOFT_NOTE, **self.soft_batch},
             **({"reported_calibration": self.reported_calibration()} if "temperature" in self.settings else {}),
         }
-        return json.dumps(nan_to_none(values), indent=2) + "\n"
+        return json_text(values)
 
     def reported_calibration(self) -> dict[str, dict[str, object]]:
         """Of the infection's probability where postprocessing has left any: without and with the temperature."""
@@ -363,12 +363,3 @@ class _SoftBatches:
             name: float(np.mean([m[name] for m in self._metrics])) if self._metrics else math.nan
             for name in SOFT_METRICS
         }
-
-
-def nan_to_none(value: Any) -> Any:
-    """NaN, which JSON does not have, as null, at any depth of dicts and lists."""
-    if isinstance(value, dict):
-        return {name: nan_to_none(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [nan_to_none(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

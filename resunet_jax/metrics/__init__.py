@@ -128,9 +128,3 @@ LEGACY_KEYS = {
 def with_legacy_keys(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row as it is written: today's keys, then those of 0.6.0 that are called otherwise today."""
     return {**row, **{old: row[new] for old, new in LEGACY_KEYS.items() if new in row}}
-
-
-def without_legacy_keys(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `with_legacy_keys`, for rows of any version."""
-    renamed = {LEGACY_KEYS.get(name, name): value for name, value in row.items()}
-    return {**renamed, **{name: value for name, value in row.items() if name not in LEGACY_KEYS}}

@@ -19,10 +19,9 @@ from resunet_jax.data.cases import Case, find_cases, require_infection_masks
 from resunet_jax.data.slice_cache import MAX_CACHE_GB, content_digests
 from resunet_jax.data.splits import NUM_FOLDS, Protocol, Split, SplitRequest, make_split
 from resunet_jax.errors import InputError, LockedError, StoppedError
-from resunet_jax.evaluation.compare import nan_to_none
 from resunet_jax.evaluation.evaluate import evaluate
 from resunet_jax.evaluation.report import write_csv, write_report
-from resunet_jax.files import atomic_dir, check_output_dir, dir_lock, make_output_dir, write_text
+from resunet_jax.files import atomic_dir, check_output_dir, dir_lock, make_output_dir, write_json, write_text
 from resunet_jax.metrics import Metric, with_legacy_keys
 from resunet_jax.plots import save_boxes, save_cases, save_comparison, save_differences, save_volumes
 from resunet_jax.plugins import Tables
@@ -171,7 +170,7 @@ def _check_version(file: Path) -> None:
     """Refuses a study of a version with other results under the same keys; notes the versions that begin a new one."""
     if not file.is_file():
         make_output_dir(file.parent)
-        _write(file, versions())
+        write_json(file, versions())
     begun_by = _read(file, "choose a new `workdir`", "resunet-jax")["resunet-jax"]
     if [int(number) for number in re.findall(r"\d+", begun_by)] < _SAME_RESULTS_SINCE:
         raise InputError(
@@ -236,10 +235,6 @@ def _read(file: Path, remedy: str, *keys: str) -> dict[str, Any]:
         raise InputError(f"{file}: damaged ({error}); {remedy}") from error
 
 
-def _write(file: Path, values: Any) -> None:
-    write_text(file, json.dumps(nan_to_none(values), indent=2, ensure_ascii=False) + "\n")
-
-
 def _read_record(report: Path) -> dict[str, Any]:
     remedy = f"delete {report}, the run is tested again"
     return _read(report / "run.json", remedy, "key", "seed", "split", "volumes", "settings", "cost", "slices")
@@ -288,7 +283,7 @@ def _run(study: Study, run: Run) -> None:
             "folders": {task: study.layout.model(run, task) for task in run.configs},
             "slices": table.save_slices(partial / "slices.npz", evaluation.overlays),
         }
-        _write(partial / "run.json", record)
+        write_json(partial / "run.json", record)
 
 
 def _train(study: Study, run: Run, task: Structure) -> dict[str, float]:
@@ -309,7 +304,7 @@ def _train(study: Study, run: Run, task: Structure) -> dict[str, float]:
                 **study.tables.for_training,
             )
             seconds = float(np.median([1 / record["steps_per_second"] for record in history]))
-            _write(file, dict(zip(names, (history[-1]["step"], seconds, *_size(study, run, task)), strict=True)))
+            write_json(file, dict(zip(names, (history[-1]["step"], seconds, *_size(study, run, task)), strict=True)))
     return _read(file, "delete it", *names)
 
 
@@ -357,7 +352,7 @@ def ablate(
         "seeds": list(dict.fromkeys(seeds)),
         "splits": [s.protocol or f"test {', '.join(s.test)}" for s in dict.fromkeys(run.split for run in plan)],
     }
-    _write(study.workdir / "summary.json", summary)
+    write_json(study.workdir / "summary.json", summary)
     write_text(study.workdir / "table.md", table.to_markdown(summary))
     save_differences(study.workdir / "differences.png", rows)
     save_cases(study.workdir / "cases.png", rows[:_MOST_COMPARED])
@@ -398,7 +393,7 @@ def cross_validate(
     records = run_study(study, plan)
     results = table.summarize_folds([records[run.key] for run in plan], study.tables.metrics)
     summary = {structure: with_legacy_keys(row) for structure, row in results["summary"].items()}
-    _write(study.workdir / "summary.json", {**results, "summary": summary})
+    write_json(study.workdir / "summary.json", {**results, "summary": summary})
     volumes, note = results["volumes"], results["protocol"]
     write_csv(study.workdir / "volumes.csv", [{**row, "protocol": note} for row in volumes])
     save_boxes(study.workdir / "boxes.png", volumes, ("dice", "nsd"), note)
@@ -411,6 +406,6 @@ def _check_settings(file: Path, plan: Sequence[Run]) -> None:
     keys = [run.key for run in plan]
     if not file.is_file():
         configs = {task: to_dict(config) for task, config in plan[0].configs.items()}
-        _write(file, {**configs, "splits": [dataclasses.asdict(run.split) for run in plan], "keys": keys})
+        write_json(file, {**configs, "splits": [dataclasses.asdict(run.split) for run in plan], "keys": keys})
     if _read(file, "choose a new `workdir`", "keys")["keys"] != keys:
         raise InputError(f"{file}: is of other settings or cases; choose a new `workdir`")

@@ -22,7 +22,7 @@ from resunet_jax.data.slice_cache import MAX_CACHE_GB, PreparedCase, prepare_cas
 from resunet_jax.data.splits import DEFAULT_SPLIT, Split, SplitRequest, make_split, read_split, write_split
 from resunet_jax.data.volume import Array, Grid
 from resunet_jax.errors import InputError
-from resunet_jax.files import check_output_dir, dir_lock, make_output_dir, write_text
+from resunet_jax.files import check_output_dir, dir_lock, make_output_dir, write_json
 from resunet_jax.inference.predictor import Predictor, choose_threshold
 from resunet_jax.model.build import ARCHITECTURES, TASKS, Architecture, Task, build_model
 from resunet_jax.progress import logger
@@ -307,7 +307,7 @@ def check_data_unchanged(workdir: Path, digests: Mapping[str, str]) -> None:
 def write_data_record(workdir: Path, digests: Mapping[str, str]) -> None:
     """Adds digests to data.json, for `check_data_unchanged`; a study may get further cases."""
     record = {**_read_data_record(workdir), **digests}
-    write_text(workdir / _DATA_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_json(workdir / _DATA_FILE, record)
 
 
 def _read_data_record(workdir: Path) -> dict[str, str]:
@@ -321,8 +321,8 @@ def _read_data_record(workdir: Path) -> dict[str, str]:
 
 def _write_settings(workdir: Path, config: Config, split: Split, digests: Mapping[str, str]) -> None:
     make_output_dir(workdir / "figures")
-    for name, values in (("config", to_dict(config)), ("versions", versions())):
-        write_text(workdir / f"{name}.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    write_json(workdir / "config.json", to_dict(config))
+    write_json(workdir / "versions.json", versions())
     write_data_record(workdir, digests)
     write_split(workdir / "split.json", split)
 

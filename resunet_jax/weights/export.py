@@ -20,7 +20,6 @@ import contextlib
 import datetime
 import hashlib
 import importlib.metadata
-import json
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -35,7 +34,7 @@ from resunet_jax import __version__
 from resunet_jax.config import INFECTION_POSTPROCESS
 from resunet_jax.data.volume import HU_WINDOW
 from resunet_jax.errors import InputError
-from resunet_jax.files import atomic_file, make_output_dir, write_text
+from resunet_jax.files import atomic_file, make_output_dir, write_json
 from resunet_jax.model.build import TASKS, averaging_of
 from resunet_jax.model.cascade import cascade
 from resunet_jax.weights.store import LoadedModel, fingerprint
@@ -348,7 +347,7 @@ def write_files(path: str | Path, content: bytes, description: Mapping[str, Any]
     metadata = {"file": path.name, "sha256": hashlib.sha256(content).hexdigest(), **description}
     with atomic_file(path) as partial:
         partial.write_bytes(content)
-    write_text(_metadata_path(path), json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
+    write_json(_metadata_path(path), metadata)
     return metadata
 
 

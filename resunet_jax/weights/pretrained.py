@@ -16,7 +16,7 @@ from flax import serialization
 
 from resunet_jax.config import from_dict, to_dict
 from resunet_jax.errors import InputError
-from resunet_jax.files import atomic_dir, write_text
+from resunet_jax.files import atomic_dir, json_text, write_json
 from resunet_jax.model.build import build_model
 from resunet_jax.weights.store import CONFIG_FILE, DIGESTS_FILE, LoadedModel, require_backend
 from resunet_jax.weights.uncertainty import UNCERTAINTY_FILE, UncertaintyRecord, parse_record
@@ -93,7 +93,7 @@ def save_pair(folder: Path, pair: ModelPair, record: UncertaintyRecord | None = 
     contents = {}
     for name, loaded in pair._asdict().items():
         variables = jax.tree.map(np.asarray, loaded.variables)
-        contents[f"{name}/{CONFIG_FILE}"] = (json.dumps(to_dict(loaded.config), indent=2) + "\n").encode()
+        contents[f"{name}/{CONFIG_FILE}"] = json_text(to_dict(loaded.config)).encode()
         contents[f"{name}/{VARIABLES_FILE}"] = serialization.to_bytes(variables)
     if record is not None:
         contents[_RECORD] = record.to_json().encode()
@@ -102,7 +102,7 @@ def save_pair(folder: Path, pair: ModelPair, record: UncertaintyRecord | None = 
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
         digests = {name: _sha256(content) for name, content in contents.items()}
-        write_text(partial / DIGESTS_FILE, json.dumps(digests, indent=2) + "\n")
+        write_json(partial / DIGESTS_FILE, digests)
 
 
 def _load(contents: dict[str, bytes], name: str) -> LoadedModel:

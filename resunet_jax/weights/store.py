@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 
 from resunet_jax.config import Config, Structure, from_dict, to_dict
 from resunet_jax.errors import InputError, first_line
-from resunet_jax.files import atomic_dir, expand_user, reserve, write_text
+from resunet_jax.files import atomic_dir, expand_user, reserve, write_json, write_text
 from resunet_jax.model.build import ARCHITECTURES, TASKS, Architecture, build_model
 from resunet_jax.model.resunet import Variables
 from resunet_jax.progress import logger
@@ -89,7 +89,7 @@ def write_folder(
         with tempfile.TemporaryFile(dir=partial) as file:
             reserve(file, sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(trees)))
         for name, value in values.items():
-            write_text(partial / name, json.dumps(value, indent=2) + "\n")
+            write_json(partial / name, value)
         for name, text in (texts or {}).items():
             write_text(partial / name, text)
         for name, tree in trees.items():
@@ -98,7 +98,7 @@ def write_folder(
             with _checkpointer() as checkpointer:
                 checkpointer.save((partial / name).absolute(), args=ocp.args.StandardSave(host))
             (partial / name / _COMMIT_FILE).unlink(missing_ok=True)
-        write_text(partial / DIGESTS_FILE, json.dumps(_digests(partial), indent=2) + "\n")
+        write_json(partial / DIGESTS_FILE, _digests(partial))
 
 
 def verify_folder(folder: Path) -> None:
@@ -316,10 +316,7 @@ def _load_folder(folder: Path, architectures: Mapping[str, Architecture]) -> Loa
 def save_threshold(workdir: Path, threshold: float, dice: float, cases: Sequence[str]) -> None:
     """Writes threshold.json for the best checkpoint: the threshold, its mean Dice, on which cases, and the step."""
     values = {"threshold": threshold, "mean_dice": dice, "chosen_on": list(cases)}
-    write_text(
-        workdir / THRESHOLD_FILE,
-        json.dumps({**values, "step": int(best_checkpoint(workdir).name)}, indent=2) + "\n",
-    )
+    write_json(workdir / THRESHOLD_FILE, {**values, "step": int(best_checkpoint(workdir).name)})
 
 
 def load_threshold(path: str | Path) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 
 from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TaskName
 from resunet_jax.errors import InputError, first_line
-from resunet_jax.files import atomic_file
+from resunet_jax.files import atomic_file, json_text
 from resunet_jax.model.build import build_model
 from resunet_jax.model.resunet import Variables
 from resunet_jax.progress import logger
@@ -156,7 +156,7 @@ def from_torch(path: Path, output_dir: Path, target: Literal["lung", "infection"
         raise InputError(f"{path}: its weights are not those of the original's ResUnet; convert that project's file")
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):
         raise InputError(f"{path}: some of its weights are NaN or infinite; use a checkpoint from before")
-    save_model(output_dir, variables, config, {_COUNTERS_FILE: json.dumps(counters, indent=2) + "\n"})
+    save_model(output_dir, variables, config, {_COUNTERS_FILE: json_text(counters)})
     return config
 
 

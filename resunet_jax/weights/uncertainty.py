@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from resunet_jax.errors import InputError, first_line
-from resunet_jax.files import expand_user, write_text
+from resunet_jax.files import expand_user, json_text, write_text
 from resunet_jax.metrics.calibration import TEMPERATURES
 from resunet_jax.metrics.conformal import QUANTITIES, default_level, split_interval
 
@@ -68,7 +68,7 @@ class UncertaintyRecord:
 
     def to_json(self) -> str:
         """The content of the file."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        return json_text(dataclasses.asdict(self))
 
 
 def parse_record(text: str | bytes, where: str) -> UncertaintyRecord:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from resunet_jax.metrics import LEGACY_KEYS, METRICS, Comparison, with_legacy_keys, without_legacy_keys
+from resunet_jax.metrics import LEGACY_KEYS, METRICS, Comparison, with_legacy_keys
 from resunet_jax.metrics.lesions import lesion_metrics
 from resunet_jax.metrics.overlap import confusion_counts, hard_metrics
 from resunet_jax.metrics.surface import surface_metrics
@@ -65,21 +65,15 @@ def test_involvement_is_undefined_without_a_lung(masks, missing: str) -> None:
     assert not math.isnan(found["dice"])
 
 
-def test_legacy_keys_are_added_and_removed() -> None:
-    row = {"case": "a", "dice": 0.5, "false_positive_lesions": 2.0, "lung_involvement": 0.1}
-    written = with_legacy_keys(row)
-    assert written == {**row, "false_lesions": 2.0, "lung_part": 0.1}
-    assert list(written)[: len(row)] == list(row)
-    assert without_legacy_keys(written) == row
-    assert without_legacy_keys(row) == row
-
-
-def test_rows_of_0_6_0_are_read() -> None:
-    old = {"case": "a", **{name: i / 10 for i, name in enumerate(LEGACY_KEYS)}}
-    assert without_legacy_keys(old) == {
+def test_legacy_keys_are_added() -> None:
+    row = {
         "case": "a",
         "false_positive_lesions": 0.0,
         "lung_involvement": 0.1,
         "reference_lung_involvement": 0.2,
         "lung_involvement_error": 0.3,
     }
+    old = {"false_lesions": 0.0, "lung_part": 0.1, "reference_lung_part": 0.2, "lung_part_error": 0.3}
+    assert with_legacy_keys(row) == {**row, **old}
+    assert list(with_legacy_keys(row)) == [*row, *old]
+    assert list(old) == list(LEGACY_KEYS)
