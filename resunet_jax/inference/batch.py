@@ -14,7 +14,7 @@ from resunet_jax.config import to_dict
 from resunet_jax.data.readers import READERS, Reader, Source, digest, open_scan
 from resunet_jax.data.volume import Scan
 from resunet_jax.errors import InputError, first_line
-from resunet_jax.files import make_output_dir, write_text
+from resunet_jax.files import make_output_dir, write_json
 from resunet_jax.inference.predictor import Predictor
 from resunet_jax.inference.scan import SegmentedScan, mask_paths, prefetch, segment_opened
 from resunet_jax.progress import logger
@@ -94,8 +94,8 @@ def segment_scans(
     Args:
       scans: from `find_sources`, of different names.
       output_dir: gets the masks, and masks.json: {"settings": ..., "scans": {file: {"name", "digest", "bytes",
-        "warnings"}}}, of a DICOM series by file and UID. A scan of another file, whose name is that of masks in it, is
-        refused.
+        "warnings"}}, "earlier": ...}, of a DICOM series by file and UID; "earlier" are scans whose masks in it are of
+        other settings, or were being replaced. A scan of another file, whose name is that of masks in it, is refused.
       predictor: the models.
       save_probabilities: see `segment_scan`.
       uncertainty: see `segment_scan`.
@@ -292,39 +292,48 @@ class _Manifest:
 
     def namesake(self, scan: Source, state: dict[str, Any]) -> str | None:
         """What the files with the names of this scan's are of, where the manifest names another content."""
-        entries = ((key, entry) for key, entry in self._read()[1].items() if _is_of(entry, scan))
+        _, scans, earlier = self._read()
+        entries = ((key, entry) for key, entry in {**earlier, **scans}.items() if _is_of(entry, scan))
         return next((key for key, entry in entries if entry.get("digest") != state.get("digest")), None)
 
     def forget(self, scan: Source) -> None:
-        """Takes a scan out of an existing manifest."""
+        """Vouches no longer for the masks of a scan, which are about to be replaced."""
         if self._file.is_file():
-            self._update(scan, {})
+            self._update(scan, None)
 
     def record(self, scan: Source, state: dict[str, Any]) -> None:
         """Says that a scan is done."""
-        self._update(scan, {_key(scan): {"name": scan.name, **state}})
+        self._update(scan, {"name": scan.name, **state})
 
-    def _update(self, scan: Source, entry: Mapping[str, dict[str, Any]]) -> None:
+    def _update(self, scan: Source, entry: Mapping[str, Any] | None) -> None:
         make_output_dir(self._file.parent / _LOCKS)
         with FileLock(self._file.parent / _LOCKS / f"{MANIFEST}.lock"):
-            others = {
-                key: state for key, state in self._done().items() if key != _key(scan) and not _is_of(state, scan)
+            settings, scans, earlier = self._read()
+            if settings != self._settings:
+                scans, earlier = {}, {**earlier, **scans}
+            replaced = {
+                key: state for key, state in {**earlier, **scans}.items() if key == _key(scan) or _is_of(state, scan)
             }
-            values = {"settings": self._settings, "scans": {**others, **entry}}
-            write_text(self._file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+            scans = {key: state for key, state in scans.items() if key not in replaced}
+            earlier = {key: state for key, state in earlier.items() if key not in replaced}
+            if entry is None:
+                earlier |= replaced
+            else:
+                scans[_key(scan)] = entry
+            write_json(self._file, {"settings": self._settings, "scans": scans, "earlier": earlier})
 
     def _done(self) -> dict[str, Any]:
         """The scans that are done by these settings."""
-        settings, scans = self._read()
+        settings, scans, _ = self._read()
         return scans if settings == self._settings else {}
 
-    def _read(self) -> tuple[Any, dict[str, Any]]:
-        """Settings and scans; none where the manifest is absent or cannot be read."""
+    def _read(self) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        """Settings, scans and earlier ones; none where the manifest is absent or cannot be read."""
         try:
             values = json.loads(self._file.read_text(encoding="utf-8", errors="surrogateescape"))
-            return values["settings"], dict(values["scans"])
+            return values["settings"], dict(values["scans"]), dict(values.get("earlier", {}))
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return None, {}
+            return None, {}, {}
 
 
 def _is_of(state: Any, scan: Source) -> bool:

@@ -138,7 +138,7 @@ def test_a_scan_that_another_process_is_at_is_left_until_last(predictor: Predict
 def test_another_scan_of_the_same_name_is_refused(
     predictor: Predictor, scans, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever the models; of the same file name it may be the scan of before, changed, and is named.
+    """Whatever the models, and of whom the masks of before are; of the same file name it may be changed, and is named.
 
     When masks are gone, they are no longer vouched for.
     """
@@ -147,10 +147,14 @@ def test_another_scan_of_the_same_name_is_refused(
     shutil.copy(second.path, tmp_path / "plain.nii")
     nib.save(nib.load(tmp_path / "plain.nii"), other.path)
     run([first], output, predictor)
-    for models in (predictor, dataclasses.replace(predictor, thresholds={"lung": 0.4})):
+    others = dataclasses.replace(predictor, thresholds={"lung": 0.4})
+    for models in (predictor, others):
         (result,) = segment_scans([other], output, models)
         what = f"{output / 'a_lung.nii.gz'}: is of another scan, a.nii, than {other.path}"
         assert str(result.error) == f"{what}; choose another `output_dir`"
+    third = second._replace(path=shutil.copy(second.path, tmp_path / "d.nii"), name="d")
+    assert run([third], output, others) == {"d.nii": "now"}  # masks.json is of these settings from now on
+    assert run([other], output, others) == {"A.nii.gz": "error"}
     assert not caplog.text
     shutil.copytree(first.path.parent, tmp_path / "later")
     shutil.copy(second.path, tmp_path / "later" / "a.nii")
