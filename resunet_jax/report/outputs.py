@@ -13,7 +13,7 @@ from resunet_jax.data.readers import READERS, Reader, Source, digest, read_mask
 from resunet_jax.data.readers.dicom_seg import write_dicom_seg
 from resunet_jax.data.readers.disk import temporary_file
 from resunet_jax.data.readers.nifti import nifti_writer
-from resunet_jax.files import write_text
+from resunet_jax.files import write_json
 from resunet_jax.inference.batch import Finding, Output
 from resunet_jax.inference.scan import SegmentedScan
 from resunet_jax.metrics.lung_sides import LEFT, RIGHT
@@ -99,7 +99,7 @@ def _write_report(
         report = measure(segmented, totals, scan, seconds, consolidation_hu=consolidation_hu)
         write_scan_page(folder / f"{source.name}{PAGE}", report, shown, grid.spacing_mm)
         write_preview(folder / f"{source.name}{PREVIEW}", shown, grid.spacing_mm)
-    write_text(folder / f"{source.name}{REPORT}", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / f"{source.name}{REPORT}", report)
     return Finding(summary_line(report), tuple(report["warnings"]))
 
 
@@ -130,11 +130,11 @@ def write_cohort(folder: Path) -> list[Path]:
     """Makes cohort.csv and index.html of all reports in a folder; several processes may do so.
 
     Returns:
-      the files; none where there is no report.
+      the files; none where there is no report, and no table of reports that are gone.
     """
     paths = [path for path in sorted(folder.glob(f"*{REPORT}")) if not path.name.startswith(".")]  # not half written
     reports = [report for path in paths if (report := _read(path)) is not None]
-    if not reports:
+    if not reports and not (folder / COHORT).exists():
         return []
     write_cohort_csv(folder / COHORT, reports)
     write_cohort_page(folder / INDEX, reports)

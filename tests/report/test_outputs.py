@@ -166,6 +166,10 @@ def test_cohort_lists_every_report_of_the_folder_and_names_what_is_none(
         assert f"{name}_report.json: left out" in caplog.text
     page = (folder / "index.html").read_text(encoding="utf-8", errors="surrogateescape")
     assert 'href="a_report.html"' in page
+    for path in folder.glob("*_report.json"):
+        path.unlink()
+    assert write_cohort(folder) == [folder / "cohort.csv", folder / "index.html"]
+    assert len((folder / "cohort.csv").read_text(encoding="utf-8").splitlines()) == 1
     assert write_cohort(tmp_path) == []
 
 
