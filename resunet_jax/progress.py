@@ -2,9 +2,12 @@
 
 import contextlib
 import logging
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -21,6 +24,8 @@ from rich.text import Text
 logger = logging.getLogger("resunet_jax")
 
 _SECONDS_BETWEEN_LINES = 20.0
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 class _RateColumn(ProgressColumn):
@@ -82,3 +87,23 @@ def _lines(description: str, total: int) -> Iterator[Callable[[str], None]]:
             )
 
     yield advance
+
+
+def parallel_map(description: str, function: Callable[[_T], _R], items: Sequence[_T], max_workers: int) -> list[_R]:
+    """Applies a function to each item in threads, with progress; an error cancels what has not begun.
+
+    Args:
+      description: what is being done.
+      function: of an item.
+      items: in the order of the results.
+      max_workers: the most threads; there are no more than cores.
+    """
+    results = []
+    with (
+        ThreadPoolExecutor(min(max_workers, os.cpu_count() or 1)) as executor,
+        progress(description, len(items)) as advance,
+    ):
+        for result in executor.map(function, items):
+            results.append(result)
+            advance("")
+    return results

@@ -8,7 +8,6 @@ What a threshold would mistake for lung or infection is there too: trachea, stom
 import csv
 import dataclasses
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from resunet_jax.data.cases import KNOWN_CASES, identify
 from resunet_jax.data.volume import HU_WINDOW, FloatArray
 from resunet_jax.errors import InputError
 from resunet_jax.files import atomic_dir
-from resunet_jax.progress import progress
+from resunet_jax.progress import parallel_map
 
 Floats = npt.NDArray[np.float64]
 
@@ -100,12 +99,10 @@ def make_phantom(output_dir: Path, config: PhantomConfig) -> None:
     half = config.volumes // 2
     sources = ("coronacases", config.volumes - half), ("radiopaedia", half)
     ids = [case_id for source, count in sources for case_id in [c for c in CASE_IDS if c.startswith(source)][:count]]
-    with atomic_dir(output_dir.absolute()) as partial, ThreadPoolExecutor(2) as executor:
+    with atomic_dir(output_dir.absolute()) as partial:
         for folder in FOLDERS:
             (partial / folder).mkdir()
-        with progress("drawing phantoms", len(ids)) as advance:
-            for case_id in executor.map(lambda case_id: _write_case(partial, case_id, config), ids):
-                advance(case_id)
+        parallel_map("drawing phantoms", lambda case_id: _write_case(partial, case_id, config), ids, 2)
         _write_metadata(partial / "metadata.csv", ids)
 
 
@@ -124,7 +121,7 @@ def _write_metadata(path: Path, ids: Sequence[str]) -> None:
             writer.writerow([f"{_PREFIX}/{folder}/{name}" for folder, name in names])
 
 
-def _write_case(root: Path, case_id: str, config: PhantomConfig) -> str:
+def _write_case(root: Path, case_id: str, config: PhantomConfig) -> None:
     _, source, patient = identify(case_id)
     order = CASE_IDS.index(case_id)
     # A person looks alike in every scan; the disease and the scanner need not.
@@ -147,7 +144,6 @@ def _write_case(root: Path, case_id: str, config: PhantomConfig) -> str:
     axes = _AXES[order % 4] if windowed else "LPS"
     for folder, name, array in zip(FOLDERS, _file_names(case_id), (ct, lung, infection, combined), strict=True):
         _write(root / folder / name, array, spacing, axes)
-    return case_id
 
 
 def _write(path: Path, array: npt.NDArray[Any], spacing: Floats, axes: str) -> None:

@@ -13,7 +13,6 @@ import os
 import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from resunet_jax.data.readers import READERS, Reader, digest, read_mask, read_vo
 from resunet_jax.data.volume import HU_WINDOW, FloatArray
 from resunet_jax.errors import InputError
 from resunet_jax.files import atomic_dir, make_output_dir, remove_dir, write_text
-from resunet_jax.progress import logger, progress
+from resunet_jax.progress import logger, parallel_map
 
 _FORMAT = 6  # raise it when the same files and settings would give other slices
 _ASSUMED_FORMAT = 2  # the same for body thresholds on the range of slices whose window is assumed
@@ -87,19 +86,11 @@ def prepare_cases(
       InputError: a scan or mask is bad, or the cache cannot be written.
     """
     make_output_dir(cache_dir, "cache_dir")
-    with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1)) as executor:
-        try:
-            names = executor.map(lambda case: _digest(case, config, readers, assumed), cases)
-            folders = [cache_dir / name for name in names]
-            lease = _lease(cache_dir, [folder.name for folder in folders])
-            missing = [(case, folder) for case, folder in zip(cases, folders, strict=True) if not folder.is_dir()]
-            if missing:
-                with progress("preparing scans", len(missing)) as advance:
-                    built = executor.map(lambda pair: _build(pair[0], pair[1], config, readers, assumed), missing)
-                    for case_id in built:
-                        advance(case_id)
-        finally:
-            executor.shutdown(cancel_futures=True)
+    names = parallel_map("hashing scans", lambda case: _digest(case, config, readers, assumed), cases, _MAX_WORKERS)
+    folders = [cache_dir / name for name in names]
+    lease = _lease(cache_dir, names)
+    missing = [(case, folder) for case, folder in zip(cases, folders, strict=True) if not folder.is_dir()]
+    parallel_map("preparing scans", lambda pair: _build(*pair, config, readers, assumed), missing, _MAX_WORKERS)
     prepared = [_open(case, folder, assumed, lease) for case, folder in zip(cases, folders, strict=True)]
     if lease:
         _prune(cache_dir, max_cache_gb)
@@ -114,8 +105,8 @@ def content_digests(
     Raises:
       InputError: a file cannot be read.
     """
-    with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1)) as executor:
-        return dict(executor.map(lambda case: (case.id, _short_digest([assumed], case, readers)), cases))
+    digests = parallel_map("hashing scans", lambda case: _short_digest([assumed], case, readers), cases, _MAX_WORKERS)
+    return dict(zip((case.id for case in cases), digests, strict=True))
 
 
 def _digest(
@@ -139,7 +130,7 @@ def _build(
     config: PreprocessConfig,
     readers: Mapping[str, Reader],
     assumed: tuple[float, float] | None,
-) -> str:
+) -> None:
     volume = read_volume(case.ct, readers, assumed=assumed, physical=config.is_physical)
     masks = {"lung": case.lung_mask, "infection": case.infection_mask}
     # Masks are read before the slow part, so that a bad one is reported at once.
@@ -151,7 +142,6 @@ def _build(
         for name, label in labels.items():
             step = context_slices(config, volume.grid) if name == "infection" else 0
             np.save(partial / f"{name}.npy", prepare_mask(label, boxes, config.image_size, step))
-    return case.id
 
 
 def _open(case: Case, folder: Path, assumed: tuple[float, float] | None, lease: FileLock | None) -> PreparedCase:

@@ -2,9 +2,7 @@
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +17,7 @@ from resunet_jax.data.readers import READERS, Reader, list_sources, nifti, read_
 from resunet_jax.data.splits import NUM_FOLDS
 from resunet_jax.data.volume import HU_WINDOW, Grid, Volume
 from resunet_jax.errors import InputError
-from resunet_jax.progress import progress
+from resunet_jax.progress import parallel_map
 
 Severity = Literal["error", "warning"]
 Mask = npt.NDArray[np.uint8]
@@ -38,7 +36,7 @@ KNOWN_SLICES = dict(
 )
 """Slices, and slices with infection, of each case of the full set."""
 
-_WORKERS = 2  # each holds a volume and two masks in memory
+_MAX_WORKERS = 2  # each holds a volume and two masks in memory
 _PLANE_MM = (200.0, 600.0)
 _HEIGHT_MM = (100.0, 700.0)
 _LUNG_HU = (-1000.0, -300.0)
@@ -157,15 +155,7 @@ def check_data(
     cases, problems = list_cases(data_dir, readers)
     findings = [Finding("error", "", "names", str(problem)) for problem in problems]
     findings += _unused_files(data_dir, cases, findings, readers)
-    with ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as executor:
-        try:
-            with progress("checking scans", len(cases)) as advance:
-                examined = []
-                for result in executor.map(lambda case: _examine(case, readers, assumed), cases):
-                    examined.append(result)
-                    advance("")
-        finally:
-            executor.shutdown(cancel_futures=True)
+    examined = parallel_map("checking scans", lambda case: _examine(case, readers, assumed), cases, _MAX_WORKERS)
     facts = [result.facts for result in examined if result.facts is not None]
     for result in examined:
         findings += result.findings
