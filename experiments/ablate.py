@@ -21,7 +21,6 @@ flags.DEFINE_alias("rows", "variants")  # its name in 0.6.0
 flags.DEFINE_list("seeds", ["0", "1"], "Of the trainings.")
 flags.DEFINE_enum("protocol", None, FOLD_PROTOCOLS, "How cases are split; all folds are run.")
 flags.DEFINE_list("split_files", [], 'Instead of a protocol: JSON files {"train": [ids], "val": [], "test": [ids]}.')
-flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 
 def main() -> None:

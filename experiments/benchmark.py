@@ -25,7 +25,6 @@ flags.DEFINE_integer(
     "rounds", 5, "Runs of each side; at most 2 of whole scans, 3 of processes; 1 of fit.", lower_bound=1
 )
 settings.define_path("json", "File for a list of {suite, name, unit, jax, baseline, ratio, target, passed, spread}.")
-flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 
 def main() -> None:

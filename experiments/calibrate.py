@@ -4,12 +4,12 @@ python experiments/calibrate.py --data_dir=DATA --split_file=SPLIT --lung_checkp
         --infection_checkpoint=runs/infection --output_dir=runs/calibration
 python experiments/calibrate.py --data_dir=DATA --study_dir=runs/folds --output_dir=runs/calibration
 
-The test cases of --split_file, by default those of the models' own split, must have trained nothing: intervals are then
-split conformal. With --study_dir, a finished cross-validation or ablation, its fold models are judged on the cases that
-tested them, and the intervals of the pair, which may have seen them all, are an estimate; --split_file then names test
-cases of no fold, on which CV+ intervals of the fold models are tried. The record, uncertainty.json, goes next to the
-infection model, where `predict`, `evaluate` and `export` find it; without a checkpoint it is of the shipped pair, which
---pair_dir writes with it.
+The test cases of --split_file, by default those of the models' own split, must be held out from the training:
+intervals are then split conformal. With --study_dir, a finished cross-validation or ablation, its fold models are
+evaluated on the cases that tested them, and the intervals of the pair, which may have seen them all, are an estimate;
+--split_file then names test cases of no fold, on which CV+ intervals of the fold models are tried. The record,
+uncertainty.json, goes next to the infection model, where `predict`, `evaluate` and `export` find it; without a
+checkpoint it is of the shipped pair, which --pair_dir writes with it.
 """
 
 from absl import flags
@@ -23,12 +23,11 @@ settings.define_data_flags()
 settings.define_path("output_dir", "Gets uncertainty.json, summary.json and table.md.", required=True)
 settings.define_model_flags()
 settings.define_path("split_file", "Its test cases calibrate; with --study_dir they try CV+ intervals.")
-settings.define_path("study_dir", "Finished study whose fold models are judged instead.")
+settings.define_path("study_dir", "Finished study whose fold models are evaluated instead.")
 settings.define_path("pair_dir", "New folder: gets the shipped pair with its record, as the package has it.")
 flags.DEFINE_string("variant", None, "Variant of the study to use, where it has several.")
 flags.DEFINE_integer("seed", None, "Seed of the study to use, where it has several.")
 settings.define_cache_flags()
-flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 
 def main() -> None:
@@ -52,7 +51,7 @@ def main() -> None:
     arguments = settings.model_arguments()
     target = load_predictor(**arguments, architectures=tables.architectures)
     calibrate.require_pair(target)
-    judge = calibrate.Judge(
+    evaluator = calibrate.HeldOutEvaluator(
         settings.path("data_dir"),
         settings.path("cache_dir"),
         output_dir,
@@ -62,17 +61,17 @@ def main() -> None:
         FLAGS.max_cache_gb,
     )
     if study_dir is None:
-        errors = judge.errors(split_file=split_file, **{k: v for k, v in arguments.items() if k != "batch_size"})
-        source = f"{len(errors.logits)} patients who trained nothing"
+        errors = evaluator.errors(split_file=split_file, **{k: v for k, v in arguments.items() if k != "batch_size"})
+        source = f"{len(errors.logits)} held-out patients"
     else:
         folds = calibrate.study_folds(study_dir, FLAGS.variant, FLAGS.seed)
-        errors = calibrate.fold_errors(judge, folds, target)
+        errors = calibrate.fold_errors(evaluator, folds, target)
         source = f"{len(folds)} folds of {len(errors.logits)} patients"
     method: Method = "split_conformal" if study_dir is None else "fold_residuals"
     record = calibrate.make_record(errors, target, method, source)
     summary = calibrate.summarize_errors(errors)
     if study_dir is not None and split_file is not None:
-        summary["cv_plus"] = calibrate.cv_plus_coverage(judge, folds, errors, target, split_file)
+        summary["cv_plus"] = calibrate.cv_plus_coverage(evaluator, folds, errors, target, split_file)
     make_output_dir(output_dir)
     write_json(output_dir / "summary.json", summary)
     write_text(output_dir / "table.md", calibrate.to_markdown(summary, record))

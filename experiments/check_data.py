@@ -16,7 +16,6 @@ from resunet_jax.data.validate import DataCheck, check_data
 FLAGS = flags.FLAGS
 settings.define_data_flags()
 flags.DEFINE_bool("json", False, "Prints JSON instead: {cases, findings, missing, is_complete, can_train}.")
-flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 
 def main() -> None:
@@ -33,23 +32,23 @@ def main() -> None:
 
 
 def _print(check: DataCheck) -> None:
-    for fact in check.cases:
-        infected = "–" if fact.infected_slices is None else fact.infected_slices
-        air = "" if fact.air_hu is None else f", air {fact.air_hu:.0f} HU"
-        codes = "sform {} qform {}, ".format(*fact.codes) if fact.codes else ""
-        lung = "–" if fact.lung_hu is None else f"{fact.lung_hu:.0f} HU"
+    for summary in check.cases:
+        infected = "–" if summary.infected_slices is None else summary.infected_slices
+        air = "" if summary.air_hu is None else f", air {summary.air_hu:.0f} HU"
+        codes = "sform {} qform {}, ".format(*summary.codes) if summary.codes else ""
+        lung = "–" if summary.lung_hu is None else f"{summary.lung_hu:.0f} HU"
         print(
-            f"{fact.case}: {'×'.join(map(str, fact.shape))} {fact.axes}, {codes}"
-            f"{' × '.join(f'{mm:.3g}' for mm in fact.spacing_mm)} mm, "
-            f"{fact.intensity_scale} {fact.low:g}..{fact.high:g}"
-            f"{air}, lung {fact.lung_labels} {lung}, infection {fact.infection_labels}, "
-            f"infected slices {infected} of {fact.slices}"
+            f"{summary.case}: {'×'.join(map(str, summary.shape))} {summary.axes}, {codes}"
+            f"{' × '.join(f'{mm:.3g}' for mm in summary.spacing_mm)} mm, "
+            f"{summary.intensity_scale} {summary.low:g}..{summary.high:g}"
+            f"{air}, lung {summary.lung_labels} {lung}, infection {summary.infection_labels}, "
+            f"infected slices {infected} of {summary.slices}"
         )
     for finding in check.findings:
         print(f"{finding.severity}: {finding.text}")
-    slices = sum(fact.slices for fact in check.cases)
-    infected_slices = sum(fact.infected_slices or 0 for fact in check.cases)
-    patients = len({fact.patient for fact in check.cases})
+    slices = sum(summary.slices for summary in check.cases)
+    infected_slices = sum(summary.infected_slices or 0 for summary in check.cases)
+    patients = len({summary.patient for summary in check.cases})
     print(f"{len(check.cases)} scans of {patients} patients, {slices:,} slices, {infected_slices:,} with infection")
     if check.is_complete:
         print("the full set of 20 is there")

@@ -19,7 +19,6 @@ settings.define_path("output_file", "New PyTorch file for the original project."
 flags.DEFINE_integer(
     "image_size", PreprocessConfig().image_size, "Side of the slices the PyTorch model was trained on, in pixels."
 )
-flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 
 def main() -> None:

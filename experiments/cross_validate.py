@@ -14,7 +14,6 @@ from resunet_jax.data.splits import FOLD_PROTOCOLS
 FLAGS = flags.FLAGS
 settings.define_recipe_flags()
 flags.DEFINE_enum("protocol", "patient_five_fold", FOLD_PROTOCOLS, "How cases are split into folds.")
-flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 
 def main() -> None:

@@ -16,11 +16,14 @@ settings.define_path("output_dir", "Gets metrics.json, volumes.csv, slices.csv a
 settings.define_model_flags()
 flags.DEFINE_enum("split", "test", ["train", "val", "test", "all"], "Which subset of the split to evaluate.")
 settings.define_path("split_file", "The split; by default the one in the workdir of the models.")
-flags.DEFINE_bool("uncertainty", False, "Also segments mirrored and shifted views: does their agreement predict Dice?")
+flags.DEFINE_bool(
+    "uncertainty",
+    False,
+    "Also segments mirrored and shifted slices, and reports whether their agreement predicts Dice.",
+)
 for structure, default in TOLERANCE_MM.items():
     flags.DEFINE_float(f"{structure}_tolerance_mm", default, f"Of the surface Dice of the {structure}, in mm.")
 settings.define_cache_flags()
-flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ FLAGS = flags.FLAGS
 settings.define_path("output", "New file; FILE.json next to it says what goes in and comes out.", required=True)
 settings.define_checkpoint_flags()
 flags.DEFINE_bool("from_hu", False, "Takes slices in HU and the body's boxes, instead of prepared slices.")
-flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 
 def main() -> None:

@@ -8,16 +8,13 @@ onnx/bin/python experiments/export_onnx.py --output=cascade.onnx
 
 import logging
 
-from absl import flags
 from common import settings
 from common.run import run
 
 from resunet_jax.errors import InputError
 
-FLAGS = flags.FLAGS
 settings.define_path("output", "New file; FILE.json next to it says what goes in and comes out.", required=True)
 settings.define_checkpoint_flags()
-flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 
 def main() -> None:

@@ -17,7 +17,6 @@ flags.DEFINE_integer("seed", 0, "The same seed gives the same files.", lower_bou
 flags.DEFINE_bool("small", False, "Few and small scans, in seconds.")
 flags.DEFINE_integer("volumes", None, "Number of scans, 2 to 100, by default 10 (--small: 6); half of each source.")
 flags.DEFINE_integer("downsample", None, "Divides the in-plane size of 512 or 630 pixels.", lower_bound=1)
-flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ flags.DEFINE_bool("probabilities", False, "Also writes the probabilities, as <sc
 flags.DEFINE_bool(
     "uncertainty",
     False,
-    "Also segments mirrored and shifted views (test-time augmentation); writes <scan>_uncertainty.nii.gz.",
+    "Also segments mirrored and shifted slices (test-time augmentation); writes <scan>_uncertainty.nii.gz.",
 )
 flags.DEFINE_bool(
     "report", True, "Writes <scan>_report.json, .html, _preview.png, a table of all scans; needs both models."
@@ -37,7 +37,6 @@ flags.DEFINE_float("consolidation_hu", -300.0, "From which HU infection counts a
 settings.define_path("lobes", "Mask of the lobes by another tool, on the scan's grid: adds involvement by lobe.")
 settings.define_assume_flag()
 settings.define_compilation_cache_flag()
-flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 
 def main() -> None:
@@ -54,6 +53,11 @@ def main() -> None:
     if output_dir.resolve() == source.resolve():
         raise InputError(f"--output_dir={output_dir} is the input folder; choose another, or masks would become scans")
     check_output_dir(output_dir)
+    lobes = settings.optional_path("lobes")
+    if lobes is not None and len(scans) != 1:
+        raise InputError(
+            f"--lobes={lobes} is of one scan, and {source} has {len(scans)}; give that scan, or its --series"
+        )
     predictor = load_predictor(**settings.model_arguments(), architectures=tables.architectures)
     if FLAGS.uncertainty and predictor.infection is None:
         raise InputError("--uncertainty is of the infection; give --infection_checkpoint too, or leave it out")
@@ -63,42 +67,43 @@ def main() -> None:
         multilabel=FLAGS.multilabel,
         dicom_seg=FLAGS.dicom_seg,
         consolidation_hu=FLAGS.consolidation_hu,
-        lobes=settings.optional_path("lobes"),
+        lobes=lobes,
         readers=tables.readers,
     )
-    results = []
-    for result in segment_scans(
-        scans,
-        output_dir,
-        predictor,
-        save_probabilities=FLAGS.probabilities,
-        uncertainty=FLAGS.uncertainty,
-        readers=tables.readers,
-        assumed=settings.assumption(),
-        outputs=outputs,
-    ):
-        results.append(result)
-        for file in (*result.masks, *result.others):
-            print(file, *["(done before)"] * result.skipped, flush=True)
-        if result.summary:
-            print(f"{result.scan.name}: {result.summary}", flush=True)
-    failed = _conclude(results)
-    if "report" in outputs:
-        print(*write_cohort(output_dir), sep="\n")
+    results: list[ScanResult] = []
+    try:
+        for result in segment_scans(
+            scans,
+            output_dir,
+            predictor,
+            save_probabilities=FLAGS.probabilities,
+            uncertainty=FLAGS.uncertainty,
+            readers=tables.readers,
+            assumed=settings.assumption(),
+            outputs=outputs,
+        ):
+            results.append(result)
+            for file in (*result.masks, *result.others):
+                print(file, *["(done before)"] * result.skipped, flush=True)
+            if result.summary:
+                print(f"{result.scan.name}: {result.summary}", flush=True)
+    finally:  # interrupted, the table is of what is done
+        failed = _conclude(results, len(scans))
+        if "report" in outputs:
+            print(*write_cohort(output_dir), sep="\n")
     if failed:
         sys.exit(BAD_INPUT)
 
 
-def _conclude(results: "Sequence[ScanResult]") -> bool:
-    """Prints what has become of all scans, and returns whether one has failed."""
+def _conclude(results: "Sequence[ScanResult]", scans: int) -> bool:
+    """Prints what has become of the scans, and returns whether one has failed."""
     failures = [result for result in results if result.error]
     for failure in failures:
         print(f"error: {failure.error}", file=sys.stderr)
-    if len(results) > 1:
+    if scans > 1:
         skipped = sum(result.skipped for result in results)
         print(
-            f"{len(results) - len(failures)} of {len(results)} scans segmented"
-            f"{f', {skipped} of them before' * (skipped > 0)}"
+            f"{len(results) - len(failures)} of {scans} scans segmented{f', {skipped} of them before' * (skipped > 0)}"
         )
     return bool(failures)
 

@@ -1,4 +1,4 @@
-"""The whole way in a few minutes: phantom, both trainings, evaluation, prediction, pictures.
+"""End to end in a few minutes: phantom, both trainings, evaluation, prediction, pictures.
 
 python experiments/quickstart.py
 """
@@ -22,7 +22,6 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_bool("small", False, "Tiny scans and models: to see that it runs, not what it can do.")
 settings.define_compilation_cache_flag()
-flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 # Of each source one patient chooses the model and another tests it.
 SPLIT = Split(

@@ -15,8 +15,6 @@ settings.define_split_flags()
 processes.define_device_flags()
 settings.define_path("lung_checkpoint", "Lung model: a training workdir (its best checkpoint) or a saved model.")
 flags.DEFINE_bool("ct_only", False, "Train on CT alone, without a lung model.")
-flags.adopt_module_key_flags(settings)  # so that --help shows them
-flags.adopt_module_key_flags(processes)
 
 
 def main() -> None:

@@ -3,15 +3,12 @@
 python experiments/train_lung.py --data_dir=DATA --workdir=runs/lung
 """
 
-from absl import flags
 from common import processes, settings
 from common.run import run
 
 settings.define_recipe_flags()
 settings.define_split_flags()
 processes.define_device_flags()
-flags.adopt_module_key_flags(settings)  # so that --help shows them
-flags.adopt_module_key_flags(processes)
 
 
 def main() -> None:

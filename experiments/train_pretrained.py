@@ -13,7 +13,6 @@ settings.define_data_flags()
 settings.define_path("workdir", "Folder of both runs; the same command resumes them.", required=True)
 settings.define_path("output_dir", "Gets the pair, as the package has it; by default pretrained/ in --workdir.")
 settings.define_cache_flags()
-flags.adopt_module_key_flags(settings)  # so that --help shows them
 
 CHANGES = {"model.filters": [16, 32, 64, 128], "train.epochs": 15}
 

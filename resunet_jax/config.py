@@ -48,7 +48,7 @@ class PreprocessConfig:
         "around the patient is at -1000 HU (air), or each slice's own range (minmax)",
     )
     body_threshold_hu: float = setting(
-        -220.0, "what is above it is body, before a shift", unit="HU", low=-1250, high=250
+        -220.0, "what is above it is body, before the shift of normalization air", unit="HU", low=-1250, high=250
     )
     body_thresholds_minmax: tuple[float, ...] = setting(
         (), "two thresholds on each slice's own range instead of body_threshold_hu: HU scans, windowed scans", above=0
@@ -56,7 +56,7 @@ class PreprocessConfig:
     body_dilation: int = setting(5, "iterations of the body's dilation before its bounding box", unit="pixels", low=0)
     context_mm: float = setting(
         0.0,
-        "distance of the slices below and above, the nearest, that the model sees too, in no order; 0 for none",
+        "distance of the slices below and above that are further input channels, in no order; 0 for none",
         unit="mm",
         low=0,
         high=50,
@@ -83,7 +83,7 @@ class ModelConfig:
 
     architecture: str = setting("resunet", "name in the table of architectures")
     filters: tuple[int, ...] = setting((64, 128, 256, 512), "channels of the levels, finest first", low=1)
-    dtype: Literal["float32", "bfloat16"] = setting("float32", "of the computation; parameters stay float32")
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "type of the computation; parameters stay float32")
     patch_grid: int = setting(1, "f cuts each slice into f × f patches that are processed independently", low=1)
     mirroring: bool = setting(
         False,
@@ -122,10 +122,14 @@ class PostprocessConfig:
         high=1,
     )
     gate: GateName = setting(
-        "closed_lung", "where infection may lie: closed_lung, near the lung mask, or none, anywhere"
+        "closed_lung", "where infection is kept: closed_lung, in the closed mask of either lung, or none, anywhere"
     )
     gate_closing_mm: float = setting(
-        20.0, "radius of the closing of each lung that makes its gate", unit="mm", low=0, high=100
+        20.0,
+        "radius of the morphological closing of each lung's mask, for gate closed_lung",
+        unit="mm",
+        low=0,
+        high=100,
     )
     min_lesion_ml: float = setting(
         1.0, "connected components of the infection below this are removed", unit="ml", low=0
@@ -193,16 +197,18 @@ class TrainConfig:
         "learning rate: times decay_factor every decay_epochs (step), or from a tenth up to learning_rate over the "
         "first 15 % of all steps and down a cosine to a thousandth (one_cycle)",
     )
-    learning_rate: float = setting(2e-3, "Adam's, at its highest", above=0, high=10)
+    learning_rate: float = setting(2e-3, "peak learning rate", above=0, high=10)
     decay_epochs: int = setting(20, "see schedule", unit="epochs", low=1)
     decay_factor: float = setting(0.1, "see schedule", above=0, high=1)
     ema_decay: float = setting(
-        0.99, "of the exponential moving average of the variables that is the model; 0 for the variables", low=0, high=1
+        0.99, "decay of the moving average of the variables, which is the saved model; 0: no average", low=0, high=1
     )
-    weight_decay: float = setting(1e-4, "AdamW's, times the learning rate; 0 is Adam", low=0, high=10)
+    weight_decay: float = setting(1e-4, "decoupled weight decay of AdamW; 0 for Adam", low=0, high=10)
     loss: str = setting("bce:1,pooled_dice:1", "weighted terms from the table of losses, as in bce:1,pooled_dice:1")
-    patience: int = setting(60, "epochs without a lower validation loss before training stops", low=1)
-    accumulate_steps: int = setting(1, "steps whose mean gradient is one update", low=1)
+    patience: int = setting(
+        60, "with schedule step: epochs without a lower validation loss before training stops", low=1
+    )
+    accumulate_steps: int = setting(1, "steps over which gradients are averaged for one update", low=1)
     skip_nonfinite: bool = setting(False, "leave out steps whose loss or gradient is not finite")
     remat: bool = setting(False, "recompute residual blocks in the backward pass: less memory, a quarter more work")
     seed: int = setting(0, "of initial parameters, order of slices and augmentation", low=0, high=2**31 - 1)

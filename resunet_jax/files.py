@@ -138,7 +138,9 @@ def dir_lock(folder: Path) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(folder / _LOCK, timeout=0))
         except Timeout as error:
-            who = _holder_of(holder)
+            who = "another process"  # has not written its name yet, or has just let go
+            with contextlib.suppress(OSError):
+                who = holder.read_text(encoding="utf-8")
             raise LockedError(f"{folder}: {who} works in it; wait for it, or choose another folder") from error
         except OSError as error:
             raise _cannot_write(folder, error) from error
@@ -147,13 +149,6 @@ def dir_lock(folder: Path) -> Iterator[None]:
             yield
         finally:
             holder.unlink(missing_ok=True)
-
-
-def _holder_of(holder: Path) -> str:
-    try:
-        return holder.read_text(encoding="utf-8")
-    except OSError:  # not written yet, or just released
-        return "another process"
 
 
 def reserve(file: IO[Any], size: int) -> None:
@@ -181,16 +176,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def json_text(value: Any) -> str:
-    """JSON of dicts, lists and plain values, indented; a NaN, which JSON does not have, is null."""
-    return json.dumps(_nan_to_none(value), indent=2, ensure_ascii=False) + "\n"
+    """JSON of dicts, lists and plain values, indented; see `without_nan`."""
+    return json.dumps(without_nan(value), indent=2, ensure_ascii=False) + "\n"
 
 
-def _nan_to_none(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have: NaN and infinity."""
     if isinstance(value, dict):
-        return {name: _nan_to_none(item) for name, item in value.items()}
+        return {name: without_nan(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_nan_to_none(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Any) -> None:

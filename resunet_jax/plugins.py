@@ -67,12 +67,7 @@ class Tables:
     @property
     def for_training(self) -> dict[str, Any]:
         """As keywords of `train`."""
-        return {
-            "losses": self.losses,
-            "augmentations": self.augmentations,
-            "architectures": self.architectures,
-            "readers": self.readers,
-        }
+        return {name: table for name, table in vars(self).items() if name != "metrics"}
 
     @property
     def for_evaluation(self) -> dict[str, Any]:

@@ -33,20 +33,17 @@ class _RateColumn(ProgressColumn):
         return Text(f"{task.speed:.1f}/s" if task.speed else "")
 
 
-@contextlib.contextmanager
-def progress(description: str, total: int) -> Iterator[Callable[[str], None]]:
+def progress(description: str, total: int) -> contextlib.AbstractContextManager[Callable[[str], None]]:
     """Shows how far a loop is, with rate and time left, on standard error.
 
     Args:
       description: what is being done.
       total: number of steps.
 
-    Yields:
-      a function to call after each step, with a short text to show (or "").
+    Returns:
+      for a `with` block, a function to call after each step, with a short text to show (or "").
     """
-    show = _bar if sys.stderr.isatty() else _lines
-    with show(description, total) as advance:
-        yield advance
+    return (_bar if sys.stderr.isatty() else _lines)(description, total)
 
 
 @contextlib.contextmanager
@@ -76,15 +73,8 @@ def _lines(description: str, total: int) -> Iterator[Callable[[str], None]]:
         if now - last > _SECONDS_BETWEEN_LINES and done < total:
             last = now
             rate = done / (now - start)
-            logger.info(
-                "%s: %d/%d, %.1f/s, %.0f s left %s",
-                description,
-                done,
-                total,
-                rate,
-                (total - done) / rate,
-                note,
-            )
+            left = (total - done) / rate
+            logger.info("%s: %d/%d, %.1f/s, %.0f s left %s", description, done, total, rate, left, note)
 
     yield advance
 

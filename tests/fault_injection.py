@@ -23,7 +23,7 @@ class Moment(NamedTuple):
 
 
 FIT = "resunet_jax.training.loop"
-WRITE = ("resunet_jax.weights.store", "write_text")  # config, history, digests of each checkpoint
+WRITE = ("resunet_jax.weights.store", "write_json")  # config, history, digests of each checkpoint
 MOMENTS = {
     "building the preprocessed cache": Moment("numpy", "save", 3),
     "drawing the first figures": Moment("resunet_jax.plots", "save_batch", 1),

@@ -389,6 +389,13 @@ def bad_flags(root: Path, trained: Trained) -> list[Bad]:
             "--assume=window:1: it must be hu, or window:LOW,HIGH",
         ),
         Bad("predict", [f"--input={root / 'scans'}", f"--output_dir={root / 'scans'}", lung], "is the input folder"),
+        Bad(
+            "predict",
+            [f"--input={root / 'scans'}", f"--output_dir={root / 'run'}", "--lobes=x"],
+            "--lobes=x is of one scan",
+        ),
+        Bad("predict", ["--input=", f"--output_dir={root / 'run'}"], "--input is empty; give a path"),
+        Bad("evaluate", [*evaluation, f"--output_dir={root / 'run'}", "--split_file="], "--split_file is empty"),
         Bad("make_phantom", ["--small", f"--output_dir={root}"], "exists already"),
         Bad("check_data", [f"--data_dir={root / 'none'}"], "no such folder"),
         Bad("check_data", [f"--data_dir={data}", "more"], "unexpected argument more"),

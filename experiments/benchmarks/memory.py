@@ -10,7 +10,7 @@ from benchmarks.measure import Row, on_gpu, row, timed
 from benchmarks.prediction import prediction_memory
 from benchmarks.training import FULL, Setting, config_of, make_batch
 from resunet_jax.config import Config
-from resunet_jax.training.step import compile_train_step, create_state, make_optimizer, make_train_step
+from resunet_jax.training.step import compile_train_step, create_state, make_optimizer
 
 
 def memory_suite(rounds: int) -> list[Row]:
@@ -57,14 +57,7 @@ def _real_steps(config: Config, rounds: int) -> list[float]:
 
 def _gpu_peak(setting: Setting) -> Row:
     """What the device held at most, parameters and optimizer included, since the process began."""
-    config = config_of(setting)
-    optimizer = make_optimizer(config, 100)
-    step = jax.jit(make_train_step(config, optimizer), donate_argnums=0)
-    state = create_state(config, optimizer)
-    batch: Any = jax.device_put(make_batch(config.train.batch_size, config.preprocess.image_size))
-    for _ in range(3):
-        state, metrics = step(state, batch, jax.random.key(0), None)
-    jax.block_until_ready(metrics)
+    _real_steps(config_of(setting), rounds=3)
     statistics: Any = jax.devices()[0].memory_stats()
     return row(
         "memory", f"{setting.name}: peak on the device", "GB", [statistics["peak_bytes_in_use"] / 1e9], max_value=6

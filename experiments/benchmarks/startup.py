@@ -37,13 +37,9 @@ def startup_suite(rounds: int, experiments: Path) -> list[Row]:
       experiments: folder of the scripts.
     """
     rows = [
-        row("startup", f"{name}", "s", [in_subprocess(f"import {name}")[1] for _ in range(rounds)], max_value=limit)
-        for name, limit in (("resunet_jax", 1.5), ("jax", None))
+        row("startup", code, "s", [in_subprocess(code)[1] for _ in range(rounds)], max_value=limit)
+        for code, limit in (("import resunet_jax", 1.5), ("import jax", None), ("from resunet_jax import *", None))
     ]
-    rows[0], rows[1] = (r._replace(name=f"import {r.name}") for r in rows)
-    everything = "from resunet_jax import *"
-    seconds = [in_subprocess(everything)[1] for _ in range(rounds)]
-    rows.append(row("startup", everything, "s", seconds))
     for script in SCRIPTS:
         code = (
             f"import runpy, sys; sys.path.insert(0, {str(experiments)!r}); sys.argv = ['{script}.py', '--help']\n"

@@ -11,6 +11,8 @@ from absl import flags
 
 from resunet_jax.errors import InputError, first_line
 
+flags.disclaim_key_flags()  # flags are of the script that asks for them, so that its --help shows them
+
 _HEARTBEAT_SECONDS = 30  # without one from a process, the others end
 
 

@@ -1,6 +1,5 @@
 """Flags, most of them made from the fields of a config, and what they ask for."""
 
-import contextlib
 import json
 import os
 import typing
@@ -21,6 +20,8 @@ from resunet_jax.recipes import DEFAULT_RECIPE, RecipeName, recipe
 
 if TYPE_CHECKING:
     from resunet_jax.studies.runner import Study
+
+flags.disclaim_key_flags()  # flags are of the script that asks for them, so that its --help shows them
 
 _FLAGGED = (
     "preprocess.image_size",
@@ -55,12 +56,14 @@ def define_path(name: str, description: str, *, required: bool = False, default:
 
 def path(name: str) -> Path:
     """The path of a flag that is required or has a default."""
+    if not getattr(flags.FLAGS, name):  # as of a shell variable that is not set
+        raise InputError(f"--{name} is empty; give a path, or leave the flag out")
     return expand_user(getattr(flags.FLAGS, name))
 
 
 def optional_path(name: str) -> Path | None:
     """The path of a flag, or None."""
-    return path(name) if getattr(flags.FLAGS, name) else None
+    return None if getattr(flags.FLAGS, name) is None else path(name)
 
 
 def _define_field(field: str, note: str = "") -> None:
@@ -86,7 +89,7 @@ def define_data_flags() -> None:
 def define_assume_flag() -> None:
     """--assume, of every script that reads scans."""
     flags.DEFINE_string(
-        "assume", None, "What the scans' values are: hu, or window:LOW,HIGH in HU for 0..255; by default judged."
+        "assume", None, "What the scans' values are: hu, or window:LOW,HIGH in HU for 0..255; by default inferred."
     )
 
 
@@ -123,7 +126,6 @@ def define_recipe_flags() -> None:
         "recipe", DEFAULT_RECIPE, typing.get_args(RecipeName), "Gives every training setting that no flag sets."
     )
     _define_field("train.seed")
-    flags.DEFINE_bool("tensorboard", False, "Also writes metrics and figures for TensorBoard, in WORKDIR/tensorboard.")
     define_training_flags()
 
 
@@ -131,6 +133,11 @@ def define_training_flags() -> None:
     """Flags of every script that trains: what of a recipe is to be different."""
     define_data_flags()
     define_path("workdir", "Folder of this run; the same command resumes it.", required=True)
+    flags.DEFINE_bool(
+        "tensorboard",
+        False,
+        "Also writes metrics and figures for TensorBoard, in tensorboard/ of each model's folder.",
+    )
     for field in _FLAGGED:
         if field != "train.seed":
             _define_field(field)
@@ -196,12 +203,11 @@ def train_from_flags(task: TaskName, lung_checkpoint: Path | None = None) -> Non
     config = override(recipe(flags.FLAGS.recipe, task), changes_from_flags(), "flags")
 
     from resunet_jax.plugins import load_plugins
-    from resunet_jax.training.loop import ignore_epoch
     from resunet_jax.training.tensorboard import tensorboard_writer
     from resunet_jax.training.train import train
 
     devices, workdir = processes.init_distributed(), path("workdir")
-    with tensorboard_writer(workdir) if flags.FLAGS.tensorboard else contextlib.nullcontext(ignore_epoch) as on_epoch:
+    with tensorboard_writer(workdir, wanted=flags.FLAGS.tensorboard) as on_epoch:
         train(
             config,
             path("data_dir"),
@@ -231,6 +237,7 @@ def study() -> "Study":
         load_plugins(),
         assumed=assumption(),
         max_cache_gb=flags.FLAGS.max_cache_gb,
+        tensorboard=flags.FLAGS.tensorboard,
     )
 
 

@@ -15,7 +15,7 @@ _READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)  # more only w
 
 
 class Batch(TypedDict):
-    """One batch of slices, or without the leading N one slice.
+    """One batch of slices.
 
     Keys:
       image: float32 (N, S, S, C) in [0, 1], see `prepare_volume`.
@@ -41,14 +41,9 @@ class SliceSource:
         self._infection = [case.infection for case in cases]
         self._case_ids = [case.case.id for case in cases]
         self._starts = np.cumsum([0] + [len(images) for images in self._images])
-        self._target = target
 
     def __len__(self) -> int:
         return int(self._starts[-1])
-
-    def __getitem__(self, index: int) -> Batch:
-        one = self.batch(np.array([index]), 1)
-        return Batch(image=one["image"][0], mask=one["mask"][0], valid=one["valid"][0], index=one["index"][0])
 
     def batch(self, indices: npt.NDArray[np.integer[Any]], size: int) -> Batch:
         """Some slices by their indices, filled up with zeros to `size` slices."""
@@ -68,9 +63,6 @@ class SliceSource:
         """Case id and number of some slices, for people to read."""
         cases = np.searchsorted(self._starts, indices, side="right") - 1
         return [f"{self._case_ids[c]} slice {i - self._starts[c]}" for c, i in zip(cases, indices, strict=True)]
-
-    def __repr__(self) -> str:
-        return f"SliceSource({self._target}, {len(self)} slices of {', '.join(self._case_ids)})"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What the values of a scan mean: Hounsfield units, a window in 0..255, or nothing that a model could use.
 
-The judgement rests on three levels that every chest CT shows: air around the patient, lung inside the body, and soft
+The scale is inferred from three levels that every chest CT shows: air around the patient, lung inside the body, soft
 tissue. On the Hounsfield scale they are near -1000, between -950 and -500, and near 40. A scan whose levels lie
 elsewhere is refused, with what was found and what to do: it would give a wrong mask without a word.
 """
@@ -33,7 +33,7 @@ LUNG_FRACTION = (0.06, 0.6)
 """Where lung may lie between air (0) and soft tissue (1) in a scan in 0..255."""
 
 MUSCLE_HU = 45.0
-"""Where muscle and blood lie; `calibration` puts them there, and air at -1000."""
+"""Where muscle and blood lie; `rescaled_window` puts them there, and air at -1000."""
 SOUND_AIR_HU = (-1015.0, -985.0)
 """Where air lies in scans in Hounsfield units that are left as they are."""
 SOUND_AIR_LEVEL = (34.0, 70.0)
@@ -50,7 +50,7 @@ SAMPLED_SLICES = 16
 
 _SIDE = 128  # pixels of a slice that are looked at, along each side
 _MIN_DISTINCT = 32  # values; label maps have fewer
-_MIN_VISIBLE = 0.005  # of the voxels: a level that fewer show is not judged
+_MIN_VISIBLE = 0.005  # of the voxels: a level that fewer show is not used
 _PADDING_BELOW = -1100.0  # values beyond the field of view, in HU
 INSIDE_FIELD = 0.2
 """Of the voxels around the body; fewer above 0 are the table and clothes, and air itself is at 0."""
@@ -212,7 +212,7 @@ def _hu(level: float, anchors: Anchors, scale: IntensityScale) -> float:
     return (level - anchors.air) * (1.0 if scale == "hu" else (HU_WINDOW[1] - HU_WINDOW[0]) / 255) - 1000
 
 
-def calibration(levels: Levels, scale: IntensityScale) -> tuple[float, float] | None:
+def rescaled_window(levels: Levels, scale: IntensityScale) -> tuple[float, float] | None:
     """The stored values that HU -1250 and 250 are, where air, muscle or fat lie off the scale that a scan is on.
 
     A slope or window that is a little off changes what ground glass looks like; where these lie is known.

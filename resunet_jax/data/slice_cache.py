@@ -49,7 +49,7 @@ class PreparedCase:
       boxes: int32 (slices, 4): row, column, height, width of each crop in its slice, in pixels.
       lung: uint8 (slices, S, S, 1), 1 in either lung.
       infection: uint8 (slices, S, S, C), of each channel of the images; None where the case has no infection mask.
-      assumed: what its values were taken to be, see `open_scan`; None where they were judged.
+      assumed: what its values were taken to be, see `open_scan`; None where that was inferred.
       lease: as long as it lives, the arrays stay in the cache.
     """
 

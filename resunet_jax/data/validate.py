@@ -74,7 +74,7 @@ class CaseSummary:
       spacing_mm: along (posterior, left, superior).
       axes: codes of the file's axes.
       codes: sform and qform code; None where the format has none.
-      intensity_scale: "hu", "windowed", or "assumed" where it was not judged.
+      intensity_scale: "hu", "windowed", or "assumed" where it was not inferred.
       low: smallest value of the scan.
       high: largest value.
       air_hu: air around the patient, taking 0..255 to be `HU_WINDOW`; None for a scan in HU, or where none is seen.
@@ -134,7 +134,7 @@ class DataCheck:
 
 @dataclasses.dataclass(frozen=True)
 class _Examined:
-    facts: CaseSummary | None
+    summary: CaseSummary | None
     findings: list[Finding]
     digests: dict[str, str]
 
@@ -147,7 +147,7 @@ def check_data(
     Args:
       data_dir: as for `find_cases`.
       readers: the table of formats.
-      assumed: what the scans' values are, see `open_scan`; by default each is judged.
+      assumed: what the scans' values are, see `open_scan`; by default inferred for each.
 
     Raises:
       InputError: nothing can be listed: no such folder, no scan in it, columns missing.
@@ -156,19 +156,19 @@ def check_data(
     findings = [Finding("error", "", "names", str(problem)) for problem in problems]
     findings += _unused_files(data_dir, cases, findings, readers)
     examined = parallel_map("checking scans", lambda case: _examine(case, readers, assumed), cases, _MAX_WORKERS)
-    facts = [result.facts for result in examined if result.facts is not None]
+    summaries = [result.summary for result in examined if result.summary is not None]
     for result in examined:
         findings += result.findings
-    findings += _duplicates(cases, examined) + _shared_spacing(facts) + _too_few(cases) + _against_known(facts)
-    there = {fact.case for fact in facts}
+    findings += _duplicates(cases, examined) + _shared_spacing(summaries) + _too_few(cases) + _against_known(summaries)
+    there = {summary.case for summary in summaries}
     missing = tuple(case for case in KNOWN_CASES if case not in there)
     is_complete = not missing and all(
-        fact.slices == KNOWN_SLICES[fact.case][0] for fact in facts if fact.case in KNOWN_CASES
+        summary.slices == KNOWN_SLICES[summary.case][0] for summary in summaries if summary.case in KNOWN_CASES
     )
     findings.sort(key=lambda finding: finding.severity != "error")
     can_train = all(finding.severity != "error" for finding in findings)
     return DataCheck(
-        tuple(facts), tuple(findings), missing if len(missing) < len(KNOWN_CASES) else (), is_complete, can_train
+        tuple(summaries), tuple(findings), missing if len(missing) < len(KNOWN_CASES) else (), is_complete, can_train
     )
 
 
@@ -220,7 +220,7 @@ def _examine(case: Case, readers: Mapping[str, Reader], assumed: tuple[float, fl
     lung, infection = masks.get("lung"), masks.get("infection")
     lung_hu, lung_outside = _check_lung(case, volume, lung, labels, add_finding) if lung is not None else (None, 0)
     infection_outside = _check_infection(case, volume.grid, lung, infection, add_finding)
-    facts = CaseSummary(
+    summary = CaseSummary(
         case=case.id,
         source=case.source,
         patient=case.patient,
@@ -242,15 +242,14 @@ def _examine(case: Case, readers: Mapping[str, Reader], assumed: tuple[float, fl
     )
     digests = {"scan": _scan_digest(volume)}
     digests |= {f"{name} mask": _mask_digest(mask) for name, mask in masks.items() if labels[name]}
-    return _Examined(facts, findings, digests)
+    return _Examined(summary, findings, digests)
 
 
 def _check_geometry(case: Case, grid: Grid, add_finding: Any) -> None:
     for kind, problem in nifti.header_problems(grid):
         add_finding("warning", kind, f"{case.ct}: {problem}")
     spacing = grid.spacing_mm
-    oriented = grid.to_pls(np.broadcast_to(np.uint8(0), grid.shape)).shape
-    rows_mm, columns_mm, height_mm = (n * mm for n, mm in zip(oriented, spacing, strict=True))
+    rows_mm, columns_mm, height_mm = (n * mm for n, mm in zip(grid.oriented_shape, spacing, strict=True))
     plausible = (
         all(_PLANE_MM[0] <= mm <= _PLANE_MM[1] for mm in (rows_mm, columns_mm))
         and _HEIGHT_MM[0] <= height_mm <= _HEIGHT_MM[1]
@@ -398,11 +397,11 @@ def _duplicates(cases: Sequence[Case], examined: Sequence[_Examined]) -> list[Fi
     return findings
 
 
-def _shared_spacing(facts: Sequence[CaseSummary]) -> list[Finding]:
+def _shared_spacing(summaries: Sequence[CaseSummary]) -> list[Finding]:
     """Fields of view are set for each patient: many with the same one have a made-up spacing."""
     patients: dict[tuple[float, ...], set[str]] = {}
-    for fact in facts:
-        patients.setdefault(tuple(np.round(fact.spacing_mm[:2], 5)), set()).add(fact.patient)
+    for summary in summaries:
+        patients.setdefault(tuple(np.round(summary.spacing_mm[:2], 5)), set()).add(summary.patient)
     return [
         Finding(
             "warning",
@@ -435,22 +434,22 @@ def _too_few(cases: Sequence[Case]) -> list[Finding]:
     return []
 
 
-def _against_known(facts: Sequence[CaseSummary]) -> list[Finding]:
+def _against_known(summaries: Sequence[CaseSummary]) -> list[Finding]:
     """Slices and infected slices compared with the full set's; nothing where no case has the known number of slices."""
-    known = [fact for fact in facts if fact.case in KNOWN_SLICES]
-    same = [fact for fact in known if fact.slices == KNOWN_SLICES[fact.case][0]]
+    known = [case for case in summaries if case.case in KNOWN_SLICES]
+    same = [case for case in known if case.slices == KNOWN_SLICES[case.case][0]]
     if not same:
         return []
     findings = []
-    for fact in known:
-        slices, infected = KNOWN_SLICES[fact.case]
-        if fact.slices != slices:
-            text = f"{fact.case}: {fact.slices} slices, the known set has {slices}; another scan, or an incomplete one"
-            findings.append(Finding("warning", fact.case, "counts", text))
-        elif fact.infected_slices is not None and fact.infected_slices != infected:
+    for case in known:
+        slices, infected = KNOWN_SLICES[case.case]
+        if case.slices != slices:
+            text = f"{case.case}: {case.slices} slices, the known set has {slices}; another scan, or an incomplete one"
+            findings.append(Finding("warning", case.case, "counts", text))
+        elif case.infected_slices is not None and case.infected_slices != infected:
             text = (
-                f"{fact.case}: {fact.infected_slices} slices with infection, the known set has {infected}; another "
+                f"{case.case}: {case.infected_slices} slices with infection, the known set has {infected}; another "
                 "reader's masks, so published numbers are not comparable"
             )
-            findings.append(Finding("warning", fact.case, "counts", text))
+            findings.append(Finding("warning", case.case, "counts", text))
     return findings

@@ -3,9 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from resunet_jax.data.readers import READERS, Reader, read_mask, read_volume
 from resunet_jax.data.roi import body_columns
@@ -36,7 +38,7 @@ SOFT_BATCH_SIZE = 4
 
 STRUCTURES = ("lung", "left_lung", "right_lung", "infection")
 
-_SOFT_NOTE = (
+SOFT_NOTE = (
     f"Soft counts over batches of {SOFT_BATCH_SIZE} slices of the model grid, averaged over batches, as the original "
     "project reported. They are low whatever the model: in a batch without the structure nothing can be hit, so every "
     "probability above zero drives Dice and precision to 0, and such batches weigh as much as full ones (half of the "
@@ -88,7 +90,7 @@ class Evaluation:
             "infection_dice_by_load": by_burden,
             "model_grid": self.model_grid,
             "calibration": {s: calibration.to_dict() for s, calibration in self.calibration.items()},
-            "soft_batch": {"note": _SOFT_NOTE, **self.soft_batch},
+            "soft_batch": {"note": SOFT_NOTE, **self.soft_batch},
             **({"reported_calibration": self.reported_calibration()} if "temperature" in self.settings else {}),
         }
         return json_text(values)
@@ -100,11 +102,6 @@ class Evaluation:
         logits = sum(self.logits.values(), start=LogitHistogram(np.zeros((2, LOGIT_BINS))))
         temperatures = {"without_temperature": 1.0, "with_temperature": self.settings["temperature"]}
         return {name: logits.calibration(temperature).to_dict() for name, temperature in temperatures.items()}
-
-    @property
-    def soft_note(self) -> str:
-        """Why the soft numbers are low."""
-        return _SOFT_NOTE
 
 
 def summarize(
@@ -276,7 +273,7 @@ def _comparisons(
     reference: dict[str, Array] = {"lung": labels > 0}
     if case.infection_mask is not None:
         reference["infection"] = read_mask(case.infection_mask, case.ct, grid, readers) > 0
-    if "lung" in predicted and (labels == LEFT).any() and (labels == RIGHT).any():
+    if "lung" in predicted and _has_sides(labels, case.lung_mask):
         predicted |= split_lungs(predicted["lung"], body_columns(prepared.boxes))
         reference |= {"left_lung": labels == LEFT, "right_lung": labels == RIGHT}
     return [
@@ -291,6 +288,20 @@ def _comparisons(
         for structure in STRUCTURES
         if structure in predicted and structure in reference
     ]
+
+
+def _has_sides(labels: npt.NDArray[np.uint8], path: Path) -> bool:
+    """Whether the labels (rows, columns, slices) of a lung mask are those of the left and the right lung."""
+    if set(np.flatnonzero(np.bincount(labels.ravel()))) - {0} != {LEFT, RIGHT}:
+        return False
+    left, right = (
+        np.average(np.arange(labels.shape[1]), weights=(labels == side).sum(axis=(0, 2))) for side in (LEFT, RIGHT)
+    )
+    if left < right:
+        logger.warning(
+            "%s: label %d, the left lung's, lies on the right; the lungs are not compared by side", path, LEFT
+        )
+    return bool(left > right)
 
 
 def _row(comparison: Comparison, metrics: Mapping[str, Metric]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def evaluate(
       metrics: the table of metrics.
       architectures: the table of models.
       readers: the table of formats.
-      assumed: what the scans' values are, see `open_scan`; by default each is judged.
+      assumed: what the scans' values are, see `open_scan`; by default inferred for each.
       max_cache_gb: see `prepare_cases`.
 
     Raises:

@@ -10,7 +10,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from resunet_jax.evaluation.compare import Evaluation, summarize
+from resunet_jax.evaluation.compare import SOFT_NOTE, Evaluation, summarize
 from resunet_jax.files import atomic_file, make_output_dir, write_text
 from resunet_jax.metrics import METRICS, Metric, with_legacy_keys
 from resunet_jax.metrics.conformal import rank_correlation, worst_third_found
@@ -95,7 +95,8 @@ def print_table(evaluation: Evaluation) -> None:
                 f"{row['case']}, {row['structure']}: {_EMPTY[row['empty']]}; – is undefined, left out of means"
             )
     if burden := dice_by_burden(evaluation.volumes):
-        console.print(f"Dice of the infection by disease burden (lung involvement): {_describe_burden(burden)}")
+        groups = ", ".join(f"{name}: {g['mean']:.3f} ({g['volumes']:.0f} volumes)" for name, g in burden.items())
+        console.print(f"Dice of the infection by disease burden (lung involvement): {groups}")
     for structure, calibration in evaluation.calibration.items():
         numbers = f"ECE {calibration.ece:.4f}, Brier {calibration.brier:.4f}"
         console.print(f"Calibration of {structure}, model grid: {numbers}")
@@ -103,9 +104,7 @@ def print_table(evaluation: Evaluation) -> None:
     soft = _table("structure", metrics={name: METRICS[name] for name in SOFT_METRICS})
     for structure, values in evaluation.soft_batch.items():
         soft.add_row(structure, *(_format(values[metric]) for metric in SOFT_METRICS))
-    console.print(
-        "The original's batch-wise soft metrics, not comparable with the Dice of volumes", soft, evaluation.soft_note
-    )
+    console.print("The original's batch-wise soft metrics, not comparable with the Dice of volumes", soft, SOFT_NOTE)
 
 
 def _print_uncertainty(evaluation: Evaluation, console: Console) -> None:
@@ -149,11 +148,6 @@ def add_summary(
         table.add_row(
             "undefined", structure, *(f"{metrics[m]['undefined']} of {metrics[m]['volumes']}" for m in columns)
         )
-
-
-def _describe_burden(groups: Mapping[str, Mapping[str, float]]) -> str:
-    """What `dice_by_burden` returns, in a line."""
-    return ", ".join(f"{name}: {group['mean']:.3f} ({group['volumes']:.0f} volumes)" for name, group in groups.items())
 
 
 def wide_console() -> Console:

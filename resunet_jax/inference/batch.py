@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from resunet_jax.config import to_dict
 from resunet_jax.data.readers import READERS, Reader, Source, digest, open_scan
-from resunet_jax.data.volume import Scan
+from resunet_jax.data.volume import Grid, Scan
 from resunet_jax.errors import InputError, first_line
 from resunet_jax.files import make_output_dir, write_json
 from resunet_jax.inference.predictor import Predictor
@@ -26,18 +26,19 @@ _KINDS = (
     *(f"{kind}.nii.gz" for kind in ("lung", "infection", "lung_probability", "infection_probability", "uncertainty")),
     *("report.json", "report.html", "preview.png", "labels.nii.gz", "seg.dcm"),
 )
-_LOCKS = ".locks"
+LOCKS = ".locks"
+"""Folder of the output folder, for the locks of the processes that share it."""
 
 
-class Finding(NamedTuple):
+class Summary(NamedTuple):
     """What an output has to say of a scan.
 
     Attributes:
-      summary: one line, or "".
+      text: one line, or "".
       warnings: what makes the masks doubtful; kept in masks.json.
     """
 
-    summary: str = ""
+    text: str = ""
     warnings: tuple[str, ...] = ()
 
 
@@ -48,11 +49,13 @@ class Output(NamedTuple):
       suffixes: of its files, which are named `<scan><suffix>`.
       write: (source, segmented scan, seconds that it took, output folder), writes the files atomically.
       settings: on which the files depend, for masks.json.
+      check: (source, grid of the scan), raises `InputError` where it cannot be written; before anything is replaced.
     """
 
     suffixes: tuple[str, ...]
-    write: Callable[[Source, SegmentedScan, float, Path], Finding]
+    write: Callable[[Source, SegmentedScan, float, Path], Summary]
     settings: Any = None
+    check: Callable[[Source, Grid], object] = lambda source, grid: None
 
 
 class ScanResult(NamedTuple):
@@ -94,8 +97,9 @@ def segment_scans(
     Args:
       scans: from `find_sources`, of different names.
       output_dir: gets the masks, and masks.json: {"settings": ..., "scans": {file: {"name", "digest", "bytes",
-        "warnings"}}, "earlier": ...}, of a DICOM series by file and UID; "earlier" are scans whose masks in it are of
-        other settings, or were being replaced. A scan of another file, whose name is that of masks in it, is refused.
+        "warnings"}}, "earlier": ...}, of a DICOM series by path, UID and name; "earlier" are scans whose masks in it
+        are of other settings, or were being replaced. A scan of another file, whose name is that of masks in it, is
+        refused.
       predictor: the models.
       save_probabilities: see `segment_scan`.
       uncertainty: see `segment_scan`.
@@ -160,7 +164,7 @@ class _Batch:
             yield self._claim(scan, timeout=-1)
 
     def _claim(self, scan: Source, timeout: float) -> _Claimed | ScanResult:
-        file = self.output_dir / _LOCKS / f"{scan.name}.lock"
+        file = self.output_dir / LOCKS / f"{scan.name}.lock"
         lock = FileLock(file, thread_local=False)
         try:
             make_output_dir(file.parent)
@@ -176,22 +180,24 @@ class _Batch:
         source, begun = claimed.source, time.perf_counter()
         masks = self._masks(source)
         try:
+            for output in self.outputs.values():
+                output.check(source, claimed.scan.grid)
             _remove(self._others(source))  # or they would lie next to masks that they are not of
             segmented = segment_opened(
                 claimed.scan, self.predictor, source.path.name, masks, uncertainty=self.uncertainty
             )
-            findings = [
+            summaries = [
                 output.write(source, segmented, time.perf_counter() - begun, self.output_dir)
                 for output in self.outputs.values()
             ]
-            warnings = [warning for finding in findings for warning in finding.warnings]
+            warnings = [warning for summary in summaries for warning in summary.warnings]
             self.manifest.record(source, {**claimed.state, "warnings": warnings})
         except InputError as error:
             return ScanResult(source, [], error=error)
         for warning in warnings:
             logger.warning("%s: %s", source.path.name, warning)
-        summary = ", ".join(finding.summary for finding in findings if finding.summary)
-        return ScanResult(source, masks, self._others(source), summary=summary)
+        text = ", ".join(summary.text for summary in summaries if summary.text)
+        return ScanResult(source, masks, self._others(source), summary=text)
 
     def _masks(self, scan: Source) -> list[Path]:
         return mask_paths(scan, self.output_dir, self.predictor, self.save_probabilities, self.uncertainty)
@@ -266,7 +272,7 @@ def _settings(
 
 
 def _key(scan: Source) -> str:
-    return f"{scan.path.name}/{scan.series}" if scan.series else scan.path.name
+    return f"{scan.path.name}/{scan.series}/{scan.name}" if scan.members else scan.path.name
 
 
 def _state(scan: Source, readers: Mapping[str, Reader]) -> dict[str, Any]:
@@ -306,8 +312,8 @@ class _Manifest:
         self._update(scan, {"name": scan.name, **state})
 
     def _update(self, scan: Source, entry: Mapping[str, Any] | None) -> None:
-        make_output_dir(self._file.parent / _LOCKS)
-        with FileLock(self._file.parent / _LOCKS / f"{MANIFEST}.lock"):
+        make_output_dir(self._file.parent / LOCKS)
+        with FileLock(self._file.parent / LOCKS / f"{MANIFEST}.lock"):
             settings, scans, earlier = self._read()
             if settings != self._settings:
                 scans, earlier = {}, {**earlier, **scans}

@@ -86,7 +86,7 @@ def gate_infection(
     grid: Grid,
     closing_mm: float,
 ) -> None:
-    """Removes, in place, infection that does not lie in or next to the lungs.
+    """Removes, in place, infection that lies outside of the closed lung masks.
 
     Dense infection is often missed by the lung mask, but lies within the outline of the lung: the gate is the mask of
     each lung, closed in three dimensions, on voxels of up to 2 mm.
@@ -111,7 +111,8 @@ def gate_infection(
             pixels = _model_pixels(rows, box[0], box[2], size), _model_pixels(columns, box[1], box[3], size)
             inside = np.ix_(pixels[0] >= 0, pixels[1] >= 0)
             coarse[k // slice_step][inside] |= mask[np.ix_(*(p[p >= 0] for p in pixels))]
-    plane = sagittal_plane(coarse.sum(axis=(0, 1)), _coarse_columns(boxes, column_step))
+    first, last = body_columns(boxes)
+    plane = sagittal_plane(coarse.sum(axis=(0, 1)), (first // column_step, last // column_step))
     top, side = (_span(coarse, axis) for axis in (1, 2))  # what lies around the lungs takes memory
     coarse, plane = coarse[:, top, side].copy(), max(0, plane - side.start)
     left = np.moveaxis(left_lung(np.moveaxis(coarse, 0, -1), plane), -1, 0)
@@ -140,11 +141,6 @@ def _span(mask: npt.NDArray[np.bool_], axis: int) -> slice:
     """Where a mask lies along an axis, and one voxel further to either side where there is one."""
     inside = np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis})))
     return slice(max(0, inside[0] - 1), min(mask.shape[axis], inside[-1] + 2)) if len(inside) else slice(0, 1)
-
-
-def _coarse_columns(boxes: npt.NDArray[np.int32], step: int) -> tuple[int, int]:
-    first, last = body_columns(boxes)
-    return first // step, last // step
 
 
 def remove_doubtful_lesions(

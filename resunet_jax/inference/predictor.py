@@ -368,12 +368,9 @@ def load_predictor(
     if validated_threshold and thresholds:
         raise InputError("`thresholds`: they are given, and `validated_threshold` asks for others; drop one of them")
     if validated_threshold:
-        thresholds = _validated_thresholds({"lung": lung_checkpoint, "infection": infection_checkpoint})
+        paths = {"lung": lung_checkpoint, "infection": infection_checkpoint}
+        thresholds = {structure: load_threshold(path) for structure, path in paths.items() if path}
     return Predictor(lung, infection, batch_size, _checked_thresholds(thresholds or {}), record)
-
-
-def _validated_thresholds(paths: Mapping[str, str | Path | None]) -> dict[str, float]:
-    return {structure: load_threshold(path) for structure, path in paths.items() if path}
 
 
 def _checked_thresholds(thresholds: Mapping[str, float]) -> Mapping[str, float]:

@@ -23,7 +23,7 @@ from resunet_jax.data.volume import FloatArray, Scan
 from resunet_jax.errors import InputError
 from resunet_jax.files import make_output_dir
 from resunet_jax.inference.predictor import NativeSlices, Predictor
-from resunet_jax.inference.uncertainty import CHUNK_SLICES, VIEWS, ScanUncertainty, compare_members, uncertainty_map
+from resunet_jax.inference.uncertainty import CHUNK_SLICES, MEMBERS, ScanUncertainty, compare_members, uncertainty_map
 from resunet_jax.progress import progress
 
 UNCERTAINTY = "_uncertainty.nii.gz"
@@ -68,7 +68,9 @@ def segment_scan(
     Raises:
       InputError: the scan is bad, or the folder cannot be written.
     """
-    source = find_sources(Path(scan), readers)[0]
+    source, *others = find_sources(Path(scan), readers)
+    if others:
+        raise InputError(f"{scan}: {1 + len(others)} scans in it, where one is expected; use `segment_scans`")
     with open_scan(source, readers, assumed=assumed, physical=predictor.preprocess.is_physical) as opened:
         paths = mask_paths(source, Path(output_dir), predictor, save_probabilities, uncertainty)
         segment_opened(opened, predictor, source.path.name, paths, uncertainty=uncertainty)
@@ -84,27 +86,13 @@ def mask_paths(
     return [output_dir / name for name in (*names, *[f"{scan.name}{UNCERTAINTY}"] * uncertainty)]
 
 
-@dataclasses.dataclass(frozen=True)
-class ScanChunk:
-    """Some slices of a scan, ready for the models.
-
-    Attributes:
-      start: number of the first slice.
-      images: float32 (slices, S, S, C) in [0, 1], see `prepare_volume`.
-      boxes: int32 (slices, 4), see `prepare_volume`.
-    """
-
-    start: int
-    images: FloatArray
-    boxes: npt.NDArray[np.int32]
-
-
-def iter_chunks(scan: Scan, preprocess: PreprocessConfig, offset: float) -> Iterator[ScanChunk]:
-    """The slices of an open scan, a chunk in memory at a time; `offset` as in `air_offset`."""
+def iter_chunks(
+    scan: Scan, preprocess: PreprocessConfig, offset: float
+) -> Iterator[tuple[int, FloatArray, npt.NDArray[np.int32]]]:
+    """Of an open scan, a chunk in memory at a time: its first slice, images and boxes; see `prepare_volume`."""
     slices = scan.grid.oriented_shape[-1]
     for start in range(0, slices, CHUNK_SLICES):
-        stop = min(start + CHUNK_SLICES, slices)
-        yield ScanChunk(start, *prepare_slices(scan, preprocess, offset, start, stop))
+        yield start, *prepare_slices(scan, preprocess, offset, start, min(start + CHUNK_SLICES, slices))
 
 
 def prepare_slices(
@@ -210,7 +198,7 @@ def segment_opened(
         raise InputError("`uncertainty`: of the infection; give `infection_checkpoint` too, or leave it out")
     slices = scan.grid.oriented_shape[-1]
     by_model, pasted = (-(-slices // step) for step in (CHUNK_SLICES, NATIVE_CHUNK_SLICES))
-    passes = 1 + len(VIEWS) * uncertainty
+    passes = 1 + len(MEMBERS) * uncertainty
     offset = air_offset(scan, predictor.preprocess)
     with contextlib.ExitStack() as stack:
         advance = stack.enter_context(progress(name, passes * by_model + pasted))
@@ -221,39 +209,32 @@ def segment_opened(
         found: dict[str, FloatArray] = {}
         boxes: list[npt.NDArray[np.int32]] = []
         prepared = prefetch(iter_chunks(scan, predictor.preprocess, offset))
-        for chunk in stack.enter_context(contextlib.closing(prepared)):
+        for start, chunk, chunk_boxes in stack.enter_context(contextlib.closing(prepared)):
             if not found:
-                shape = (slices, *chunk.images.shape[1:])
+                shape = (slices, *chunk.shape[1:])
                 found = {structure: new_array(shape[:-1]) for structure in predictor.structures}
                 images = new_array(shape) if uncertainty else None
-            for structure, probabilities in predictor.slice_probabilities(chunk.images).items():
-                found[structure][chunk.start : chunk.start + len(probabilities)] = probabilities
+            for structure, probabilities in predictor.slice_probabilities(chunk).items():
+                found[structure][start : start + len(chunk)] = probabilities
             if images is not None:
-                images[chunk.start : chunk.start + len(chunk.images)] = chunk.images
+                images[start : start + len(chunk)] = chunk
             _release_free_memory()
-            boxes.append(chunk.boxes)
+            boxes.append(chunk_boxes)
             advance("")
         all_boxes = np.concatenate(boxes)
         predictor.postprocess(found, all_boxes, scan.grid)
         mean, agreed = None, None
         if images is not None:
+            show = functools.partial(advance, "")
             mean, dice, members = compare_members(
-                predictor,
-                images,
-                all_boxes,
-                scan.grid,
-                new_array=new_array,
-                advance=functools.partial(advance, ""),
+                predictor, images, all_boxes, scan.grid, new_array=new_array, advance=show
             )
             agreed = ScanUncertainty(members, dice)
         packed: dict[str, list[npt.NDArray[np.uint8]]] = {structure: [] for structure in found}
-        segmented = SegmentedScan(scan, predictor, packed, _no_profiles(scan, found), all_boxes, offset, agreed)
+        profiles = {structure: np.zeros(scan.grid.oriented_shape[1], np.int64) for structure in found}
+        segmented = SegmentedScan(scan, predictor, packed, profiles, all_boxes, offset, agreed)
         _paste(segmented, found, mean, list(paths), advance)
     return segmented
-
-
-def _no_profiles(scan: Scan, structures: Iterable[str]) -> dict[str, npt.NDArray[np.int64]]:
-    return {structure: np.zeros(scan.grid.oriented_shape[1], np.int64) for structure in structures}
 
 
 def _paste(

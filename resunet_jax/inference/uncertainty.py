@@ -1,7 +1,7 @@
 """How far a pair of models agrees with itself on a scan: test-time augmentation by mirroring and shifting its slices.
 
 A user has no reference. What is known without one is whether a mask stays what it is when nothing that matters changes:
-each member segments another view of the scan, and the members' masks are compared (Zenk et al., "Comparative
+each member segments the scan mirrored or shifted, and the members' masks are compared (Zenk et al., "Comparative
 benchmarking of failure detection methods in medical image segmentation", Medical Image Analysis 101, 2025: the mean
 pairwise Dice of members is the score to beat). It names masks that are doubtful; errors that all members make it does
 not see, and it has no unit.
@@ -26,8 +26,8 @@ CHUNK_SLICES = 32
 """Of a scan in memory at a time: a scan may have any number of them."""
 
 
-class View(NamedTuple):
-    """Another way to look at prepared slices.
+class Member(NamedTuple):
+    """How a member sees prepared slices.
 
     Attributes:
       is_mirrored: left and right.
@@ -44,13 +44,13 @@ class View(NamedTuple):
         return _shift(slices[:, :, ::-1] if self.is_mirrored else slices, self.rows, self.columns)
 
     def undo(self, slices: FloatArray) -> FloatArray:
-        """What was found in the view, (n, S, S), where it belongs."""
+        """What the member found, (n, S, S), where it belongs."""
         back = _shift(slices, -self.rows, -self.columns)
         return back[:, :, ::-1] if self.is_mirrored else back
 
 
-VIEWS = (View(False, 0, 0), View(True, 0, 0), View(False, 4, 4), View(True, -4, -4))
-"""One of each member. Four pixels are half of the coarsest cell of the models."""
+MEMBERS = (Member(False, 0, 0), Member(True, 0, 0), Member(False, 4, 4), Member(True, -4, -4))
+"""Four pixels are half of the coarsest cell of the models."""
 
 
 def _shift(slices: FloatArray, rows: int, columns: int) -> FloatArray:
@@ -80,24 +80,24 @@ def compare_members(
     boxes: npt.NDArray[np.int32],
     grid: Grid,
     *,
-    views: Sequence[View] = VIEWS,
+    members: Sequence[Member] = MEMBERS,
     new_array: Callable[[tuple[int, ...]], FloatArray] = lambda shape: np.zeros(shape, np.float32),
     advance: Callable[[], object] = lambda: None,
 ) -> Agreement:
-    """Runs the members one after another, a chunk of slices at a time; each sees its view alone, without averaging.
+    """Runs the members one after another, a chunk of slices at a time, without averaging within one.
 
     Args:
       predictor: with an infection model.
       images: float32 (slices, S, S, C) of a whole scan, prepared.
       boxes: int32 (slices, 4), see `prepare_volume`.
       grid: of the scan.
-      views: of the members.
+      members: how each sees the slices.
       new_array: makes an array of zeros, float32; called for each structure and for the mean.
       advance: called after each chunk.
     """
     shape = images.shape[:-1]
     found = {structure: new_array(shape) for structure in predictor.structures}
-    mean, share = new_array(shape), 1 / len(views)
+    mean, share = new_array(shape), 1 / len(members)
     chunks = [slice(start, start + CHUNK_SLICES) for start in range(0, len(images), CHUNK_SLICES)]
 
     def add(probability: FloatArray) -> npt.NDArray[np.uint8]:
@@ -106,11 +106,11 @@ def compare_members(
         threshold = predictor.threshold("infection")
         return np.stack([np.packbits(one > threshold) for one in probability])
 
-    masks, member = [], predictor.without_averaging
-    for view in views:
+    masks, models = [], predictor.without_averaging
+    for member in members:
         for some in chunks:
-            for structure, probability in member.slice_probabilities(view.apply(images[some])).items():
-                found[structure][some] = view.undo(probability)
+            for structure, probability in models.slice_probabilities(member.apply(images[some])).items():
+                found[structure][some] = member.undo(probability)
             advance()
         predictor.postprocess(found, boxes, grid)
         masks.append(add(found["infection"]))

@@ -1,7 +1,7 @@
 """Calibration: whether a probability of 0.8 is right eight times out of ten, and the temperature that makes it so.
 
 Temperature scaling (Guo et al., "On calibration of modern neural networks", ICML 2017) divides logits by one number,
-chosen on patients who trained nothing. It keeps the order of probabilities, so that masks stay what they are.
+chosen on held-out patients. It keeps the order of probabilities, so that masks stay what they are.
 """
 
 import dataclasses

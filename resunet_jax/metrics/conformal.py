@@ -1,4 +1,4 @@
-"""Conformal intervals: what a volume may be in truth, from the errors on patients who trained nothing.
+"""Conformal intervals: what a volume may be in truth, from the errors on held-out patients.
 
 Errors are taken on a scale on which those of small and large volumes are alike (`Quantity`), one for each patient: the
 largest of a patient's scans, which makes the interval wider, never too narrow.
@@ -154,8 +154,8 @@ def worst_third_found(score: Sequence[float], quality: Sequence[float]) -> float
     """What share of the third of lowest quality is in the third of lowest score; by chance a third.
 
     Failure detection as Zenk et al., "Comparative benchmarking of failure detection methods in medical image
-    segmentation", Medical Image Analysis 101, 2025, judge it: does a score, known without a reference, name the scans
-    whose masks are bad?
+    segmentation", Medical Image Analysis 101, 2025, evaluate it: does a score, known without a reference, name the
+    scans whose masks are bad?
 
     Args:
       score: of each scan, low where the masks are doubtful.

@@ -62,13 +62,3 @@ def patient_interval(values: Sequence[float] | Floats, patients: Sequence[str]) 
     residuals = np.bincount(patient_of, weights=array - mean, minlength=count) * count / len(array)
     half = float(stats.t.ppf(0.975, count - 1) * residuals.std(ddof=1) / math.sqrt(count))
     return mean - half, mean + half
-
-
-def seed_patient_interval(values: Floats, patients: Sequence[str]) -> tuple[float, float]:
-    """`patient_interval` of the means over training seeds.
-
-    Args:
-      values: (seeds, volumes), finite.
-      patients: whose volume each is.
-    """
-    return patient_interval(values.mean(axis=0), patients)

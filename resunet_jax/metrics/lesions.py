@@ -10,14 +10,14 @@ from scipy import ndimage
 from resunet_jax.metrics.bounding_box import crop_to
 
 SMALLEST_LESION_ML = 0.1
-"""A connected region below it, a sphere of 6 mm across, is no lesion of its own."""
+"""A connected component below it, a sphere of 6 mm in diameter, does not count as a lesion."""
 
 BURDEN_BINS: Mapping[str, tuple[float, float]] = {
     "under 1 %": (0.0, 0.01),
     "1–10 %": (0.01, 0.1),
     "over 10 %": (0.1, 1.01),
 }
-"""Groups of volumes by the part of the lung that is infected, in [low, high)."""
+"""Groups of volumes by lung involvement (fraction), in [low, high)."""
 
 _NEIGHBOURS = np.ones((3, 3, 3), bool)
 
@@ -25,7 +25,7 @@ _NEIGHBOURS = np.ones((3, 3, 3), bool)
 def lesion_metrics(
     predicted: npt.NDArray[np.bool_], reference: npt.NDArray[np.bool_], voxel_ml: float
 ) -> dict[str, float]:
-    """Lesions are the connected regions (26 neighbours) of a mask, from `SMALLEST_LESION_ML` upwards.
+    """Lesions are the connected components (26 neighbours) of a mask, from `SMALLEST_LESION_ML` upwards.
 
     Args:
       predicted: bool (rows, columns, slices).
@@ -33,7 +33,7 @@ def lesion_metrics(
       voxel_ml: volume of a voxel, in ml.
 
     Returns:
-      "lesion_recall", the part of the reference's lesions of which a voxel was predicted, NaN where it has none; and
+      "lesion_recall", the fraction of the reference's lesions of which a voxel was predicted, NaN where it has none;
       "false_positive_lesions", the number of predicted lesions that no voxel of the reference touches.
     """
     found, lesions = _touched(reference, predicted, voxel_ml)

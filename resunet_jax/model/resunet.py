@@ -73,10 +73,6 @@ class LayerFactory(NamedTuple):
         y, bias = Conv(features, size, stride, self.dtype, self.convolution, name=name)(x)
         return y + bias[None, None, None]
 
-    def norm(self, x: jax.Array, name: str, *, relu: bool = True) -> jax.Array:
-        """Batch normalisation and ReLU."""
-        return BatchNorm(self.train, relu, self.dtype, name=name)(x)
-
     def conv_norm(
         self, x: jax.Array, features: int, conv: str, norm: str, *, stride: int = 1, relu: bool = True
     ) -> jax.Array:
@@ -128,7 +124,7 @@ class ResidualBlock(nn.Module):
         """Maps (N, H, W, C) to (N, H/stride, W/stride, features)."""
         layers = LayerFactory(self.dtype, train, self.convolution)
         skip = layers.conv_norm(x, self.features, "skip_conv", "skip_norm", stride=self.stride, relu=False)
-        x = layers.norm(x, "norm1")
+        x = BatchNorm(train, relu=True, dtype=self.dtype, name="norm1")(x)
         x = layers.conv_norm(x, self.features, "conv1", "norm2", stride=self.stride)
         return layers.conv(x, self.features, "conv2") + skip
 

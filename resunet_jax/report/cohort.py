@@ -13,38 +13,32 @@ from resunet_jax.report.markup import fill_page, number
 Report = Mapping[str, Any]
 Cell = str | int | float | None
 
-COHORT_COLUMNS: dict[str, tuple[str, str]] = {
-    "name": ("scan.name", "of the scan; its page is <name>_report.html"),
-    "file": ("scan.file", "file or folder it was read from"),
-    "slices": ("scan.slices", "axial slices"),
-    "lung_ml": ("lung.volume_ml", "volume of both lungs, infection included, ml"),
-    "left_lung_ml": ("lung.left_ml", "volume of the left lung, ml"),
-    "right_lung_ml": ("lung.right_ml", "volume of the right lung, ml"),
-    "infection_ml": ("infection.volume_ml", "volume of the infection, ml"),
-    "involvement_percent": ("infection.involvement_percent", "infected part of the lung volume, %"),
-    "left_percent": ("involvement.left.percent", "the same of the left lung, %"),
-    "right_percent": ("involvement.right.percent", "the same of the right lung, %"),
-    "grade": ("grade", "0 to 5: none, below 5, 25, 50, 75 %, and from 75 %"),
-    "ground_glass_ml": ("infection.ground_glass_ml", "infection that is not consolidation, ml"),
-    "consolidation_ml": ("infection.consolidation_ml", "infection above the threshold of consolidation, ml"),
-    "infection_mean_hu": ("infection.mean_hu", "mean of the infection, HU"),
-    "lesions": ("infection.lesions", "connected components of the infection"),
-    "warnings": ("warnings", "warnings, joined by ' | '"),
-    "version": ("version", "of resunet-jax"),
-    "seconds": ("seconds", "time it took, s"),
-    "infection_low_ml": (
-        "infection.volume_interval_ml.0",
-        "interval of the infection's volume, from, ml; the report says what it is worth",
-    ),
-    "infection_high_ml": ("infection.volume_interval_ml.1", "to, ml"),
-    "involvement_low_percent": ("infection.involvement_interval_percent.0", "interval of the involvement, from, %"),
-    "involvement_high_percent": ("infection.involvement_interval_percent.1", "to, %"),
-    "pairwise_dice": (
-        "uncertainty.pairwise_dice",
-        "agreement of members, 0 to 1: low where the infection's mask is doubtful",
-    ),
+COHORT_COLUMNS: dict[str, str] = {
+    "name": "scan.name",  # of the scan; its page is <name>_report.html
+    "file": "scan.file",  # file or folder it was read from
+    "slices": "scan.slices",  # axial slices
+    "lung_ml": "lung.volume_ml",  # volume of both lungs, infection included, ml
+    "left_lung_ml": "lung.left_ml",  # volume of the left lung, ml
+    "right_lung_ml": "lung.right_ml",  # volume of the right lung, ml
+    "infection_ml": "infection.volume_ml",  # volume of the infection, ml
+    "involvement_percent": "infection.involvement_percent",  # lung involvement, %
+    "left_percent": "involvement.left.percent",  # the same of the left lung, %
+    "right_percent": "involvement.right.percent",  # the same of the right lung, %
+    "grade": "grade",  # 0 to 5: none, below 5, 25, 50, 75 %, and from 75 %
+    "ground_glass_ml": "infection.ground_glass_ml",  # infection that is not consolidation, ml
+    "consolidation_ml": "infection.consolidation_ml",  # infection above the threshold of consolidation, ml
+    "infection_mean_hu": "infection.mean_hu",  # mean of the infection, HU
+    "lesions": "infection.lesions",  # connected components of the infection
+    "warnings": "warnings",  # warnings, joined by ' | '
+    "version": "version",  # of resunet-jax
+    "seconds": "seconds",  # time it took, s
+    "infection_low_ml": "infection.volume_interval_ml.0",  # its interval, from, ml; the report says what it is worth
+    "infection_high_ml": "infection.volume_interval_ml.1",  # to, ml
+    "involvement_low_percent": "infection.involvement_interval_percent.0",  # interval of the involvement, from, %
+    "involvement_high_percent": "infection.involvement_interval_percent.1",  # to, %
+    "pairwise_dice": "uncertainty.pairwise_dice",  # agreement of members, 0 to 1: low where the mask is doubtful
 }
-"""Columns of the CSV in order: where a report has them, and what they mean; an undefined value is an empty cell."""
+"""Columns of the CSV in order, and where a report has them; an undefined value is an empty cell."""
 
 _SHOWN: dict[str, tuple[str, Callable[[Any], str]]] = {
     "slices": ("Slices", number),
@@ -66,7 +60,7 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 def cohort_row(report: Report) -> dict[str, Cell]:
     """One scan as a row: a value for each of `COHORT_COLUMNS`, None where it is not defined."""
-    row = {name: _value(report, path) for name, (path, _) in COHORT_COLUMNS.items()}
+    row = {name: _value(report, path) for name, path in COHORT_COLUMNS.items()}
     return {**row, "warnings": " | ".join(map(str, report["warnings"]))}
 
 
@@ -113,7 +107,7 @@ def write_cohort_page(path: Path, reports: Sequence[Report]) -> None:
     with_warnings = sum(bool(report["warnings"]) for report in reports)
     text = fill_page(
         "cohort",
-        summary=f"{_plural(len(rows), 'scan')}, {with_warnings} with warnings",
+        summary=f"{len(rows)} scan{'s' * (len(rows) != 1)}, {with_warnings} with warnings",
         head="".join(f'<th scope="col"><button type="button">{title}</button></th>' for title in titles),
         rows="\n".join(_table_row(row, shown, report["warnings"]) for row, report in zip(rows, reports, strict=True)),
     )
@@ -130,7 +124,3 @@ def _table_row(row: Mapping[str, Cell], shown: Sequence[str], warnings: Sequence
         cells.append(f'<td data-value="{value}">{text}</td>' if text != number(None) else f"<td>{text}</td>")
     listed = "<br>".join(escape(str(warning)) for warning in warnings)
     return f'<tr>{"".join(cells)}<td data-value="{len(warnings)}">{listed}</td></tr>'
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from resunet_jax.data.readers import judge_scan
+from resunet_jax.data.readers import with_intensity_scale
 from resunet_jax.data.volume import Array, scan_from_array
 from resunet_jax.errors import InputError
 from resunet_jax.inference.predictor import Predictor, load_pretrained
@@ -51,7 +51,7 @@ def segment_volume(hu: Array, affine: npt.NDArray[np.float64], model: Predictor 
     model = load_pretrained() if model is None else model
     if model.structures != ("lung", "infection"):
         raise InputError(f"`model`: it segments {' and '.join(model.structures)} only; give both models")
-    scan = judge_scan(scan_from_array(hu, affine), Path(_NAME), physical=model.preprocess.is_physical)
+    scan = with_intensity_scale(scan_from_array(hu, affine), Path(_NAME), physical=model.preprocess.is_physical)
     segmented = segment_opened(scan, model, _NAME)
     totals = Totals(segmented)
     lung, infection = [], []

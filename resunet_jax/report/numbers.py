@@ -335,9 +335,7 @@ def _interval_note(predictor: Predictor) -> list[str]:
         return ["No interval: the models were calibrated with other thresholds or postprocessing."]
     alike = f"{100 * record.level:.0f} % of patients like those on average, not for another scanner or another disease"
     if record.guarantee is not None:
-        return [
-            f"Intervals: by the errors on {record.patients} patients who trained nothing; each is right for {alike}."
-        ]
+        return [f"Intervals from the errors on {record.patients} held-out patients; each is right for {alike}."]
     return [
         f"Intervals are an estimate without a guarantee, by the errors of the models of a cross-validation on "
         f"{record.patients} patients, whom this model may have seen; each is meant for {alike}."

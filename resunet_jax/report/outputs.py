@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock
 
 from resunet_jax.data.readers import READERS, Reader, Source, digest, read_mask
-from resunet_jax.data.readers.dicom_seg import write_dicom_seg
+from resunet_jax.data.readers.dicom_seg import require_dicom_seg, write_dicom_seg
 from resunet_jax.data.readers.disk import temporary_file
 from resunet_jax.data.readers.nifti import nifti_writer
-from resunet_jax.files import write_json
-from resunet_jax.inference.batch import Finding, Output
+from resunet_jax.data.volume import Grid
+from resunet_jax.errors import InputError
+from resunet_jax.files import make_output_dir, write_json
+from resunet_jax.inference.batch import LOCKS, Output, Summary
 from resunet_jax.inference.scan import SegmentedScan
 from resunet_jax.metrics.lung_sides import LEFT, RIGHT
 from resunet_jax.progress import logger
@@ -63,19 +66,32 @@ def make_outputs(
       readers: the table of formats.
 
     Raises:
-      InputError: the lobes cannot be read.
+      InputError: the lobes cannot be read, or there is no report for them; the threshold is no number.
     """
+    if lobes is not None and not report:
+        raise InputError(
+            "`lobes`: their numbers are in the report, which needs both models; ask for it, or leave `lobes` out"
+        )
+    if not math.isfinite(consolidation_hu):
+        raise InputError(f"`consolidation_hu` is {consolidation_hu}; it must be a number")
 
-    def write_report(source: Source, segmented: SegmentedScan, seconds: float, folder: Path) -> Finding:
+    def check_lobes(source: Source, grid: Grid) -> None:
+        if lobes is not None:
+            read_mask(lobes, source.path, grid, readers)
+
+    def write_report(source: Source, segmented: SegmentedScan, seconds: float, folder: Path) -> Summary:
         labels = None if lobes is None else read_mask(lobes, source.path, segmented.scan.grid, readers)
         return _write_report(source, segmented, seconds, folder, consolidation_hu, labels)
 
     settings = [SCHEMA_VERSION, consolidation_hu, None if lobes is None else digest(lobes, readers)]
     table = {
-        "report": (report, Output((REPORT, PAGE, PREVIEW), write_report, settings)),
+        "report": (report, Output((REPORT, PAGE, PREVIEW), write_report, settings, check_lobes)),
         "warnings": (not report, Output((), _check)),
         "multilabel": (multilabel, Output((LABELS,), _write_labels)),
-        "dicom_seg": (dicom_seg, Output((SEGMENTATION,), _write_segmentation)),
+        "dicom_seg": (
+            dicom_seg,
+            Output((SEGMENTATION,), _write_segmentation, check=lambda source, _: require_dicom_seg(source)),
+        ),
     }
     return {name: output for name, (is_asked_for, output) in table.items() if is_asked_for}
 
@@ -87,7 +103,7 @@ def _write_report(
     folder: Path,
     consolidation_hu: float,
     lobes: npt.NDArray[np.uint8] | None,
-) -> Finding:
+) -> Summary:
     grid, has_uncertainty = segmented.scan.grid, segmented.uncertainty is not None
     totals, shown = Totals(segmented, consolidation_hu), []
     with temporary_file((2 + has_uncertainty) * math.prod(grid.oriented_shape), source.path) as file:
@@ -100,30 +116,30 @@ def _write_report(
         write_scan_page(folder / f"{source.name}{PAGE}", report, shown, grid.spacing_mm)
         write_preview(folder / f"{source.name}{PREVIEW}", shown, grid.spacing_mm)
     write_json(folder / f"{source.name}{REPORT}", report)
-    return Finding(summary_line(report), tuple(report["warnings"]))
+    return Summary(summary_line(report), tuple(report["warnings"]))
 
 
-def _check(_: Source, segmented: SegmentedScan, __: float, ___: Path) -> Finding:
+def _check(_: Source, segmented: SegmentedScan, __: float, ___: Path) -> Summary:
     totals = Totals(segmented)
     for slices in iter_slices(segmented):
         totals.add(slices)
-    return Finding("", tuple(warnings_of(segmented, totals)))
+    return Summary("", tuple(warnings_of(segmented, totals)))
 
 
-def _write_labels(source: Source, segmented: SegmentedScan, _: float, folder: Path) -> Finding:
+def _write_labels(source: Source, segmented: SegmentedScan, _: float, folder: Path) -> Summary:
     with nifti_writer(folder / f"{source.name}{LABELS}", np.uint8, segmented.scan.grid) as write:
         for slices in iter_slices(segmented):
             write(slices.start, np.where(slices.infection, INFECTION, slices.lung).astype(np.uint8))
-    return Finding()
+    return Summary()
 
 
-def _write_segmentation(source: Source, segmented: SegmentedScan, _: float, folder: Path) -> Finding:
+def _write_segmentation(source: Source, segmented: SegmentedScan, _: float, folder: Path) -> Summary:
     chunks = list(iter_slices(segmented))
     lung = np.concatenate([slices.lung for slices in chunks], axis=-1)
     infection = np.concatenate([slices.infection for slices in chunks], axis=-1)
     masks = {"left lung": lung == LEFT, "right lung": lung == RIGHT, "infection": infection}
     write_dicom_seg(folder / f"{source.name}{SEGMENTATION}", source, segmented.scan.grid, masks)
-    return Finding()
+    return Summary()
 
 
 def write_cohort(folder: Path) -> list[Path]:
@@ -132,12 +148,16 @@ def write_cohort(folder: Path) -> list[Path]:
     Returns:
       the files; none where there is no report, and no table of reports that are gone.
     """
-    paths = [path for path in sorted(folder.glob(f"*{REPORT}")) if not path.name.startswith(".")]  # not half written
-    reports = [report for path in paths if (report := _read(path)) is not None]
-    if not reports and not (folder / COHORT).exists():
-        return []
-    write_cohort_csv(folder / COHORT, reports)
-    write_cohort_page(folder / INDEX, reports)
+    make_output_dir(folder / LOCKS)
+    with FileLock(folder / LOCKS / f"{COHORT}.lock"):  # or an older list could replace a newer one
+        paths = [
+            path for path in sorted(folder.glob(f"*{REPORT}")) if not path.name.startswith(".")
+        ]  # not half written
+        reports = [report for path in paths if (report := _read(path)) is not None]
+        if not reports and not (folder / COHORT).exists():
+            return []
+        write_cohort_csv(folder / COHORT, reports)
+        write_cohort_page(folder / INDEX, reports)
     return [folder / COHORT, folder / INDEX]
 
 

@@ -102,7 +102,7 @@ def _page(report: Mapping[str, Any], slices: Sequence[EncodedSlice], size_mm: Se
         most=number(max(infection_ml), 2, "ml"),
         montage=_montage(slices, sampling, size_mm),
         tables=_tables(report),
-        notes=_notes(report),
+        notes=items(report.get("notes", ())),
         details=_details(report),
         version=escape(str(report.get("version", ""))),
         data=json_block(_data(infection_ml, slices, sampling, layers, size_mm)),
@@ -291,8 +291,9 @@ def _tile(one: EncodedSlice, thin: Sampling) -> Bytes2D:
 
 def _tables(report: Mapping[str, Any]) -> str:
     infection = report["infection"]
+    kinds = {"both": "lungs", "left": "lung", "right": "lung"}
     rows: list[tuple[str, Mapping[str, Any]]] = [
-        (f"{key.capitalize()} {_kind(key)}", values) for key, values in report["involvement"].items()
+        (f"{key.capitalize()} {kinds.get(key, 'third')}", values) for key, values in report["involvement"].items()
     ]
     lobes = report.get("lobes") or {}
     rows += [(f"Lobe {key}", values) for key, values in lobes.items() if isinstance(values, Mapping)]
@@ -315,17 +316,14 @@ def _tables(report: Mapping[str, Any]) -> str:
             )
         )
     if "score" in lobes:
-        facts.append(("Score, sum over the lobes", f"{number(lobes['score'])} of 25"))
+        highest = 5 * (len(lobes) - 1)  # for five lobes 25, the CT severity score
+        facts.append(("Score, sum over the lobes", f"{number(lobes['score'])} of {highest}"))
     listed = "".join(table_row([escape(name), value]) for name, value in facts)
     return (
         f'<table class="numbers"><caption>Involvement by region</caption><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table>"
         f'<table class="numbers"><caption>Infection</caption><tbody>{listed}</tbody></table>'
     )
-
-
-def _kind(key: str) -> str:
-    return {"both": "lungs", "left": "lung", "right": "lung"}.get(key, "third")
 
 
 def _region_row(name: str, values: Mapping[str, Any]) -> str:
@@ -341,10 +339,6 @@ def _consolidation(infection: Mapping[str, Any]) -> str:
 def _lesions(volumes: Sequence[float]) -> str:
     largest = sorted(volumes, reverse=True)[:5]
     return ", ".join(number(v, 1) for v in largest) + "\N{NO-BREAK SPACE}ml" if largest else number(None)
-
-
-def _notes(report: Mapping[str, Any]) -> str:
-    return items(report.get("notes", ()))
 
 
 def _details(report: Mapping[str, Any]) -> str:

@@ -126,7 +126,6 @@ def choose_sampling(slices: Sequence[EncodedSlice]) -> Sampling:
     boxes = np.array([s.box for s in slices if s.box is not None] or [(0, shape[0], 0, shape[1])])
     first, end = boxes[:, [0, 2]].min(0), boxes[:, [1, 3]].max(0)
     some = slices[:: max(1, len(slices) // 10)]
-    sampling = _sample(first, end, WIDTHS[0])
     for width in WIDTHS:
         sampling = _sample(first, end, width)
         size = sum(len(pack(sampling(plane))) for s in some for plane in s.planes().values())

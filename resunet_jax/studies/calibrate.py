@@ -1,9 +1,9 @@
-"""What a pair of models gets wrong on patients who trained nothing: its temperature, the residuals of its intervals.
+"""What a pair of models gets wrong on held-out patients: its temperature, the residuals of its intervals.
 
-Two ways to such patients. Those of a split, judged by the pair itself (`Judge.errors`): intervals are split conformal.
-Those of a finished cross-validation, each judged by the models that have not seen it (`fold_errors`): for a final pair
-trained on all of them these residuals are an estimate, and for a new scan that all fold models segment they make a CV+
-interval (`cv_plus_coverage`).
+Two ways to such patients. Those of a split, segmented by the pair itself (`HeldOutEvaluator.errors`): intervals are
+split conformal. Those of a finished cross-validation, each segmented by the models that have not seen it
+(`fold_errors`): for a final pair trained on all of them these residuals are an estimate, and for a new scan that all
+fold models segment they make a CV+ interval (`cv_plus_coverage`).
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ class ScanErrors(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Errors:
+class HeldOutErrors:
     """Of scans that the models have not seen.
 
     Attributes:
@@ -88,7 +88,7 @@ class Errors:
 
 
 @dataclasses.dataclass(frozen=True)
-class Judge:
+class HeldOutEvaluator:
     """How the models segment the scans of a data set.
 
     Attributes:
@@ -109,7 +109,7 @@ class Judge:
     assumed: tuple[float, float] | None = None
     max_cache_gb: float = MAX_CACHE_GB
 
-    def errors(self, fold: int = 0, *, uncertainty: bool = True, **models: Any) -> Errors:
+    def errors(self, fold: int = 0, *, uncertainty: bool = True, **models: Any) -> HeldOutErrors:
         """Of the test cases of a split; for `models` see `evaluate`.
 
         Raises:
@@ -132,7 +132,7 @@ class Judge:
                 "named as the test cases of `split_file`"
             )
         scans = [_scan_errors(row, fold) for row in evaluation.volumes if row["structure"] == "infection"]
-        return Errors(scans, evaluation.logits)
+        return HeldOutErrors(scans, evaluation.logits)
 
 
 def _scan_errors(row: Mapping[str, Any], fold: int) -> ScanErrors:
@@ -186,29 +186,24 @@ def study_folds(study_dir: Path, variant: str | None = None, seed: int | None = 
     return found
 
 
-def fold_errors(judge: Judge, folds: Sequence[Fold], target: Predictor) -> Errors:
+def fold_errors(evaluator: HeldOutEvaluator, folds: Sequence[Fold], target: Predictor) -> HeldOutErrors:
     """Each test case of a study by the models that have not seen it, with the masks made as `target` makes them.
 
     Raises:
-      InputError: see `Judge.errors`.
+      InputError: see `HeldOutEvaluator.errors`.
     """
     scans: list[ScanErrors] = []
     logits: dict[str, LogitHistogram] = {}
     for number, fold in enumerate(folds):
-        errors = judge.errors(number, **_models(fold, target))
+        errors = evaluator.errors(number, **_models(fold, target))
         scans += errors.scans
-        logits |= errors.logits
-    return Errors(scans, logits)
+        for patient, histogram in errors.logits.items():
+            logits[patient] = logits[patient] + histogram if patient in logits else histogram
+    return HeldOutErrors(scans, logits)
 
 
 def _models(fold: Fold, target: Predictor) -> dict[str, Any]:
-    return {
-        "lung_checkpoint": fold.lung,
-        "infection_checkpoint": fold.infection,
-        "thresholds": target.mask_thresholds,
-        "min_component_fraction": target.min_component_fraction,
-        "infection_postprocess": target.infection_postprocess,
-    }
+    return {"lung_checkpoint": fold.lung, "infection_checkpoint": fold.infection, **target.mask_settings}
 
 
 def require_pair(target: Predictor) -> None:
@@ -221,7 +216,7 @@ def require_pair(target: Predictor) -> None:
         raise InputError("a pair is calibrated: give `lung_checkpoint` and `infection_checkpoint`, or neither")
 
 
-def make_record(errors: Errors, target: Predictor, method: Method, source: str) -> UncertaintyRecord:
+def make_record(errors: HeldOutErrors, target: Predictor, method: Method, source: str) -> UncertaintyRecord:
     """What is kept with the infection model of `target`.
 
     Raises:
@@ -233,7 +228,9 @@ def make_record(errors: Errors, target: Predictor, method: Method, source: str) 
     if least < _LEAST_PATIENTS:
         raise InputError(f"{least} patient(s) with lungs and infection in them; at least {_LEAST_PATIENTS} are needed")
     if method == "split_conformal" and not all(one.config.train_patients for one in target.models.values()):
-        logger.warning("the models do not say who trained them: intervals are right only if none of these patients did")
+        logger.warning(
+            "the models do not list their training patients: intervals are valid only if none of these is one"
+        )
     return UncertaintyRecord(
         fingerprints=target.fingerprints,
         temperature=fit_temperature(list(errors.logits.values())),
@@ -284,7 +281,7 @@ def failure_detection(scans: Sequence[ScanErrors]) -> dict[str, float]:
     }
 
 
-def coverage_of_unseen(errors: Errors) -> dict[str, dict[str, float]]:
+def coverage_of_unseen(errors: HeldOutErrors) -> dict[str, dict[str, float]]:
     """How many patients the others' residuals cover, by quantity: "covered" of "patients" at "level".
 
     A patient is covered where all of its scans are. The level is what one patient fewer can promise.
@@ -302,7 +299,7 @@ def coverage_of_unseen(errors: Errors) -> dict[str, dict[str, float]]:
 
 
 def cv_plus_coverage(
-    judge: Judge, folds: Sequence[Fold], errors: Errors, target: Predictor, split_file: Path
+    evaluator: HeldOutEvaluator, folds: Sequence[Fold], errors: HeldOutErrors, target: Predictor, split_file: Path
 ) -> dict[str, Any]:
     """CV+ intervals of scans that no fold has seen, the test cases of a split, by all fold models and their residuals.
 
@@ -310,7 +307,7 @@ def cv_plus_coverage(
       by quantity "level", "guarantee", "covered", "scans", "width" (median difference of the ends' square roots).
     """
     unseen = [
-        judge.errors(number, uncertainty=False, split_file=split_file, **_models(fold, target)).scans
+        evaluator.errors(number, uncertainty=False, split_file=split_file, **_models(fold, target)).scans
         for number, fold in enumerate(folds)
     ]
     fold_of = {scan.patient: scan.fold for scan in errors.scans}
@@ -336,7 +333,7 @@ def cv_plus_coverage(
     return results
 
 
-def summarize_errors(errors: Errors) -> dict[str, Any]:
+def summarize_errors(errors: HeldOutErrors) -> dict[str, Any]:
     """The tables: "calibration", "failure_detection", "coverage", and "scans", a row each."""
     return {
         "calibration": calibration_of_unseen(errors.logits),
@@ -352,7 +349,7 @@ def to_markdown(summary: Mapping[str, Any], record: UncertaintyRecord) -> str:
     """The same as Markdown."""
     calibration, failure = summary["calibration"], summary["failure_detection"]
     lines = [
-        f"{record.source}. Each patient is judged with what the others gave.",
+        f"{record.source}. Each patient is evaluated with what the others gave.",
         "",
         f"| temperature {record.temperature:.2f} (without one patient {calibration['lowest_temperature']:.2f} to "
         f"{calibration['highest_temperature']:.2f}) | ECE | Brier | ECE of a patient, mean |",

@@ -31,6 +31,7 @@ from resunet_jax.studies import table
 from resunet_jax.studies.variants import Variant
 from resunet_jax.training.loop import never_stop
 from resunet_jax.training.step import compile_train_step
+from resunet_jax.training.tensorboard import tensorboard_writer
 from resunet_jax.training.train import check_data_unchanged, train, versions, write_data_record
 
 _MOST_COMPARED = 4  # variants in a picture
@@ -92,8 +93,9 @@ class Study:
       tables: of losses, augmentations, architectures, metrics and readers.
       layout: of the workdir.
       sizes: by configs, what `_size` has found.
-      assumed: what the scans' values are, see `open_scan`; by default each is judged.
+      assumed: what the scans' values are, see `open_scan`; by default inferred for each.
       max_cache_gb: see `prepare_cases`.
+      tensorboard: see `tensorboard_writer`; in the folder of each model.
     """
 
     data_dir: Path
@@ -105,6 +107,7 @@ class Study:
     sizes: dict[tuple[Config, ...], tuple[int, float]] = dataclasses.field(default_factory=dict)
     assumed: tuple[float, float] | None = None
     max_cache_gb: float = MAX_CACHE_GB
+    tensorboard: bool = False
 
     def model(self, run: Run, task: Structure) -> Path:
         """The folder of a run's model."""
@@ -291,18 +294,20 @@ def _train(study: Study, run: Run, task: Structure) -> dict[str, float]:
     file, names = study.model(run, task) / "cost.json", ("steps", "seconds_per_step", "parameters", "step_gb")
     with dir_lock(study.workdir / ".running" / f"{task}-{run.training_key(task)}"):
         if not file.is_file():
-            history = train(
-                run.trainings[task],
-                study.data_dir,
-                file.parent,
-                study.cache_dir,
-                split=run.request,
-                lung_checkpoint=study.model(run, "lung") if task == "infection" else None,
-                should_stop=study.should_stop,
-                assumed=study.assumed,
-                max_cache_gb=study.max_cache_gb,
-                **study.tables.for_training,
-            )
+            with tensorboard_writer(file.parent, wanted=study.tensorboard) as on_epoch:
+                history = train(
+                    run.trainings[task],
+                    study.data_dir,
+                    file.parent,
+                    study.cache_dir,
+                    split=run.request,
+                    lung_checkpoint=study.model(run, "lung") if task == "infection" else None,
+                    should_stop=study.should_stop,
+                    on_epoch=on_epoch,
+                    assumed=study.assumed,
+                    max_cache_gb=study.max_cache_gb,
+                    **study.tables.for_training,
+                )
             seconds = float(np.median([1 / record["steps_per_second"] for record in history]))
             write_json(file, dict(zip(names, (history[-1]["step"], seconds, *_size(study, run, task)), strict=True)))
     return _read(file, "delete it", *names)

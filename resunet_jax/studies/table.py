@@ -17,7 +17,7 @@ from resunet_jax.errors import InputError
 from resunet_jax.evaluation.compare import STRUCTURES, summarize
 from resunet_jax.evaluation.report import wide_console
 from resunet_jax.metrics import METRICS, Metric
-from resunet_jax.metrics.intervals import seed_patient_interval
+from resunet_jax.metrics.intervals import patient_interval
 from resunet_jax.plots import Overlay
 from resunet_jax.studies.published import PUBLISHED
 
@@ -36,7 +36,7 @@ def summarize_runs(records: Mapping[str, Sequence[Record]]) -> list[dict[str, An
     Returns:
       for each row "name"; for "lung" and, where it was trained, "infection" a dict of "mean", "ci_low", "ci_high",
       "volumes" (by case, means over seeds and splits), "lowest" (of these), "difference" to the first row with
-      "difference_low" and "difference_high" (95 % intervals, see `seed_patient_interval`), "seconds_per_step",
+      "difference_low" and "difference_high" (95 % intervals, see `patient_interval`), "seconds_per_step",
       "parameters" and "step_gb"; "lesion_recall" and "false_positive_lesions" (means). Undefined numbers are NaN.
     """
     dice = {name: {s: _dice(runs, s) for s in runs[0]["cost"]} for name, runs in records.items()}
@@ -87,9 +87,9 @@ def _compare(own: _Dice, first: _Dice) -> dict[str, Any]:
 
 
 def _interval(values: npt.NDArray[np.float64], patients: Sequence[str]) -> tuple[float, float]:
-    """Over the columns that are defined for every seed."""
+    """Of the means over seeds, over the columns that are defined for every seed."""
     defined = ~np.isnan(values).any(axis=0)
-    return seed_patient_interval(values[:, defined], np.array(patients)[defined].tolist())
+    return patient_interval(values[:, defined].mean(axis=0), np.array(patients)[defined].tolist())
 
 
 def _median_cost(runs: Sequence[Record], structure: str) -> dict[str, float]:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from resunet_jax.config import Config
 from resunet_jax.data.batches import Batch, ProcessShard, SliceSource, eval_batches, train_batches
 from resunet_jax.errors import InputError, StoppedError
-from resunet_jax.files import write_text
+from resunet_jax.files import without_nan, write_text
 from resunet_jax.metrics.overlap import HARD_METRICS, hard_metrics
 from resunet_jax.model.build import ARCHITECTURES, Architecture
 from resunet_jax.model.resunet import Variables
@@ -96,7 +96,7 @@ def fit(
     augmentations: Mapping[str, Augmentation] = AUGMENTATIONS,
     architectures: Mapping[str, Architecture] = ARCHITECTURES,
 ) -> History:
-    """Trains until `epochs` or `patience` ends it, from where the workdir's latest checkpoint left off.
+    """Trains for `epochs`, or with schedule "step" until `patience` ends it, from the workdir's latest checkpoint on.
 
     Args:
       config: of the run.
@@ -249,7 +249,7 @@ class _EpochRunner(NamedTuple):
             "steps_per_second": round(self.steps_per_epoch / totals.seconds, 3),
             "data_wait_seconds": round(totals.data_wait_seconds, 3),
         }
-        return _without_nan(values)
+        return without_nan(values)
 
     def _add(self, pending: list[dict[str, jax.Array]], totals: EpochTotals, first: int) -> None:
         """Fetches what steps returned; `first` is the step before the epoch."""
@@ -309,11 +309,6 @@ def evaluate_sums(step: Callable[[Variables, Batch], Any], variables: Variables,
     fetched = jax.device_get(sums)
     total: dict[str, Any] = jax.tree.map(lambda *values: float(sum(map(np.float64, values))), *fetched)
     return total
-
-
-def _without_nan(record: dict[str, Any]) -> dict[str, Any]:
-    """NaN, which JSON does not have, as null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 def _summary(config: Config, record: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from resunet_jax.model.resunet import Variables, init_variables
 from resunet_jax.model.winograd import default_convolution
 from resunet_jax.training.augment import AUGMENTATIONS, Augmentation, augment
 from resunet_jax.training.losses import LOSSES, Loss, make_loss
+from resunet_jax.weights.store import variable_shapes
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -276,11 +277,7 @@ def compile_train_step(
     masks = (*shape[:-1], 1 + shape[-1])
     batch: Any = {"image": jax.ShapeDtypeStruct(shape, np.float32), "mask": jax.ShapeDtypeStruct(masks, np.uint8)}
     frozen = frozen_lung(lung, architectures) if lung else None
-    lung_variables = (
-        jax.eval_shape(lambda: init_variables(build_model(lung, architectures=architectures), jax.random.key(0)))
-        if lung
-        else None
-    )
+    lung_variables = variable_shapes(build_model(lung, architectures=architectures)) if lung else None
     step_fn = make_train_step(
         config, optimizer, frozen, losses=losses, augmentations=augmentations, architectures=architectures
     )

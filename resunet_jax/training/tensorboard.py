@@ -10,13 +10,14 @@ from PIL import Image
 
 from resunet_jax.errors import InputError
 from resunet_jax.files import make_output_dir
+from resunet_jax.training.loop import ignore_epoch
 
 FOLDER = "tensorboard"
 """Folder of a workdir, for `tensorboard --logdir`."""
 
 
 @contextlib.contextmanager
-def tensorboard_writer(workdir: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+def tensorboard_writer(workdir: Path, *, wanted: bool = True) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A function for `train`'s `on_epoch` that writes each record's numbers; at the end come the pictures of figures/.
 
     The folder is written anew, as metrics.jsonl is, and not before the first record: a training that is refused leaves
@@ -24,10 +25,14 @@ def tensorboard_writer(workdir: Path) -> Iterator[Callable[[dict[str, Any]], Non
 
     Args:
       workdir: of the training; gets tensorboard/.
+      wanted: otherwise the function does nothing.
 
     Raises:
       InputError: tensorboardX is not installed, or the folder cannot be written.
     """
+    if not wanted:
+        yield ignore_epoch
+        return
     try:
         from tensorboardX import SummaryWriter  # noqa: PLC0415
     except ImportError as error:

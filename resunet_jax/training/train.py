@@ -42,17 +42,7 @@ from resunet_jax.weights.store import (
     variable_shapes,
 )
 
-_PACKAGES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "grain",
-    "numpy",
-    "nibabel",
-    "scipy",
-)
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "nibabel", "scipy")
 _MAX_OVERLAYS = 6
 _DATA_FILE = "data.json"  # digests of the cases
 
@@ -92,7 +82,7 @@ def train(
       augmentations: the table of transforms.
       architectures: the table of models.
       readers: the table of formats.
-      assumed: what the scans' values are, see `open_scan`; by default each is judged.
+      assumed: what the scans' values are, see `open_scan`; by default inferred for each.
       max_cache_gb: see `prepare_cases`.
 
     Returns:
@@ -347,11 +337,9 @@ def _plot_inputs(
     }
     plots.save_roi_steps(roi_file, volumes, config.preprocess)
     picks = np.random.default_rng(config.train.seed).permutation(len(source))[:8]
-    slices = [source[int(i)] for i in picks]
+    batch = source.batch(picks, len(picks))
     image, mask = jax.jit(functools.partial(augment, config=config.augment, augmentations=augmentations))(
-        jax.random.key(config.train.seed),
-        np.stack([s["image"] for s in slices]),
-        np.stack([s["mask"] for s in slices]).astype(np.float32),
+        jax.random.key(config.train.seed), batch["image"], batch["mask"].astype(np.float32)
     )
     plots.save_batch(batch_file, np.asarray(image), np.asarray(mask), task.target)
 

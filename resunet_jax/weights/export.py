@@ -17,6 +17,7 @@ and flatbuffers only:
 """
 
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
@@ -303,12 +304,8 @@ def describe_cascade(
             name: {
                 "fingerprint": fingerprint(model.variables),
                 "task": model.config.task,
-                "architecture": model.config.model.architecture,
+                **dataclasses.asdict(model.config.model),
                 "filters": list(model.config.model.filters),
-                "dtype": model.config.model.dtype,
-                "patch_grid": model.config.model.patch_grid,
-                "mirroring": model.config.model.mirroring,
-                "context_averaging": model.config.model.context_averaging,
             }
             for name, model in (("lung", lung), ("infection", infection))
         },

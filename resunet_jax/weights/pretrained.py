@@ -73,7 +73,7 @@ def _read(folder: Traversable | None) -> dict[str, bytes]:
     folder = pretrained_folder() if folder is None else folder
     try:
         digests = json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8"))
-        contents = {name: _find(folder, name).read_bytes() for name in digests}
+        contents = {name: folder.joinpath(*name.split("/")).read_bytes() for name in digests}
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: the shipped models are incomplete ({error}); install the package again") from error
     for name, content in contents.items():
@@ -109,12 +109,6 @@ def _load(contents: dict[str, bytes], name: str) -> LoadedModel:
     config = from_dict(json.loads(contents[f"{name}/{CONFIG_FILE}"]), f"{_FOLDER}/{name}/{CONFIG_FILE}")
     variables = serialization.msgpack_restore(contents[f"{name}/{VARIABLES_FILE}"])
     return LoadedModel(build_model(config), jax.device_put(variables), config)
-
-
-def _find(folder: Traversable, name: str) -> Traversable:
-    for piece in name.split("/"):
-        folder = folder / piece
-    return folder
 
 
 def _sha256(content: bytes) -> str:

@@ -6,6 +6,7 @@ and, with `transpose_kernel`, (h, w, out, in) here.
 """
 
 import dataclasses
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TaskName
 from resunet_jax.errors import InputError, first_line
-from resunet_jax.files import atomic_file, json_text
+from resunet_jax.files import atomic_file, json_text, make_output_dir
 from resunet_jax.model.build import build_model
 from resunet_jax.model.resunet import Variables
 from resunet_jax.progress import logger
@@ -65,12 +67,6 @@ LAYERS: dict[tuple[str, ...], str] = {
 _NORM_STATE = {"running_mean": "mean", "running_var": "var"}
 
 
-def _set(tree: dict[str, Any], path: tuple[str, ...], value: np.ndarray) -> None:
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = value
-
-
 def params_from_state_dict(arrays: Mapping[str, np.ndarray]) -> Variables:
     """Carries the original's arrays over by name.
 
@@ -83,23 +79,22 @@ def params_from_state_dict(arrays: Mapping[str, np.ndarray]) -> Variables:
     Raises:
       InputError: a weight is missing, or is of another kind than the layer's.
     """
-    params: dict[str, Any] = {}
-    batch_stats: dict[str, Any] = {}
+    params: dict[tuple[str, ...], Any] = {}
+    batch_stats: dict[tuple[str, ...], Any] = {}
     for path, prefix in LAYERS.items():
         is_norm = "norm" in path[-1]
         statistics = _NORM_STATE if is_norm and f"{prefix}.running_mean" in arrays else {}
         try:
             weight, bias = np.asarray(arrays[f"{prefix}.weight"]), np.asarray(arrays[f"{prefix}.bias"])
-            running = {ours: np.asarray(arrays[f"{prefix}.{theirs}"]) for theirs, ours in statistics.items()}
+            running = {(*path, ours): np.asarray(arrays[f"{prefix}.{theirs}"]) for theirs, ours in statistics.items()}
         except KeyError as error:
             raise InputError(f"not a ResUnet of the original: it has no {error}") from error
         if weight.ndim != (1 if is_norm else 4):
             raise InputError(f"not a ResUnet of the original: {prefix}.weight has shape {weight.shape}")
-        _set(params, (*path, "scale" if is_norm else "kernel"), weight if is_norm else weight.transpose(2, 3, 1, 0))
-        _set(params, (*path, "bias"), bias)
-        for name, value in running.items():
-            _set(batch_stats, (*path, name), value)
-    return {"params": params, "batch_stats": batch_stats}
+        params[*path, "scale" if is_norm else "kernel"] = weight if is_norm else weight.transpose(2, 3, 1, 0)
+        params[*path, "bias"] = bias
+        batch_stats |= running
+    return {"params": unflatten_dict(params), "batch_stats": unflatten_dict(batch_stats)}
 
 
 def state_dict_from_params(variables: Variables) -> dict[str, np.ndarray]:
@@ -194,8 +189,11 @@ def to_torch(path: Path, output_file: Path) -> None:
         if name.endswith(".running_var"):
             counter = name.replace("running_var", _COUNTERS)
             state[counter] = torch.tensor(counters.get(counter, 0), dtype=torch.int64)
+    content = io.BytesIO()  # to a file, torch reports what fails in its own ways
+    torch.save({STATE_DICT: state}, content)
+    make_output_dir(output_file.parent)
     with atomic_file(output_file) as partial:
-        torch.save({STATE_DICT: state}, partial)
+        partial.write_bytes(content.getvalue())
 
 
 def _import_torch() -> ModuleType:

@@ -32,7 +32,7 @@ class UncertaintyRecord:
       calibration: of patients that neither trained the model nor chose the temperature, see `calibration_of_unseen`:
         "ece" and "brier" as the models give probabilities, "ece_calibrated" and "brier_calibrated" with the
         temperature, and more.
-      method: "split_conformal", by these very models on patients that trained nothing; or "fold_residuals", by the
+      method: "split_conformal", by these very models on held-out patients; or "fold_residuals", by the
         models of a cross-validation on the patients that they have not seen: an estimate for other models.
       residuals: by the names of `QUANTITIES`, one for each patient, ascending, see `Quantity.residual`.
       settings: of the masks that the residuals are of, see `Predictor.mask_settings`.
@@ -87,7 +87,8 @@ def parse_record(text: str | bytes, where: str) -> UncertaintyRecord:
             raise ValueError("a number is missing or negative")
         if not TEMPERATURES[0] <= record.temperature <= TEMPERATURES[1]:
             raise ValueError(f"temperature {record.temperature}")
-        _complete(record.settings.get("infection_postprocess"))
+        if postprocess := record.settings.get("infection_postprocess"):  # before 0.14.0 none was kept for its volume
+            postprocess.setdefault("keep_lesion_ml", 0.0)
         if not record.patients or record.method not in get_args(Method):
             raise ValueError("no patient, or an unknown method")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
@@ -95,12 +96,6 @@ def parse_record(text: str | bytes, where: str) -> UncertaintyRecord:
             f"{where}: no record of an uncertainty ({first_line(error)}); delete it, then run calibrate to make another"
         ) from error
     return record
-
-
-def _complete(postprocess: Any) -> None:
-    """Adds, in place, what a record made before 0.14.0 lacks: large lesions were not kept for their volume."""
-    if postprocess:
-        postprocess.setdefault("keep_lesion_ml", 0.0)
 
 
 def save_record(folder: Path, record: UncertaintyRecord) -> Path:

@@ -27,13 +27,12 @@ def source(prepared) -> SliceSource:
 def test_source_is_the_slices_in_order(source: SliceSource, prepared) -> None:
     assert len(source) == 33
     for index, case, k in ((0, 0, 0), (11, 0, 11), (12, 1, 0), (24, 2, 0), (32, 2, 8)):
-        np.testing.assert_array_equal(source[index]["image"], prepared[case].images[k])
-        np.testing.assert_array_equal(source[index]["mask"][..., :1], prepared[case].lung[k])
-        np.testing.assert_array_equal(source[index]["mask"][..., 1:], prepared[case].infection[k])
-    record = source[5]
-    assert (record["image"].shape, record["mask"].shape) == ((16, 16, 1), (16, 16, 2))
-    assert (record["image"].dtype, record["mask"].dtype) == (np.float32, np.uint8)
-    assert "33 slices of coronacases_002" in repr(source)
+        batch = source.batch(np.array([index]), 1)
+        np.testing.assert_array_equal(batch["image"][0], prepared[case].images[k])
+        np.testing.assert_array_equal(batch["mask"][0, ..., :1], prepared[case].lung[k])
+        np.testing.assert_array_equal(batch["mask"][0, ..., 1:], prepared[case].infection[k])
+    assert (batch["image"].shape, batch["mask"].shape) == ((1, 16, 16, 1), (1, 16, 16, 2))
+    assert (batch["image"].dtype, batch["mask"].dtype) == (np.float32, np.uint8)
 
 
 def take(source: SliceSource, batches: int, seed: int, start: int = 0, **shard) -> list[list[int]]:

@@ -65,11 +65,11 @@ def test_batches_have_the_infection_of_each_channel(phantom: Path, tmp_path: Pat
     k = int(np.argmax(infection.any(axis=(0, 1))))  # the first infected slice: none below it
     box = slice_box(volume, k, CONFIG)
     for task in ("lung", "infection"):
-        one = SliceSource(prepared if task == "lung" else prepared[:1], task)[k]
-        assert (one["image"].shape, one["mask"].shape) == ((32, 32, 3), (32, 32, 4))
-        np.testing.assert_array_equal(one["mask"][..., 0], getattr(prepared[0], task)[k, ..., 0])
+        one = SliceSource(prepared if task == "lung" else prepared[:1], task).batch(np.array([k]), 1)
+        assert (one["image"].shape, one["mask"].shape) == ((1, 32, 32, 3), (1, 32, 32, 4))
+        np.testing.assert_array_equal(one["mask"][0, ..., 0], getattr(prepared[0], task)[k, ..., 0])
         for channel, n in enumerate((k, k - step, k + step), start=1):
-            np.testing.assert_array_equal(one["mask"][..., channel], crop_resize(infection[..., n], box, 32) > 0.5)
+            np.testing.assert_array_equal(one["mask"][0, ..., channel], crop_resize(infection[..., n], box, 32) > 0.5)
     source = SliceSource(prepared, "lung")
     unknown = source.batch(np.arange(len(prepared[0].images), len(source)), 64)["mask"]
     assert unknown[..., 0].any()

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import io
 import logging
+import os
 import re
 import sys
 import zipfile
@@ -284,6 +285,30 @@ def test_what_may_be_a_slice_refuses_the_series(hu: np.ndarray, tmp_path: Path, 
     else:
         last.write_bytes(content[: {"empty": 0, "few bytes": 100, "stump": 300, "half a header": 600}[kind]])
     refuse(folder, "a damaged DICOM file")
+
+
+def test_linked_and_closed_folders_are_not_passed_over(
+    hu: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each folder once, also where links lead in a circle; one that cannot be listed is named as it is opened."""
+    for number, name in enumerate(("elsewhere", "scans/closed", "scans/open"), 1):
+        write_series(tmp_path / name, hu, uid=f"1.2.{number}")
+    (tmp_path / "scans" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "scans" / "open" / "circle").symlink_to(tmp_path / "scans")
+    assert [source.name for source in find_sources(tmp_path / "scans")] == ["closed", "link", "open"]
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    closed, linked, open_ = find_sources(tmp_path / "scans")
+    check(linked, hu)
+    check(open_, hu)
+    with pytest.raises(InputError, match=r"closed: cannot be listed \(.*Permission denied\); change its permissions"):
+        read(closed)
 
 
 def test_no_name_of_a_patient_is_in_any_output(

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from resunet_jax.data.intensity import MUSCLE_HU, calibration, infer_scale, measure_levels, parse_assumption
+from resunet_jax.data.intensity import MUSCLE_HU, infer_scale, measure_levels, parse_assumption, rescaled_window
 from resunet_jax.data.volume import HU_WINDOW, Grid, Volume
 from resunet_jax.errors import InputError
 
@@ -32,7 +32,7 @@ def chest(seed: int = 0, noise: float = 25.0, slices: int = 8) -> np.ndarray:
     return hu[..., None] + rng.normal(0, noise, (SIDE, SIDE, slices))
 
 
-def judge(values: np.ndarray, **kwargs) -> str:
+def infer(values: np.ndarray, **kwargs) -> str:
     volume = Volume(values, "hu", Grid(values.shape, np.eye(4)))
     return infer_scale(PATH, volume, (float(values.min()), float(values.max())), **kwargs)
 
@@ -60,9 +60,9 @@ def test_sound_scans_are_taken(seed: int) -> None:
     if seed % 7 == 0:
         hu[44:52, 44:52] += 250  # contrast agent
     cropped = hu[24:72, 18:78] if seed % 4 == 0 else hu
-    assert judge(np.rint(cropped).astype(np.int16)) == "hu"
-    assert judge(exported(chest(seed), -1250, 250)) == "windowed"
-    assert judge(beyond_the_field(exported(chest(seed), -1350, 150), 0)) == "windowed"
+    assert infer(np.rint(cropped).astype(np.int16)) == "hu"
+    assert infer(exported(chest(seed), -1250, 250)) == "windowed"
+    assert infer(beyond_the_field(exported(chest(seed), -1350, 150), 0)) == "windowed"
 
 
 REFUSED = {
@@ -92,7 +92,7 @@ def test_values_that_are_no_hounsfield_units_are_refused_by_name(kind: str) -> N
     make, message = REFUSED[kind]
     for seed in range(3):
         with pytest.raises(InputError, match=message) as refused:
-            judge(make(chest(seed)))
+            infer(make(chest(seed)))
         assert str(PATH) in str(refused.value)
 
 
@@ -112,7 +112,7 @@ def test_air_at_0_is_not_taken_for_the_next_commonest_level() -> None:
 
 
 def calibrated(values: np.ndarray, scale: str = "hu") -> tuple[float, float] | None:
-    return calibration(measure_levels(Volume(values, scale, Grid(values.shape, np.eye(4)))), scale)
+    return rescaled_window(measure_levels(Volume(values, scale, Grid(values.shape, np.eye(4)))), scale)
 
 
 def with_muscle_at(level: float, seed: int) -> np.ndarray:
@@ -144,16 +144,16 @@ def test_fat_tells_a_slope_that_is_off_from_contrast_agent(slope: float) -> None
     values = (with_muscle_at(65, seed=1) + 1000) * slope - 1000
     levels = measure_levels(Volume(values, "hu", Grid(values.shape, np.eye(4))))
     assert levels.anchors.fat == pytest.approx(900 * slope - 1000, abs=10)
-    assert calibration(levels, "hu") is not None
-    assert calibration(levels._replace(anchors=levels.anchors._replace(fat=None)), "hu") is None
+    assert rescaled_window(levels, "hu") is not None
+    assert rescaled_window(levels._replace(anchors=levels.anchors._replace(fat=None)), "hu") is None
 
 
 def test_a_slices_own_range_takes_any_scale_that_shows_lungs() -> None:
     hu = chest()
     for values in (hu + 1024, hu - 1024, exported(hu, -1024, 3071), exported(hu, -1000, 1000)):
-        assert judge(values, physical=False) in ("hu", "windowed")
+        assert infer(values, physical=False) in ("hu", "windowed")
     with pytest.raises(InputError, match="no lungs"):
-        judge(np.clip(hu, -200, 250), physical=False)
+        infer(np.clip(hu, -200, 250), physical=False)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import gzip
 import os
 import re
 import shutil
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from resunet_jax.data.readers import (
     read_mask,
     read_volume,
 )
+from resunet_jax.data.readers.disk import temporary_file
 from resunet_jax.data.readers.nifti import header_problems, nifti_writer, write_nifti
 from resunet_jax.data.readers.source import Source, by_suffix, file_digest
 from resunet_jax.data.slice_cache import prepare_cases
@@ -178,6 +180,18 @@ def test_what_one_may_not_look_at_is_named(tmp_path: Path, monkeypatch: pytest.M
                 InputError, match=rf"^{re.escape(str(tmp_path))}.*{message} \(Permission denied\); .* permissions$"
             ):
                 call(tmp_path)
+
+
+def test_no_temporary_folder_at_all_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> None:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", none)
+    with (
+        pytest.raises(InputError, match=r"a\.nii\.gz: no temporary folder .* set TMPDIR"),
+        temporary_file(1, "a.nii.gz"),
+    ):
+        pass
 
 
 def test_a_full_temporary_folder_is_named_before_anything_is_written(

@@ -111,9 +111,9 @@ def test_another_window(copy: Path) -> None:
     change(scan, lambda values: np.clip(values.astype(int) + 17, 0, 255).astype(np.uint8))  # HU [-1350, 150]
     case = next(case for case in find_cases(copy) if case.ct == scan)
     assert kinds(copy) == {("warning", case.id, "window")}
-    facts = {fact.case: fact for fact in check_data(copy).cases}
-    assert facts[case.id].air_hu == pytest.approx(-900, abs=9)
-    assert facts["coronacases_001"].air_hu is None
+    summaries = {summary.case: summary for summary in check_data(copy).cases}
+    assert summaries[case.id].air_hu == pytest.approx(-900, abs=9)
+    assert summaries["coronacases_001"].air_hu is None
 
 
 def test_masks_in_each_others_place(copy: Path) -> None:

@@ -146,7 +146,7 @@ def test_written_masks_lie_on_the_scan_bit_for_bit(tmp_path: Path) -> None:
 def test_each_byte_is_read_twice_at_most(
     phantom: Path, tmp_path: Path, axes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once to judge, once to use, whichever axis of the file the slices lie along."""
+    """Once for the scale, once to use, whichever axis of the file the slices lie along."""
     scan = nib.load(phantom / "ct_scans" / "coronacases_org_001.nii")
     path = tmp_path / "scan.nii"
     nib.save(scan.as_reoriented(np.stack([axes, [1, 1, 1]], axis=1)), path)

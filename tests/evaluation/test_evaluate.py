@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 import math
 import shutil
@@ -51,6 +52,25 @@ def test_counts_are_those_of_the_written_masks(evaluation: Evaluation, trained: 
         assert row["fp"] == (predicted & ~actual).sum()
         assert row["fn"] == (~predicted & actual).sum()
         assert sum(row[name] for name in ("tp", "fp", "fn", "tn")) == actual.size
+
+
+@pytest.mark.parametrize(("labels", "warned"), [([0, 2, 1], True), ([0, 1, 3], False), ([0, 4, 2], False)])
+def test_sides_are_compared_where_labels_are_those_of_left_and_right(
+    trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture, labels: list[int], *, warned: bool
+) -> None:
+    """Not where they are exchanged, or lobes."""
+    case = find_cases(trained.data)[0]
+    image = nib.load(case.lung_mask)
+    values = np.array(labels, np.uint8)[np.asarray(image.dataobj).astype(int)]
+    if not warned:
+        values[..., -1:] = np.where(values[..., -1:], 5, 0)
+        values[0, 0, 0], values[0, 0, 1] = 1, 2
+    nib.save(nib.Nifti1Image(values, image.affine), tmp_path / "lung.nii.gz")
+    changed = dataclasses.replace(case, lung_mask=tmp_path / "lung.nii.gz")
+    prepared = prepare_cases([changed], WITH_CONTEXT, tmp_path / "cache")
+    found = evaluate_cases(load_predictor(trained.lung, trained.infection), prepared)
+    assert {row["structure"] for row in found.volumes} == {"lung", "infection"}
+    assert ("lies on the right; the lungs are not compared by side" in caplog.text) == warned
 
 
 def test_does_not_depend_on_batch_size_or_order(evaluation: Evaluation, trained: Trained) -> None:

@@ -12,10 +12,11 @@ import pytest
 
 from resunet_jax import config as config_module
 from resunet_jax.data.cases import find_cases
-from resunet_jax.data.readers import find_sources
+from resunet_jax.data.readers import find_sources, read_volume
 from resunet_jax.inference.batch import MANIFEST, segment_scans
 from resunet_jax.inference.predictor import Predictor, load_predictor
 from tests.conftest import Trained
+from tests.dicom_files import write_series
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,18 @@ def test_another_scan_of_the_same_name_size_and_time_is_segmented(trained: Train
         assert not result.skipped, i
         (again,) = segment_scans(find_sources(path), tmp_path / "masks", predictor)
         assert again.skipped
+
+
+def test_series_of_one_folder_do_not_forget_each_other(trained: Trained, predictor, tmp_path: Path) -> None:
+    """Also where no UID tells them apart."""
+    volume = read_volume(find_cases(trained.data)[0].ct)
+    hu = np.rint(volume.to_hu()).astype(int)
+    write_series(tmp_path / "scans", hu, uid="")
+    write_series(tmp_path / "scans", hu[:-2], uid="", number=2)
+    scans = find_sources(tmp_path / "scans")
+    results = list(segment_scans(scans, tmp_path / "masks", predictor))
+    assert [result.error for result in results] == [None, None]
+    assert all(result.skipped for result in segment_scans(scans, tmp_path / "masks", predictor))
 
 
 def test_another_version_makes_masks_again_and_says_so(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from resunet_jax.data.phantom import draw_scan
-from resunet_jax.data.readers import judge_scan
+from resunet_jax.data.readers import with_intensity_scale
 from resunet_jax.data.volume import scan_from_array
 from resunet_jax.errors import InputError
 from resunet_jax.inference.predictor import Predictor, load_pretrained
@@ -33,7 +33,7 @@ def phantom(number: int) -> np.ndarray:
 
 
 def masks(values: np.ndarray) -> list[np.ndarray]:
-    scan = judge_scan(scan_from_array(values, np.diag([*SPACING_MM, 1.0])), PATH)
+    scan = with_intensity_scale(scan_from_array(values, np.diag([*SPACING_MM, 1.0])), PATH)
     found = segment_opened(scan, predictor(), PATH.name)
     return [found.mask(name, 0, SHAPE[2]) for name in NAMES]
 

@@ -51,6 +51,8 @@ def data(path: Path) -> np.ndarray:
 
 
 def test_masks_have_the_scans_grid(predictor: Predictor, scan: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="scans in it, where one is expected; use `segment_scans`"):
+        segment_scan(scan.parent, tmp_path, predictor)
     written = segment_scan(scan, tmp_path, predictor)
     stem = scan.name.removesuffix(".nii")
     assert [path.name for path in written] == [f"{stem}_lung.nii.gz", f"{stem}_infection.nii.gz"]
@@ -103,7 +105,7 @@ def test_air_is_looked_for_in_the_whole_scan_not_in_a_chunk(
     with open_scan(tmp_path / "scan.nii") as opened:
         chunks = list(module.iter_chunks(opened, preprocess, air_offset(opened, preprocess)))
     images, _ = prepare_volume(read_volume(tmp_path / "scan.nii"), preprocess)
-    np.testing.assert_array_equal(np.concatenate([chunk.images for chunk in chunks]), images)
+    np.testing.assert_array_equal(np.concatenate([chunk for _, chunk, _ in chunks]), images)
     assert len(chunks) > 2
     alone, _ = prepare_volume(dataclasses.replace(volume, values=values[..., :2]), preprocess)
     assert np.abs(alone - images[:2]).max() > 0.05

@@ -16,7 +16,7 @@ from resunet_jax.errors import InputError
 from resunet_jax.inference import scan as module
 from resunet_jax.inference import uncertainty as members
 from resunet_jax.inference.predictor import NativeSlices
-from resunet_jax.inference.uncertainty import VIEWS, View, compare_members, mean_pairwise_dice, uncertainty_map
+from resunet_jax.inference.uncertainty import MEMBERS, Member, compare_members, mean_pairwise_dice, uncertainty_map
 from resunet_jax.metrics.calibration import apply_temperature
 from resunet_jax.metrics.conformal import QUANTITIES
 from resunet_jax.weights.store import fingerprint
@@ -47,7 +47,7 @@ def record_of(predictor: Predictor, **changes: object) -> UncertaintyRecord:
         "method": "split_conformal",
         "residuals": {name: [0.5 * k for k in range(1, 10)] for name in QUANTITIES},
         "settings": predictor.mask_settings,
-        "source": "9 patients who trained nothing",
+        "source": "9 held-out patients",
     }
     return UncertaintyRecord(**{**values, **changes})
 
@@ -67,13 +67,13 @@ def test_pairwise_dice_in_closed_form() -> None:
     assert mean_pairwise_dice(stacked, np.array([3.0, 1.0])) == pytest.approx(2 * (3 * 2 + 1) / (4 * (3 + 1)))
 
 
-@pytest.mark.parametrize("view", [*VIEWS[1:], View(True, 3, -2)])
-def test_a_view_is_undone_but_for_its_margin(view: View) -> None:
+@pytest.mark.parametrize("member", [*MEMBERS[1:], Member(True, 3, -2)])
+def test_a_member_is_undone_but_for_its_margin(member: Member) -> None:
     slices = np.random.default_rng(0).random((3, 32, 32), np.float32)
-    again = view.undo(view.apply(slices))
+    again = member.undo(member.apply(slices))
     inside = np.s_[:, 4:-4, 4:-4]
     np.testing.assert_array_equal(again[inside], slices[inside])
-    assert not np.array_equal(view.apply(slices)[inside], slices[inside])
+    assert not np.array_equal(member.apply(slices)[inside], slices[inside])
 
 
 def test_members_are_the_cascade_on_each_view(predictor: Predictor, scan: Path) -> None:
@@ -82,7 +82,7 @@ def test_members_are_the_cascade_on_each_view(predictor: Predictor, scan: Path) 
     images, boxes = prepare_volume(volume, predictor.preprocess)
     found = compare_members(predictor, images, boxes, volume.grid)
     members = []
-    for view in VIEWS:
+    for view in MEMBERS:
         probabilities = {
             name: view.undo(p).copy() for name, p in predictor.slice_probabilities(view.apply(images)).items()
         }
@@ -92,7 +92,7 @@ def test_members_are_the_cascade_on_each_view(predictor: Predictor, scan: Path) 
     np.testing.assert_allclose(found.mean, np.mean(members, axis=0), atol=1e-6)
     assert found.members == 4
     assert 0 < found.pairwise_dice < 1
-    alone = compare_members(predictor, images, boxes, volume.grid, views=VIEWS[:1])
+    alone = compare_members(predictor, images, boxes, volume.grid, members=MEMBERS[:1])
     assert (alone.members, np.isnan(alone.pairwise_dice)) == (1, True)
     np.testing.assert_array_equal(alone.mean, members[0])
 

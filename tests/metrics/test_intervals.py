@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from resunet_jax.metrics.intervals import patient_interval, seed_patient_interval, summary_statistics
+from resunet_jax.metrics.intervals import patient_interval, summary_statistics
 
 
 def test_closed_form() -> None:
@@ -61,11 +61,3 @@ def test_order_does_not_matter() -> None:
 @pytest.mark.parametrize("patients", [[], ["a"], ["a", "a"]])
 def test_too_few_patients_have_no_interval(patients: list[str]) -> None:
     assert all(math.isnan(end) for end in patient_interval([0.5] * len(patients), patients))
-    assert all(math.isnan(end) for end in seed_patient_interval(np.full((3, len(patients)), 0.5), patients))
-
-
-def test_seeds_are_averaged_first() -> None:
-    rng = np.random.default_rng(0)
-    patients, volumes = [f"p{i}" for i in range(6)], rng.normal(0.5, 0.1, 6)
-    seeds = np.stack([volumes - 0.1, volumes, volumes + 0.1])
-    assert seed_patient_interval(seeds, patients) == pytest.approx(patient_interval(volumes, patients))

@@ -210,7 +210,10 @@ def test_intervals_and_what_they_are_worth_go_into_the_report() -> None:
         predictor = SimpleNamespace(**{**vars(PREDICTOR), **models, **changes})
         return report_of(dataclasses.replace(scan, predictor=predictor))
 
-    for one, words in ((record(0.9), "trained nothing; each is right for 90 %"), (record(None), "without a guarantee")):
+    for one, words in (
+        (record(0.9), "held-out patients; each is right for 90 %"),
+        (record(None), "without a guarantee"),
+    ):
         found = report(record=one, interval_record=one)
         infection = found["infection"]
         assert infection["volume_interval_ml"] == [infection["volume_ml"] / 2, infection["volume_ml"] * 2]

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,13 +11,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from resunet_jax import Predictor, load_predictor
 from resunet_jax.data.cases import find_cases
 from resunet_jax.data.readers import find_sources
 from resunet_jax.errors import InputError
 from resunet_jax.evaluation.evaluate import evaluate
-from resunet_jax.inference.batch import MANIFEST, Finding, segment_scans
+from resunet_jax.inference.batch import MANIFEST, Summary, segment_scans
 from resunet_jax.report.outputs import make_outputs, write_cohort
 from tests.conftest import Trained
 
@@ -134,7 +136,7 @@ def test_no_report_lies_next_to_masks_of_another_prediction(
     (source,) = find_sources(scans / "a.nii")
     other = dataclasses.replace(predictor, thresholds={"lung": 0.4})
 
-    def fail(*_) -> Finding:
+    def fail(*_) -> Summary:
         raise InputError("full")
 
     report = make_outputs()["report"]
@@ -173,6 +175,20 @@ def test_cohort_lists_every_report_of_the_folder_and_names_what_is_none(
     assert write_cohort(tmp_path) == []
 
 
+def test_the_table_is_of_all_reports_whoever_writes_it(written: Path, tmp_path: Path) -> None:
+    """A process that has read the reports writes its table before another reads them."""
+    shutil.copytree(written, tmp_path / "copy")
+    with ThreadPoolExecutor(1) as executor, FileLock(tmp_path / "copy" / ".locks" / "cohort.csv.lock"):
+        (tmp_path / "copy" / "cohort.csv").unlink()
+        writing = executor.submit(write_cohort, tmp_path / "copy")
+        with pytest.raises(TimeoutError):
+            writing.result(timeout=0.5)
+        assert not (tmp_path / "copy" / "cohort.csv").exists()
+        shutil.copy(written / "a_report.json", tmp_path / "copy" / "c_report.json")
+    writing.result()
+    assert len(table(tmp_path / "copy")) == 3
+
+
 def test_several_on_one_folder_share_the_scans_out(scans: Path, predictor: Predictor, tmp_path: Path) -> None:
     """Each scan is segmented once, whoever does it, and both see all of them in the end."""
 
@@ -202,5 +218,10 @@ def test_lobes_on_another_grid_are_refused(scans: Path, predictor: Predictor, wr
     nib.save(nib.Nifti1Image(values[..., 1:], image.affine), lobes)
     (result,) = segment_scans([source], tmp_path / "out", predictor, outputs=make_outputs(lobes=lobes))
     assert "lobes.nii.gz: shape" in str(result.error)
+    assert json.loads(next((tmp_path / "out").glob("*_report.json")).read_text(encoding="utf-8")) == report  # as before
+    with pytest.raises(InputError, match="their numbers are in the report"):
+        make_outputs(lobes=lobes, report=False)
+    with pytest.raises(InputError, match="`consolidation_hu` is nan"):
+        make_outputs(consolidation_hu=math.nan)
     with pytest.raises(InputError, match="none"):
         make_outputs(lobes=tmp_path / "none.nii")

@@ -19,8 +19,8 @@ from resunet_jax.metrics.calibration import LogitHistogram, fit_temperature, log
 from resunet_jax.metrics.conformal import QUANTITIES, split_interval
 from resunet_jax.studies import calibrate as module
 from resunet_jax.studies.calibrate import (
-    Errors,
-    Judge,
+    HeldOutErrors,
+    HeldOutEvaluator,
     ScanErrors,
     calibration_of_unseen,
     coverage_of_unseen,
@@ -51,16 +51,16 @@ def histogram(temperature: float, seed: int) -> LogitHistogram:
 
 
 SCANS = [scan("a", 100, 81), scan("a", 16, 36), scan("b", 25, 25), scan("c", 4, 121), scan("d", 9, 16)]
-ERRORS = Errors(SCANS, {name: histogram(2.0, k) for k, name in enumerate("abcd")})
+ERRORS = HeldOutErrors(SCANS, {name: histogram(2.0, k) for k, name in enumerate("abcd")})
 
 
 def test_a_patient_has_the_residual_of_its_worst_scan() -> None:
     assert ERRORS.patient_residuals("infection_ml") == pytest.approx({"a": 2, "b": 0, "c": 9, "d": 1})
     undefined = scan("e", math.nan, 3)
-    assert "e" not in Errors([*SCANS, undefined], {}).patient_residuals("infection_ml")
+    assert "e" not in HeldOutErrors([*SCANS, undefined], {}).patient_residuals("infection_ml")
 
 
-def test_patients_are_judged_by_the_others() -> None:
+def test_patients_are_evaluated_with_the_others() -> None:
     """Of four, three others promise 3/4 with the largest of their residuals: the worst patient alone is not covered."""
     for values in coverage_of_unseen(ERRORS).values():
         assert values == {"level": 0.75, "covered": 3, "patients": 4}
@@ -87,8 +87,8 @@ def target(trained: Trained) -> Predictor:
 
 
 @pytest.fixture(scope="module")
-def judge(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Judge:
-    return Judge(trained.data, trained.cache, tmp_path_factory.mktemp("judge"))
+def evaluator(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> HeldOutEvaluator:
+    return HeldOutEvaluator(trained.data, trained.cache, tmp_path_factory.mktemp("evaluator"))
 
 
 @pytest.fixture
@@ -103,24 +103,24 @@ def study(trained: Trained, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_patients_that_trained_are_refused(judge: Judge, trained: Trained, tmp_path: Path) -> None:
+def test_patients_that_trained_are_refused(evaluator: HeldOutEvaluator, trained: Trained, tmp_path: Path) -> None:
     split = json.loads(trained.split_file.read_text())
     (tmp_path / "split.json").write_text(json.dumps({**split, "train": split["test"], "test": split["train"][:1]}))
     with pytest.raises(InputError, match="in the training or validation of the models"):
-        judge.errors(
+        evaluator.errors(
             lung_checkpoint=trained.lung, infection_checkpoint=trained.infection, split_file=tmp_path / "split.json"
         )
 
 
-def test_folds_judge_their_own_cases_and_cv_plus_uses_all(
-    judge: Judge, study: Path, target: Predictor, trained: Trained
+def test_folds_are_tested_on_their_own_cases_and_cv_plus_uses_all(
+    evaluator: HeldOutEvaluator, study: Path, target: Predictor, trained: Trained
 ) -> None:
     folds = study_folds(study)
-    own = judge.errors(lung_checkpoint=trained.lung, infection_checkpoint=trained.infection)
+    own = evaluator.errors(lung_checkpoint=trained.lung, infection_checkpoint=trained.infection)
     assert {one.patient for one in own.scans} == set(own.logits)
     assert len(own.scans) == 2
-    # Each fold is judged on the test cases of its models' own split: here both cases, of one pair of models.
-    errors = fold_errors(judge, folds[:1], target)
+    # Each fold is evaluated on the test cases of its models' own split: here both cases, of one pair of models.
+    errors = fold_errors(evaluator, folds[:1], target)
     assert errors.scans == own.scans
     summary = summarize_errors(errors)
     assert [row["case"] for row in summary["scans"]] == [one.case for one in own.scans]
@@ -128,7 +128,9 @@ def test_folds_judge_their_own_cases_and_cv_plus_uses_all(
     assert record.guarantee is None
     assert record.residuals["infection_ml"] == sorted(errors.patient_residuals("infection_ml").values())
     # Models that are all the same: the CV+ interval is the split interval.
-    found = cv_plus_coverage(judge, folds[:1] * 2, Errors([*errors.scans], errors.logits), target, trained.split_file)
+    found = cv_plus_coverage(
+        evaluator, folds[:1] * 2, HeldOutErrors([*errors.scans], errors.logits), target, trained.split_file
+    )
     for name, quantity in QUANTITIES.items():
         known = [one for one in own.scans if not math.isnan(one.predicted[name] + one.reference[name])]
         residuals = list(errors.patient_residuals(name).values())
@@ -136,22 +138,25 @@ def test_folds_judge_their_own_cases_and_cv_plus_uses_all(
         covered = [low <= one.reference[name] <= high for one, (low, high) in zip(known, intervals, strict=True)]
         assert (found[name]["covered"], found[name]["scans"]) == (sum(covered), len(known))
     with pytest.raises(InputError, match="at least 2"):
-        make_record(Errors(own.scans[:1], dict(list(own.logits.items())[:1])), target, "split_conformal", "one patient")
+        make_record(
+            HeldOutErrors(own.scans[:1], dict(list(own.logits.items())[:1])), target, "split_conformal", "one patient"
+        )
 
 
 def test_masks_of_the_folds_are_made_at_the_targets_thresholds(
-    judge: Judge, study: Path, target: Predictor, monkeypatch: pytest.MonkeyPatch
+    evaluator: HeldOutEvaluator, study: Path, target: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[object] = []
 
-    def errors(self: Judge, fold: int = 0, **models: object) -> Errors:
+    def errors(self: HeldOutEvaluator, fold: int = 0, **models: object) -> HeldOutErrors:
         asked.append(models["thresholds"])
-        return Errors([], {})
+        return HeldOutErrors([], {"a": histogram(1.0, 0)})
 
-    monkeypatch.setattr(Judge, "errors", errors)
+    monkeypatch.setattr(HeldOutEvaluator, "errors", errors)
     folds = study_folds(study)
-    fold_errors(judge, folds, target)
-    fold_errors(judge, folds, dataclasses.replace(target, thresholds={"lung": 0.5, "infection": 0.3}))
+    both = fold_errors(evaluator, folds, target).logits["a"]
+    assert both.counts.sum() == 2 * histogram(1.0, 0).counts.sum()  # a patient whom two folds test
+    fold_errors(evaluator, folds, dataclasses.replace(target, thresholds={"lung": 0.5, "infection": 0.3}))
     assert asked == [{"lung": 0.5, "infection": 0.5}] * 2 + [{"lung": 0.5, "infection": 0.3}] * 2
 
 
@@ -162,13 +167,13 @@ def test_one_model_is_refused(target: Predictor) -> None:
 
 def test_models_of_unknown_patients_are_named(target: Predictor, caplog: pytest.LogCaptureFixture) -> None:
     make_record(ERRORS, target, "split_conformal", "4 patients")
-    assert "do not say who trained them" not in caplog.text
+    assert "do not list their training patients" not in caplog.text
     unknown = target.lung._replace(config=dataclasses.replace(target.lung.config, train_patients=()))
     make_record(ERRORS, dataclasses.replace(target, lung=unknown), "split_conformal", "4 patients")
-    assert "do not say who trained them" in caplog.text
+    assert "do not list their training patients" in caplog.text
 
 
-def test_the_bound_of_the_cache_is_handed_on(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bound_of_the_cache_is_handed_on(evaluator: HeldOutEvaluator, monkeypatch: pytest.MonkeyPatch) -> None:
     bounds: list[object] = []
 
     def evaluate(*_: object, **options: object) -> SimpleNamespace:
@@ -176,15 +181,15 @@ def test_the_bound_of_the_cache_is_handed_on(judge: Judge, monkeypatch: pytest.M
         return SimpleNamespace(settings={"seen_patients": []}, volumes=[], logits={})
 
     monkeypatch.setattr(module, "evaluate", evaluate)
-    dataclasses.replace(judge, max_cache_gb=3.0).errors()
+    dataclasses.replace(evaluator, max_cache_gb=3.0).errors()
     assert bounds == [3.0]
 
 
 def test_without_a_defined_scan_cv_plus_has_no_width(
-    judge: Judge, target: Predictor, study: Path, monkeypatch: pytest.MonkeyPatch
+    evaluator: HeldOutEvaluator, target: Predictor, study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Judge, "errors", lambda *_, **__: Errors([scan("x", math.nan, 3)], {}))
-    for values in cv_plus_coverage(judge, study_folds(study), ERRORS, target, study).values():
+    monkeypatch.setattr(HeldOutEvaluator, "errors", lambda *_, **__: HeldOutErrors([scan("x", math.nan, 3)], {}))
+    for values in cv_plus_coverage(evaluator, study_folds(study), ERRORS, target, study).values():
         assert values["scans"] == 0
         assert math.isnan(values["width"])
 
@@ -233,7 +238,7 @@ def test_from_patients_left_out_to_the_report_of_a_scan(trained: Trained, tmp_pa
     assert report["infection"]["volume_interval_ml"] == pytest.approx(record.interval("infection_ml", volume))
     page = file.with_suffix(".html").read_text(encoding="utf-8")
     assert 'data-layer="uncertainty"' in page
-    assert "trained nothing" in page
+    assert "held-out" in page
     with (tmp_path / "out" / "cohort.csv").open(encoding="utf-8", newline="") as table:
         (row,) = csv.DictReader(table)
     assert float(row["infection_high_ml"]) == pytest.approx(report["infection"]["volume_interval_ml"][1], abs=1e-4)

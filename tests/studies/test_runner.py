@@ -416,7 +416,7 @@ def test_a_real_study(phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "split.json").write_text(json.dumps(SPLIT))
     folders = kill_at(monkeypatch, module, call=2)
     monkeypatch.setattr(module, "_size", lambda *_: (10, 0.5))  # which would compile both models once more
-    study = Study(phantom, tmp_path / "run", tmp_path / "cache")
+    study = Study(phantom, tmp_path / "run", tmp_path / "cache", tensorboard=True)
     plan = begin_study(study, LUNG_ALIKE[::2], CHANGES, [3], [SplitRequest(tmp_path / "split.json")])
 
     def run() -> dict:
@@ -427,6 +427,7 @@ def test_a_real_study(phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         run()
     summary = run()
     assert [folder.parent.name for folder in folders] == ["lung", "infection"]
+    assert all(list((folder / "tensorboard").glob("events.*")) for folder in folders)
     reports = [study.report(run) for run in plan]
     assert [record["key"] for record in records(tmp_path / "run")] == [report.name for report in reports]
     settings = [json.loads((report / "metrics.json").read_text())["settings"] for report in reports]

@@ -197,7 +197,7 @@ def test_script_converts_both_ways_for_evaluate(trained: Trained, tmp_path: Path
     flags = (f"--data_dir={trained.data}", f"--cache_dir={tmp_path / 'c'}", f"--output_dir={tmp_path / 'report'}")
     result = run_script("evaluate", *flags, f"--lung_checkpoint={tmp_path / 'm'}", "--split=all")
     assert result.returncode == 0, result.stderr
-    result = run_script("convert_torch", f"--input={tmp_path / 'm'}", f"--output_file={tmp_path / 'back.pt'}")
+    result = run_script("convert_torch", f"--input={tmp_path / 'm'}", f"--output_file={tmp_path / 'new' / 'back.pt'}")
     assert result.returncode == 0, result.stderr
     for flags in ((), (f"--output_dir={tmp_path / 'n'}",)):
         result = run_script("convert_torch", f"--input={tmp_path / 'lung.pt'}", *flags)

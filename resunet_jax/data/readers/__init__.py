@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from resunet_jax.data.intensity import FAT_HU, SAMPLED_SLICES, calibration, infer_scale, measure_levels, muscle_hu
+from resunet_jax.data.intensity import FAT_HU, SAMPLED_SLICES, infer_scale, measure_levels, muscle_hu, rescaled_window
 from resunet_jax.data.readers import dicom, itk, nifti
 from resunet_jax.data.readers.source import Source as Source
 from resunet_jax.data.readers.source import by_suffix, file_digest
@@ -20,6 +20,7 @@ from resunet_jax.progress import logger
 
 _CHUNK_BYTES = 2**25  # of a scan, in memory at a time
 _RESCALED = "Intensities were off the scale: they are rescaled, air to -1000 HU and muscle to 45 HU."
+_NOT_CHECKED = "This model takes any intensity scale: densities are right only for HU, or 0..255 over HU [-1250, 250]."
 _ROUNDING = 1e-3  # of labels that were scaled by a slope, as in 1.00001526
 
 
@@ -126,7 +127,7 @@ def open_scan(
     Args:
       scan: a path that holds one scan, or what `find_sources` found.
       readers: the table of formats.
-      assumed: from `parse_assumption`, instead of a judgement by the values.
+      assumed: from `parse_assumption`, instead of what the values say.
       physical: see `infer_scale`.
 
     Raises:
@@ -134,10 +135,12 @@ def open_scan(
     """
     reader, source = _resolve(scan, readers)
     with reader.open(source) as opened:
-        yield judge_scan(opened, source.path, assumed=assumed, physical=physical)
+        yield with_intensity_scale(opened, source.path, assumed=assumed, physical=physical)
 
 
-def judge_scan(scan: Scan, path: Path, *, assumed: tuple[float, float] | None = None, physical: bool = True) -> Scan:
+def with_intensity_scale(
+    scan: Scan, path: Path, *, assumed: tuple[float, float] | None = None, physical: bool = True
+) -> Scan:
     """An open scan with its intensity scale, after a look at every voxel.
 
     Args:
@@ -162,9 +165,9 @@ def judge_scan(scan: Scan, path: Path, *, assumed: tuple[float, float] | None = 
     sample = scan.sample_slices(SAMPLED_SLICES)
     scale = infer_scale(path, sample, (low, high), physical=physical)
     if not physical:
-        return dataclasses.replace(scan, intensity_scale=scale)
+        return dataclasses.replace(scan, intensity_scale=scale, notes=(*scan.notes, _NOT_CHECKED))
     levels = measure_levels(sample)
-    window, muscle = calibration(levels, scale), muscle_hu(levels, scale)
+    window, muscle = rescaled_window(levels, scale), muscle_hu(levels, scale)
     if muscle is not None and muscle < FAT_HU:
         logger.warning(
             "%s: no tissue brighter than fat (%.0f HU) is seen; if the scale is off, use `assumed`", path, muscle

@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from typing import IO, Any
 
 _SECONDS = 120  # for one file, then the decoder hangs
@@ -81,11 +80,6 @@ def _receive(stream: IO[bytes]) -> bytes | None:
     return content if len(content) == size else None
 
 
-def _messages(stream: IO[bytes]) -> Iterator[bytes]:
-    while (content := _receive(stream)) is not None:
-        yield content
-
-
 def _serve() -> None:
     import warnings  # noqa: PLC0415
 
@@ -96,7 +90,7 @@ def _serve() -> None:
     warnings.simplefilter("ignore")
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the decoders print is no answer
-    for content in _messages(sys.stdin.buffer):
+    while (content := _receive(sys.stdin.buffer)) is not None:
         try:
             values = np.asarray(pixel_array(pydicom.dcmread(io.BytesIO(content)), decoding_plugin="gdcm"))
             file = io.BytesIO()

@@ -4,14 +4,16 @@ Nothing that identifies a patient is read but the pixel data and the geometry; n
 """
 
 import contextlib
+import functools
 import hashlib
 import io
+import os
 import queue
 import re
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,6 +125,7 @@ def find_dicom(path: Path) -> list[Source]:
         what = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
         logger.info("%s: left out: %s", path, what)
     sources = _sources(path, list(series.values()), unreadable)
+    sources += [Source(folder, folder.name) for folder in container.closed_folders()]  # its opening says why
     return sources + [source for archive in container.archives() for source in _find_archive(archive)]
 
 
@@ -166,7 +169,8 @@ def _sources(path: Path, series: Sequence[Sequence[_Header]], unreadable: Sequen
     sources = []
     for name, headers in zip(_names(path, series), series, strict=True):
         # A damaged file may belong to any series of its folder: they are refused, rather than read without it.
-        members = sorted([*(header.member for header in headers), *_in_same_folder(headers, unreadable)])
+        folders = {Path(header.member).parent for header in headers}
+        members = sorted([*(h.member for h in headers), *(m for m in unreadable if Path(m).parent in folders)])
         folder = _own_folder(headers, series) if path.is_dir() else ""
         if folder:
             members = [member.removeprefix(f"{folder}/") for member in members]
@@ -205,7 +209,7 @@ def open_dicom(source: Source) -> Iterator[Scan]:
     container = _Container(source.path)
     slices: list[_Slice] = []
     if not source.members:
-        container.members()  # says what is wrong with a zip
+        container.members()  # says what is wrong with a zip or folder
         raise InputError(f"{source.path}: no CT slices in it; give the folder of one series")
     for member in source.members:
         header = _read_header(container, member)
@@ -269,10 +273,34 @@ class _Container:
             if self._zip is not None:
                 names = [info.filename for info in _checked(self.path, self._zip)]
             else:
-                paths = [p for p in self.path.rglob("*") if not p.name.startswith(".")]
-                paths = [p for p in paths if p.is_file() or not p.exists()]  # a dangling link may be a slice, too
+                paths = [p for p in self._walked[0] if p.is_file() or not p.exists()]  # a dangling link may be a slice
                 names = [p.relative_to(self.path).as_posix() for p in sorted(paths)]
             return [name for name in names if self._is_dicom(name)]
+
+    def closed_folders(self) -> list[Path]:
+        """The subfolders that cannot be listed."""
+        return self._walked[1] if self.path.is_dir() else []
+
+    @functools.cached_property
+    def _walked(self) -> tuple[list[Path], list[Path]]:
+        """All files of a folder but hidden ones, through links too, and the subfolders that cannot be listed."""
+        files: list[Path] = []
+        closed: list[Path] = []
+        seen = set()
+
+        def refuse(error: OSError) -> None:
+            if Path(error.filename) == self.path:
+                raise InputError(f"{self.path}: cannot be listed ({error.strerror or error}); change its permissions")
+            closed.append(Path(error.filename))
+
+        for folder, subfolders, names in os.walk(self.path, onerror=refuse, followlinks=True):
+            subfolders.sort()
+            if (real := os.path.realpath(folder)) in seen:  # reached by a link too, perhaps in a circle
+                subfolders.clear()
+                continue
+            seen.add(real)
+            files += [Path(folder, name) for name in names if not name.startswith(".")]
+        return files, closed
 
     def archives(self) -> list[Path]:
         """The zips of a folder."""
@@ -487,11 +515,6 @@ def _series_key(header: _Header) -> tuple[Any, ...]:
     # Enhanced files are whole series; two in a folder may only lack UIDs.
     where = header.series or (f"in {Path(header.member).parent}" if len(header.slices) == 1 else header.member)
     return (where, geometry)
-
-
-def _in_same_folder(headers: Sequence[_Header], unreadable: Iterable[str]) -> list[str]:
-    folders = {Path(header.member).parent for header in headers}
-    return [member for member in unreadable if Path(member).parent in folders]
 
 
 def _stem(path: Path) -> str:

@@ -50,14 +50,7 @@ def write_dicom_seg(path: Path, source: Source, grid: Grid, masks: Mapping[str, 
     Raises:
       InputError: not DICOM, highdicom is not installed, every mask is empty, or the file cannot be written.
     """
-    if source.format != "dicom":
-        raise InputError(
-            f"{source.path}: a DICOM-SEG refers to a DICOM series, which this is not; leave out `dicom_seg`"
-        )
-    try:
-        import highdicom as hd  # noqa: PLC0415 - an extra
-    except ImportError as error:
-        raise InputError('`dicom_seg` needs highdicom: pip install "resunet-jax[dicom-seg]"') from error
+    hd = require_dicom_seg(source)
     found = {name: mask for name, mask in masks.items() if mask.any()}
     if not found:
         raise InputError(
@@ -90,6 +83,23 @@ def write_dicom_seg(path: Path, source: Source, grid: Grid, masks: Mapping[str, 
         database = getattr(segmentation, "_db_con", None)  # highdicom leaves it open, of which Python 3.13 warns
         with contextlib.closing(database) if database else contextlib.nullcontext(), atomic_file(path) as partial:
             segmentation.save_as(partial)
+
+
+def require_dicom_seg(source: Source) -> Any:
+    """The module of highdicom, for a DICOM series.
+
+    Raises:
+      InputError: not DICOM, or highdicom is not installed.
+    """
+    if source.format != "dicom":
+        raise InputError(
+            f"{source.path}: a DICOM-SEG refers to a DICOM series, which this is not; leave out `dicom_seg`"
+        )
+    try:
+        import highdicom  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise InputError('`dicom_seg` needs highdicom: pip install "resunet-jax[dicom-seg]"') from error
+    return highdicom
 
 
 def _completed(dataset: Any) -> Any:

@@ -77,7 +77,13 @@ def temporary_file(size: int, scan: str | Path) -> Iterator[BinaryIO]:
     Raises:
       InputError: there is no room for it; names the temporary folder and the scan that it is for.
     """
-    with tempfile.TemporaryFile() as file:
+    try:
+        opened = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise InputError(
+            f"{scan}: no temporary folder can be written ({error.strerror or error}); set TMPDIR to one with room"
+        ) from error
+    with opened as file:
         try:
             reserve(file, size)
         except OSError as error:

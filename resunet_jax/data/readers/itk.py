@@ -67,8 +67,7 @@ def _read(source: Source) -> tuple[Any, Array]:
 def _check(source: Source, reader: Any, shape: tuple[int, ...]) -> None:
     if len(shape) != 3 or min(shape) < 1:
         raise InputError(f"{source.path}: shape {shape}; expected a volume of three dimensions")
-    kind = reader.GetPixelIDTypeAsString() if hasattr(reader, "GetPixelIDTypeAsString") else str(reader.GetPixelID())
-    if reader.GetNumberOfComponents() != 1 or "complex" in kind:
+    if reader.GetNumberOfComponents() != 1:
         raise InputError(f"{source.path}: several numbers per voxel; expected one real number")
     if 8 * int(np.prod([float(n) for n in shape])) > _LARGEST_BYTES:
         raise InputError(f"{source.path}: shape {shape} is no scan; export it again")
