@@ -58,6 +58,7 @@ def main() -> None:
         raise InputError(
             f"--lobes={lobes} is of one scan, and {source} has {len(scans)}; give that scan, or its --series"
         )
+    assumed = settings.assumption()
     predictor = load_predictor(**settings.model_arguments(), architectures=tables.architectures)
     if FLAGS.uncertainty and predictor.infection is None:
         raise InputError("--uncertainty is of the infection; give --infection_checkpoint too, or leave it out")
@@ -79,7 +80,7 @@ def main() -> None:
             save_probabilities=FLAGS.probabilities,
             uncertainty=FLAGS.uncertainty,
             readers=tables.readers,
-            assumed=settings.assumption(),
+            assumed=assumed,
             outputs=outputs,
         ):
             results.append(result)
@@ -89,7 +90,7 @@ def main() -> None:
                 print(f"{result.scan.name}: {result.summary}", flush=True)
     finally:  # interrupted, the table is of what is done
         failed = _conclude(results, len(scans))
-        if "report" in outputs:
+        if results and "report" in outputs:
             print(*write_cohort(output_dir), sep="\n")
     if failed:
         sys.exit(BAD_INPUT)

@@ -395,6 +395,11 @@ def bad_flags(root: Path, trained: Trained) -> list[Bad]:
             "--lobes=x is of one scan",
         ),
         Bad("predict", ["--input=", f"--output_dir={root / 'run'}"], "--input is empty; give a path"),
+        Bad(
+            "predict",
+            [f"--input={root / 'scans'}", f"--output_dir={root / 'run'}", "--assume=no"],
+            "--assume=no: it must",
+        ),
         Bad("evaluate", [*evaluation, f"--output_dir={root / 'run'}", "--split_file="], "--split_file is empty"),
         Bad("make_phantom", ["--small", f"--output_dir={root}"], "exists already"),
         Bad("check_data", [f"--data_dir={root / 'none'}"], "no such folder"),

@@ -86,7 +86,7 @@ def make_outputs(
     settings = [SCHEMA_VERSION, consolidation_hu, None if lobes is None else digest(lobes, readers)]
     table = {
         "report": (report, Output((REPORT, PAGE, PREVIEW), write_report, settings, check_lobes)),
-        "warnings": (not report, Output((), _check)),
+        "warnings": (not report, Output((), _warn)),
         "multilabel": (multilabel, Output((LABELS,), _write_labels)),
         "dicom_seg": (
             dicom_seg,
@@ -119,7 +119,7 @@ def _write_report(
     return Summary(summary_line(report), tuple(report["warnings"]))
 
 
-def _check(_: Source, segmented: SegmentedScan, __: float, ___: Path) -> Summary:
+def _warn(_: Source, segmented: SegmentedScan, __: float, ___: Path) -> Summary:
     totals = Totals(segmented)
     for slices in iter_slices(segmented):
         totals.add(slices)

@@ -1,4 +1,4 @@
-"""File formats: one reader and one row of `READERS` for each; nothing outside this folder knows any of them."""
+"""File formats: one reader and one row of `READERS` for each; other modules see a `Scan`."""
 
 import contextlib
 import dataclasses
