@@ -34,13 +34,13 @@ LUNG_FRACTION = (0.06, 0.6)
 
 MUSCLE_HU = 45.0
 """Where muscle and blood lie; `rescaled_window` puts them there, and air at -1000."""
-SOUND_AIR_HU = (-1015.0, -985.0)
+ACCEPTED_AIR_HU = (-1015.0, -985.0)
 """Where air lies in scans in Hounsfield units that are left as they are."""
-SOUND_AIR_LEVEL = (34.0, 70.0)
+ACCEPTED_AIR_LEVEL = (34.0, 70.0)
 """The same of scans in 0..255; `air_offset` shifts it to -1000 HU, once the body's box is found."""
-SOUND_MUSCLE_HU: dict[IntensityScale, tuple[float, float]] = {"hu": (5.0, 130.0), "windowed": (-5.0, 65.0)}
+ACCEPTED_MUSCLE_HU: dict[IntensityScale, tuple[float, float]] = {"hu": (5.0, 130.0), "windowed": (-5.0, 65.0)}
 """Where muscle, or an organ with contrast agent, lies in scans that are left as they are, air being at -1000 HU."""
-SOUND_FAT_HU: dict[IntensityScale, tuple[float, float]] = {"hu": (-125.0, -62.0), "windowed": (-135.0, -50.0)}
+ACCEPTED_FAT_HU: dict[IntensityScale, tuple[float, float]] = {"hu": (-125.0, -62.0), "windowed": (-135.0, -50.0)}
 """The same of fat, where it can be told from muscle: it takes up no contrast agent, so it tells a slope that is off."""
 FAT_HU = -60.0
 """Below it, the brightest tissue may be the fat of a scan that shows no muscle: it is left as it is, with a warning."""
@@ -222,14 +222,16 @@ def rescaled_window(levels: Levels, scale: IntensityScale) -> tuple[float, float
       scale: as `infer_scale` has found it.
 
     Returns:
-      the values; None for a scan that is left as it is, which sound ones are, and where air or muscle cannot be seen.
+      the values; None for a scan that is left as it is: an accepted one, or one whose air or muscle cannot be seen.
     """
     anchors, found = levels.anchors, muscle_hu(levels, scale)
     if anchors is None or found is None or found < FAT_HU:
         return None
     air, muscle, fat = anchors
-    sound = _within(air, SOUND_AIR_HU if scale == "hu" else SOUND_AIR_LEVEL) and _within(found, SOUND_MUSCLE_HU[scale])
-    if sound and (fat is None or _within(_hu(fat, anchors, scale), SOUND_FAT_HU[scale])):
+    is_accepted = _within(air, ACCEPTED_AIR_HU if scale == "hu" else ACCEPTED_AIR_LEVEL) and _within(
+        found, ACCEPTED_MUSCLE_HU[scale]
+    )
+    if is_accepted and (fat is None or _within(_hu(fat, anchors, scale), ACCEPTED_FAT_HU[scale])):
         return None
     slope = (muscle - air) / (MUSCLE_HU + 1000)
     low, high = (air + slope * (hu + 1000) for hu in HU_WINDOW)

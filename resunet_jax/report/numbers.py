@@ -31,7 +31,7 @@ _CENTRAL = 0.12  # of the body's width, to either side of its middle
 _LEAST_BONE = 20  # voxels a slice: fewer do not show a spine
 _OUTER = 0.15  # bone counts behind or in front of all but so much of the lungs: contrast agent lies between them
 _END_OF_LUNGS = 5  # one of so many parts of the slices with lung
-_EXCHANGED = -0.1  # of `Totals.posterior_signs`: 0.58 to 1.3 in nine real scans, -0.1 to 0.72 in forty phantoms
+_EXCHANGED = -0.1  # of `Totals.orientation_score`: 0.58 to 1.3 in nine real scans, -0.1 to 0.72 in forty phantoms
 _LEAST_OUTSIDE_ML = 1.0  # of infection that lies outside the lung mask, to be warned of
 
 Mask = npt.NDArray[np.bool_]
@@ -115,7 +115,7 @@ class Totals:
         self.lung_rows[some] = np.arange(len(lung)) @ np.count_nonzero(lung, axis=1)
 
     @property
-    def posterior_signs(self) -> float:
+    def orientation_score(self) -> float:
         """How much speaks for front and back being as the header says: above 0; below, they are exchanged.
 
         The sum of two signs. Near the middle of the body more bone lies behind the lungs, the spine, than in front of
@@ -238,7 +238,7 @@ def warnings_of(segmented: SegmentedScan, totals: Totals) -> list[str]:
     if "lung" not in segmented.packed:
         return []
     warnings = implausible(totals, segmented.scan.grid.voxel_ml)
-    if totals.posterior_signs < _EXCHANGED:
+    if totals.orientation_score < _EXCHANGED:
         warnings.append("front and back seem to be exchanged in the header, and the masks are worse for it; correct it")
     return warnings
 

@@ -156,22 +156,22 @@ def test_exchanged_front_and_back_are_told_by_the_spine_and_by_the_ends_of_the_l
     behind, in_front = with_spine(slice(48, 55)), with_spine(slice(3, 10))
     no_lung = dataclasses.replace(in_front, packed={"infection": in_front.packed["infection"]})
     assert module.warnings_of(no_lung, totals_of(no_lung)) == []  # of an infection model alone
-    assert totals_of(behind).posterior_signs == 1
+    assert totals_of(behind).orientation_score == 1
     assert module.warnings_of(behind, totals_of(behind)) == []
-    assert totals_of(in_front).posterior_signs == -1
+    assert totals_of(in_front).orientation_score == -1
     assert "front and back seem to be exchanged" in module.warnings_of(in_front, totals_of(in_front))[0]
     for between in (
         with_spine(slice(28, 35)),
         with_spine(slice(3, 10), value=3071),
         with_spine(slice(3, 10), value=40),
     ):
-        assert totals_of(between).posterior_signs == 0  # contrast agent, metal, a window without bone
+        assert totals_of(between).orientation_score == 0  # contrast agent, metal, a window without bone
     ends = box((35, 45), (10, 70), (1, 3)) | box((15, 45), (10, 70), (3, 8)) | box((35, 45), (10, 70), (8, 10))
     row, voxels = np.arange(ROWS), ends.sum(axis=(1, 2))
     centroid = row @ voxels / voxels.sum()
     spread = np.sqrt((row - centroid) ** 2 @ voxels / voxels.sum())
-    assert totals_of(with_spine(slice(0), ends)).posterior_signs == pytest.approx((39.5 - centroid) / spread)
-    assert totals_of(with_spine(slice(0), ends[::-1])).posterior_signs == pytest.approx((centroid - 39.5) / spread)
+    assert totals_of(with_spine(slice(0), ends)).orientation_score == pytest.approx((39.5 - centroid) / spread)
+    assert totals_of(with_spine(slice(0), ends[::-1])).orientation_score == pytest.approx((centroid - 39.5) / spread)
 
 
 def test_a_structure_without_a_model_is_empty() -> None:

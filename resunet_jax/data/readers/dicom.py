@@ -497,9 +497,9 @@ def _frames(member: str, dataset: pydicom.Dataset) -> Iterator[_Slice]:
             stored,
         )
         numbers = (*one.position, *one.orientation, *one.spacing, one.thickness, one.slope, one.intercept)
-        is_sound = len(one.position) == 3 and len(one.orientation) == 6 and np.isfinite(numbers).all()
+        is_complete = len(one.position) == 3 and len(one.orientation) == 6 and np.isfinite(numbers).all()
         if (
-            not is_sound
+            not is_complete
             or min(one.spacing) <= 0
             or one.slope == 0
             or not all(0 < n <= _LARGEST_SIDE for n in one.shape)
