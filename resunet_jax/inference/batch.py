@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from resunet_jax.progress import logger
 MANIFEST = "masks.json"
 """File of the output folder that says which scans were segmented, and how."""
 
+_WAIT_S = 1.0  # for another process, between two looks at whether this one has been stopped
 _KINDS = (
     *(f"{kind}.nii.gz" for kind in ("lung", "infection", "lung_probability", "infection_probability", "uncertainty")),
     *("report.json", "report.html", "preview.png", "labels.nii.gz", "seg.dcm"),
@@ -114,7 +116,9 @@ def segment_scans(
     settings = _settings(predictor, save_probabilities, uncertainty, assumed, outputs)
     manifest = _Manifest(output_dir / MANIFEST, settings)
     batch = _Batch(output_dir, predictor, save_probabilities, uncertainty, readers, assumed, outputs, manifest)
-    with contextlib.closing(prefetch(batch.claim(scans), dispose=_release)) as claimed:
+    with contextlib.ExitStack() as stack:
+        claimed = stack.enter_context(contextlib.closing(prefetch(batch.claim(scans), dispose=_release)))
+        stack.callback(batch.stopped.set)  # or the thread that waits for another process would outlive this one
         for item in claimed:
             if isinstance(item, ScanResult):
                 yield item
@@ -151,6 +155,7 @@ class _Batch:
     assumed: tuple[float, float] | None
     outputs: Mapping[str, Output]
     manifest: "_Manifest"
+    stopped: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     def claim(self, scans: Sequence[Source]) -> Iterator[_Claimed | ScanResult]:
         """Opens the scans that nobody else is at, then waits for the others, in case their process was killed."""
@@ -161,7 +166,15 @@ class _Batch:
             except Timeout:
                 busy.append(scan)
         for scan in busy:
-            yield self._claim(scan, timeout=-1)
+            if (claimed := self._wait_for(scan)) is not None:
+                yield claimed
+
+    def _wait_for(self, scan: Source) -> "_Claimed | ScanResult | None":
+        """As `_claim`, however long it takes; None once the batch has stopped."""
+        while not self.stopped.is_set():
+            with contextlib.suppress(Timeout):
+                return self._claim(scan, timeout=_WAIT_S)
+        return None
 
     def _claim(self, scan: Source, timeout: float) -> _Claimed | ScanResult:
         file = self.output_dir / LOCKS / f"{scan.name}.lock"

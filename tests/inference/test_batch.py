@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import shutil
+import signal
 import threading
 from pathlib import Path
 
@@ -133,6 +134,21 @@ def test_a_scan_that_another_process_is_at_is_left_until_last(predictor: Predict
             lock.release(force=True)
     assert order == ["c.nii", "a.nii"]
     assert run(good, output, predictor) == {"a.nii": "before", "c.nii": "before"}
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="sends a signal to a thread")
+def test_an_interruption_ends_the_wait_for_another_process(predictor: Predictor, scans, tmp_path: Path) -> None:
+    output = tmp_path / "masks"
+    (output / ".locks").mkdir(parents=True)
+    before = set(threading.enumerate())
+    interruption = threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+    with FileLock(output / ".locks" / "a.lock", thread_local=False):
+        interruption.start()
+        with pytest.raises(KeyboardInterrupt):
+            list(segment_scans(scans[:1], output, predictor))
+        for thread in set(threading.enumerate()) - before:
+            thread.join(30)
+            assert not thread.is_alive()
 
 
 def test_another_scan_of_the_same_name_is_refused(
