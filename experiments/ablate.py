@@ -29,11 +29,13 @@ def main() -> None:
     from resunet_jax.studies.table import print_ablation
     from resunet_jax.studies.variants import find_variants
 
-    study = settings.study()
+    study, changes = settings.study(), settings.changes_from_flags()
+    if "train.seed" in changes:
+        raise InputError("--set=train.seed: the seeds of an ablation are given by --seeds")
     summary = ablate(
         study,
         find_variants(FLAGS.variants),
-        changes=settings.changes_from_flags(),
+        changes=changes,
         seeds=_seeds(),
         splits=_splits(),
     )
@@ -50,6 +52,8 @@ def _seeds() -> list[int]:
 def _splits() -> list[SplitRequest]:
     if bool(FLAGS.protocol) == bool(FLAGS.split_files):
         raise InputError("give either --protocol or --split_files")
+    if FLAGS.split_files and FLAGS.allow_missing:
+        raise InputError("--allow_missing is for --protocol; a split file names the cases that there are")
     if FLAGS.split_files:
         return [SplitRequest(expand_user(file)) for file in FLAGS.split_files]
     return [

@@ -15,7 +15,7 @@ from common import settings
 from common.run import run
 
 from resunet_jax.errors import InputError
-from resunet_jax.files import write_json
+from resunet_jax.files import check_output_dir, make_output_dir, write_json
 
 SUITES = ("train", "fit", "forward", "data", "predict", "evaluate", "memory", "startup")
 
@@ -38,6 +38,8 @@ def main() -> None:
     from benchmarks.startup import startup_suite
     from benchmarks.training import forward_suite, matrix_product, train_suite
 
+    if FLAGS.json:
+        check_output_dir(settings.path("json").parent)
     few = min(3, FLAGS.rounds)
     suites = {
         "train": lambda: train_suite(FLAGS.rounds),
@@ -59,6 +61,7 @@ def main() -> None:
     print_rows(rows)
     records += [row.to_dict() for row in rows]
     if FLAGS.json:
+        make_output_dir(settings.path("json").parent, "json")
         write_json(settings.path("json"), records)
 
 

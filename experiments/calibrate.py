@@ -47,6 +47,12 @@ def main() -> None:
         raise InputError(
             "--pair_dir is for the shipped pair; drop --infection_checkpoint, next to which its record goes"
         )
+    if pair_dir is not None and pair_dir.exists():
+        raise InputError(f"--pair_dir={pair_dir}: exists already; choose a new folder")
+    if study_dir is None and (FLAGS.variant is not None or FLAGS.seed is not None):
+        raise InputError("--variant and --seed choose models of a study; give --study_dir too, or leave them out")
+    if checkpoint is not None:
+        check_output_dir(checkpoint)
     tables = load_plugins()
     arguments = settings.model_arguments()
     target = load_predictor(**arguments, architectures=tables.architectures)

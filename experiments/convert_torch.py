@@ -30,6 +30,8 @@ def main() -> None:
     if (output_dir is None) == (output_file is None):
         raise InputError("give --output_dir to convert from PyTorch, or --output_file to convert to it")
     if output_file is not None:
+        if FLAGS.task is not None or FLAGS["image_size"].present:
+            raise InputError("--task and --image_size are for --output_dir; a saved model has its own: leave them out")
         to_torch(source, output_file)
         print(f"PyTorch checkpoint: {output_file.resolve()}")
     elif output_dir is not None:

@@ -18,6 +18,7 @@ flags.DEFINE_enum("protocol", "patient_five_fold", FOLD_PROTOCOLS, "How cases ar
 
 def main() -> None:
     """Cross-validates by the flags."""
+    from resunet_jax.config import Config, override
     from resunet_jax.studies.runner import cross_validate
     from resunet_jax.studies.table import print_cross_validation
     from resunet_jax.studies.variants import Variant
@@ -28,7 +29,7 @@ def main() -> None:
         Variant(FLAGS.recipe, FLAGS.recipe),
         protocol=FLAGS.protocol,
         changes=changes,
-        seed=changes.get("train.seed", 0),
+        seed=override(Config(), changes).train.seed,
         allow_missing=FLAGS.allow_missing,
     )
     print_cross_validation(results)

@@ -90,8 +90,8 @@ def main() -> None:
                 print(f"{result.scan.name}: {result.summary}", flush=True)
     finally:  # interrupted, the table is of what is done
         failed = _conclude(results, len(scans))
-        if results and "report" in outputs:
-            print(*write_cohort(output_dir), sep="\n")
+        for file in write_cohort(output_dir) if "report" in outputs else ():
+            print(file)
     if failed:
         sys.exit(BAD_INPUT)
 

@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from resunet_jax.config import PreprocessConfig
 from resunet_jax.data.preprocess import air_offset, body_scale, prepare_slice, slice_box
@@ -52,7 +53,9 @@ def _tiles(rows: int, columns: int, note: str = "") -> tuple[Figure, Any]:
 
 
 def _save(figure: Figure, path: Path, dpi: int) -> None:
-    with atomic_file(path) as partial:
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # names may hold dollar signs
+    with atomic_file(path) as partial, mpl.rc_context({"text.parse_math": False}):
         figure.savefig(partial, dpi=dpi)
 
 

@@ -381,6 +381,15 @@ def bad_flags(root: Path, trained: Trained) -> list[Bad]:
             "the same --recipe, --image_size and --normalization",
         ),
         Bad("ablate", training(root, data)[:3], "give either --protocol or --split_files"),
+        Bad("ablate", [*training(root, data), "--set=train.seed=7"], "given by --seeds"),
+        Bad("cross_validate", training(root, data, "--set=train.seed=[1]"), "train.seed"),
+        Bad("train_lung", training(root, data, "--set=train.epochs=7"), "another flag says that train.epochs is 1"),
+        Bad("calibrate", [*evaluation, f"--output_dir={root / 'run'}", "--seed=3"], "give --study_dir too"),
+        Bad(
+            "convert_torch",
+            [f"--input={trained.lung}", f"--output_file={root / 'run' / 'x.pt'}", "--task=lung"],
+            "are for --output_dir",
+        ),
         Bad("evaluate", [*evaluation, f"--output_dir={root / 'file' / 'out'}"], "out: cannot be written"),
         Bad("evaluate", [f"--data_dir={data}", f"--output_dir={root / 'run'}"], "Give --split_file, or --split=all"),
         Bad(

@@ -1,6 +1,8 @@
 """Flags, most of them made from the fields of a config, and what they ask for."""
 
+import contextlib
 import json
+import math
 import os
 import typing
 from collections.abc import Callable
@@ -107,6 +109,7 @@ def define_cache_flags() -> None:
     )
     text = "Size limit of --cache_dir in GB: the least recently used slices that are not in use are removed."
     flags.DEFINE_float("max_cache_gb", MAX_CACHE_GB, text, lower_bound=0)
+    flags.register_validator("max_cache_gb", math.isfinite, "it must be a finite number")
     define_compilation_cache_flag()
 
 
@@ -278,8 +281,10 @@ def changes_from_flags() -> dict[str, Any]:
         field, equals, text = item.partition("=")
         if not equals or "." not in field:
             raise InputError(f"--set={item}: it must be a field and its value, as in --set=augment.max_scale=0.3")
-        try:
-            changes[field] = json.loads(text)
-        except ValueError:
-            changes[field] = text
+        value: Any = text
+        with contextlib.suppress(ValueError):
+            value = json.loads(text)
+        if changes.get(field, value) != value:
+            raise InputError(f"--set={item}: another flag says that {field} is {changes[field]}; drop one of them")
+        changes[field] = value
     return changes

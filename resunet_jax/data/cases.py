@@ -161,7 +161,7 @@ def _without_doubles(where: Path, cases: Iterable[Case], problems: list[InputErr
 def _from_csv(metadata: Path, problems: list[InputError], readers: Mapping[str, Reader]) -> list[Case]:
     try:
         with metadata.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, strict=True)
             columns = reader.fieldnames or []
             rows = list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
@@ -210,15 +210,16 @@ def _resolve(metadata: Path, line: int, text: str | None, readers: Mapping[str, 
     if parts[:2] == ("..", "input"):
         parts = parts[3:]
     data_dir = metadata.parent
-    path = data_dir.joinpath(*parts)
-    if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(data_dir)):  # folders may be links
+    path = data_dir / str(PurePosixPath(*parts))
+    folder, file = (Path(os.path.normpath(one.absolute())) for one in (data_dir, path))  # folders may be links
+    if not file.is_relative_to(folder):
         raise InputError(f"{metadata}, line {line}: {text} lies outside {data_dir}; only files inside are read")
     candidates = [
         path,
         *(source.path for source in list_sources(path.parent, readers) if source.name == _stem(path.name)),
     ]
     for candidate in candidates:
-        if candidate.exists():
+        if os.path.exists(candidate):  # noqa: PTH110 - false for a name that no file can have, where `Path` raises
             return candidate
     raise InputError(f"{path}: no such file, though {metadata} names it in line {line}; add it or fix the row")
 

@@ -37,6 +37,7 @@ _PREFIX = "../input/covid19-ct-scans"
 _NOT_SQUARE = "radiopaedia_14_85914_0"
 _AXES = ("LPS", "RAS", "LAS", "RPI")
 _HEIGHT_MM = 300.0
+_MAX_DOWNSAMPLE = 64  # leaves 8 of 512 pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +93,10 @@ def make_phantom(output_dir: Path, config: PhantomConfig) -> None:
     Raises:
       InputError: the folder exists, cannot be written, or the config makes no sense.
     """
-    if not (2 <= config.volumes <= len(CASE_IDS) and config.downsample >= 1 and config.slices >= 4):
-        raise InputError(f"{config}: expected 2 to {len(CASE_IDS)} volumes, downsample ≥ 1, slices ≥ 4")
+    if not (2 <= config.volumes <= len(CASE_IDS) and 1 <= config.downsample <= _MAX_DOWNSAMPLE and config.slices >= 4):
+        raise InputError(
+            f"{config}: expected 2 to {len(CASE_IDS)} volumes, downsample 1 to {_MAX_DOWNSAMPLE}, slices ≥ 4"
+        )
     if output_dir.exists():
         raise InputError(f"{output_dir}: exists already; choose a new `output_dir`")
     half = config.volumes // 2

@@ -32,6 +32,7 @@ from resunet_jax.progress import logger, parallel_map
 _FORMAT = 6  # raise it when the same files and settings would give other slices
 _ASSUMED_FORMAT = 2  # the same for body thresholds on the range of slices whose window is assumed
 _MAX_WORKERS = 4  # each holds a volume in memory
+_MAX_NAME_BYTES = 120  # of a case id in the name of a folder, which may have 255 and gets a longer one while it is made
 _IN_USE = ".in_use"  # folder of the cache: for each `prepare_cases` whose result is alive, a lock and the names
 
 MAX_CACHE_GB = 20.0
@@ -115,7 +116,8 @@ def _digest(
     settings = [_FORMAT, dataclasses.asdict(config), *([] if assumed is None else [assumed])]
     if assumed not in (None, HU_WINDOW) and config.body_thresholds_minmax:
         settings.append(_ASSUMED_FORMAT)
-    return f"{case.id}-{_short_digest(settings, case, readers)}"
+    name = case.id.encode()[:_MAX_NAME_BYTES].decode(errors="ignore")
+    return f"{name}-{_short_digest(settings, case, readers)}"
 
 
 def _short_digest(settings: Sequence[Any], case: Case, readers: Mapping[str, Reader]) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -245,13 +246,13 @@ def read_split(path: Path, cases: Sequence[Case] | None = None) -> Split:
       cases: if given, ids are checked against them and no patient may be in two subsets.
 
     Raises:
-      InputError: no such file, not of that form, unknown ids, or a patient in two subsets.
+      InputError: no such file, not of that form, unknown ids, an id more than once, or a patient in two subsets.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot read the split ({error.strerror}); check `split_file`") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: not JSON ({error}); expected {{'train': [ids], 'val': [ids], 'test': [ids]}}"
         ) from error
@@ -263,6 +264,8 @@ def read_split(path: Path, cases: Sequence[Case] | None = None) -> Split:
         raise InputError(f'{path}: expected {{"train": [ids], "val": [ids], "test": [ids]}}')
     train, val, test = (tuple(values.get(subset, ())) for subset in SUBSETS)
     split = Split(train, val, test, protocol)
+    if doubled := sorted({case_id for case_id, count in Counter((*train, *val, *test)).items() if count > 1}):
+        raise InputError(f"{path}: {', '.join(doubled)} in it more than once; leave each case in one subset")
     if cases is not None:
         _check_ids(path, split, cases)
     # The benchmark's folds split patients across sets, and say so.

@@ -159,7 +159,7 @@ def evaluate_cases(
             rows = [{**row, **_uncertainty(predictor, row, dice)} for row in rows]
             volumes += rows
             slices += [row for comparison in comparisons for row in _slice_rows(prepared, comparison)]
-            overlays.append((rows[-1]["dice"], _overlay(predictor, prepared, volume, comparisons)))
+            overlays.append(_overlay(predictor, prepared, volume, comparisons))
             advance(prepared.case.id)
     leaked = sorted({row["patient"] for row in volumes if row["seen_in"]})
     if leaked:
@@ -333,13 +333,14 @@ def _slice_rows(prepared: PreparedCase, comparison: Comparison) -> list[dict[str
 
 def _overlay(
     predictor: Predictor, prepared: PreparedCase, volume: Volume, comparisons: Sequence[Comparison]
-) -> Overlay:
-    """The slice with most of the last structure, which is the infection where there is one."""
-    first, last = comparisons[0].masks[1], comparisons[-1].masks[1]
+) -> tuple[float, Overlay]:
+    """Dice of the last structure that is drawn, the infection where there is one, and the slice with most of it."""
+    drawn = [c for c in comparisons if c.structure in predictor.structures]
+    first, last = drawn[0].masks[1], drawn[-1].masks[1]
     shown = next((mask for mask in (last, first) if mask.any()), last)
     k = int(np.argmax(shown.sum(axis=(0, 1))))
-    pairs = {c.structure: c.masks for c in comparisons if c.structure in predictor.structures}
-    return Overlay(
+    pairs = {c.structure: c.masks for c in drawn}
+    return hard_metrics(drawn[-1].counts)["dice"], Overlay(
         f"{prepared.case.id} slice {k}",
         volume.normalize_hu(k),
         {structure: reference[..., k].copy() for structure, (_, reference) in pairs.items()},

@@ -152,7 +152,7 @@ def add_summary(
 
 def wide_console() -> Console:
     """A console that does not fold tables where its output is not a terminal."""
-    console = Console()
+    console = Console(markup=False)  # names may hold brackets
     if not console.is_terminal:
         console.width = 160
     return console

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import threading
 import time
@@ -98,10 +99,10 @@ def segment_scans(
 
     Args:
       scans: from `find_sources`, of different names.
-      output_dir: gets the masks, and masks.json: {"settings": ..., "scans": {file: {"name", "digest", "bytes",
-        "warnings"}}, "earlier": ...}, of a DICOM series by path, UID and name; "earlier" are scans whose masks in it
-        are of other settings, or were being replaced. A scan of another file, whose name is that of masks in it, is
-        refused.
+      output_dir: gets the masks, and masks.json: {"settings": ..., "scans": {file name: {"name", "digest", "bytes",
+        "masks", "warnings"}}, "earlier": ...}, of a DICOM series by path, UID and name; "masks" are the digests of
+        their files, "earlier" are scans whose masks in it are of other settings, or were being replaced. A scan in a
+        file of another name, but of the name of masks in it, is refused.
       predictor: the models.
       save_probabilities: see `segment_scan`.
       uncertainty: see `segment_scan`.
@@ -204,7 +205,7 @@ class _Batch:
                 for output in self.outputs.values()
             ]
             warnings = [warning for summary in summaries for warning in summary.warnings]
-            self.manifest.record(source, {**claimed.state, "warnings": warnings})
+            self.manifest.record(source, {**claimed.state, "masks": _digests(masks), "warnings": warnings})
         except InputError as error:
             return ScanResult(source, [], error=error)
         for warning in warnings:
@@ -225,19 +226,20 @@ class _Batch:
             on_failure.push(stack)
             state, masks = _state(scan, self.readers), self._masks(scan)
             others = self._others(scan)
-            if self.manifest.vouches_for(scan, state) and all(file.is_file() for file in (*masks, *others)):
+            if self.manifest.vouches_for(scan, state, masks) and all(file.is_file() for file in others):
                 return ScanResult(scan, masks, others, skipped=True)
             if (other := self.manifest.namesake(scan, state)) and any(file.exists() for file in masks):
                 text = f"{masks[0]}: is of another scan, {other}, than {scan.path}"
                 if other != _key(scan):
                     return ScanResult(scan, [], error=InputError(f"{text}; choose another `output_dir`"))
-                logger.warning("%s, or of what that was before; it is replaced", text)
+                logger.warning("%s, or of what that was before", text)
             _warn_of_others(scan, [*masks, *others])
             self.manifest.forget(scan)  # or it would vouch for masks that are being replaced
             physical = self.predictor.preprocess.is_physical
             try:
                 opened = stack.enter_context(open_scan(scan, self.readers, assumed=self.assumed, physical=physical))
             except InputError as error:
+                _remove(others)  # or the table would have the numbers of what the scan was before
                 return ScanResult(scan, [], error=error)
             on_failure.pop_all()
             return _Claimed(scan, opened, state, stack)
@@ -288,6 +290,15 @@ def _key(scan: Source) -> str:
     return f"{scan.path.name}/{scan.series}/{scan.name}" if scan.members else scan.path.name
 
 
+def _digests(files: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 by name, of the files that can be read."""
+    digests = {}
+    for path in files:
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
 def _state(scan: Source, readers: Mapping[str, Reader]) -> dict[str, Any]:
     """Tells whether a scan is the one of before, by its content; of one that cannot be read, nothing."""
     try:
@@ -304,10 +315,11 @@ class _Manifest:
         if file.is_file() and not self._done():
             logger.info("%s: of other models, settings or another version; masks are made again", file)
 
-    def vouches_for(self, scan: Source, state: dict[str, Any]) -> bool:
-        """Whether this state of a scan has been segmented by these settings, by this process or another."""
+    def vouches_for(self, scan: Source, state: dict[str, Any], masks: Sequence[Path]) -> bool:
+        """Whether these are the masks that these settings have made of this state of a scan."""
         done = self._done().get(_key(scan), {})
-        return bool(state) and {name: done.get(name) for name in state} == state
+        is_of_state = bool(state) and {name: done.get(name) for name in state} == state
+        return is_of_state and done.get("masks") == _digests(masks)
 
     def namesake(self, scan: Source, state: dict[str, Any]) -> str | None:
         """What the files with the names of this scan's are of, where the manifest names another content."""

@@ -9,6 +9,7 @@ from surface_distance import lookup_tables
 
 from resunet_jax.metrics.bounding_box import crop_to
 
+_ROUNDING_MM = 1e-6  # of positions: what lies at the tolerance is within it
 _INSIDE = 255  # neighbour code of a corner whose eight voxels all belong to the mask
 
 Floats = npt.NDArray[np.float64]
@@ -52,7 +53,7 @@ def surface_metrics(
         "surfel_areas_pred": other_areas,
     }
     return {
-        "nsd": float(surface_distance.compute_surface_dice_at_tolerance(distances, tolerance_mm)),
+        "nsd": float(surface_distance.compute_surface_dice_at_tolerance(distances, tolerance_mm + _ROUNDING_MM)),
         "hd95_mm": float(surface_distance.compute_robust_hausdorff(distances, 95)),
     }
 

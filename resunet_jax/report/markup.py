@@ -22,7 +22,7 @@ def number(value: object, digits: int = 0, unit: str = "") -> str:
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return DASH
-    if value and abs(value) < 0.5 * 10**-digits:
+    if value and abs(value) <= 0.5 * 10**-digits:
         digits = min(6, -math.floor(math.log10(abs(value))))
     text = f"{value:,.{digits}f}".replace(",", "\N{NARROW NO-BREAK SPACE}").replace("-", "\N{MINUS SIGN}")
     return f"{text}\N{NO-BREAK SPACE}{unit}" if unit else text

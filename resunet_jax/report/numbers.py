@@ -32,6 +32,7 @@ _LEAST_BONE = 20  # voxels a slice: fewer do not show a spine
 _OUTER = 0.15  # bone counts behind or in front of all but so much of the lungs: contrast agent lies between them
 _END_OF_LUNGS = 5  # one of so many parts of the slices with lung
 _EXCHANGED = -0.1  # of `Totals.orientation_score`: 0.58 to 1.3 in nine real scans, -0.1 to 0.72 in forty phantoms
+_LEAST_LUNG_ML_PER_CM = 2.0  # of a scan that may be a part of one, as a mean over its slices
 _LEAST_OUTSIDE_ML = 1.0  # of infection that lies outside the lung mask, to be warned of
 
 Mask = npt.NDArray[np.bool_]
@@ -237,21 +238,23 @@ def warnings_of(segmented: SegmentedScan, totals: Totals) -> list[str]:
     """All that makes the masks of a scan doubtful; nothing without a lung model."""
     if "lung" not in segmented.packed:
         return []
-    warnings = implausible(totals, segmented.scan.grid.voxel_ml)
+    grid = segmented.scan.grid
+    warnings = implausible(totals, grid.voxel_ml, grid.voxel_ml * 1000 / math.prod(grid.spacing_mm[:2]))
     if totals.orientation_score < _EXCHANGED:
         warnings.append("front and back seem to be exchanged in the header, and the masks are worse for it; correct it")
     return warnings
 
 
-def implausible(totals: Totals, voxel_ml: float) -> list[str]:
-    """What of the counts makes the masks of a scan doubtful."""
+def implausible(totals: Totals, voxel_ml: float, slice_mm: float) -> list[str]:
+    """What of the counts makes the masks of a scan doubtful; `slice_mm` is the distance of its slices."""
     lung, infection = int(totals.lung_voxels.sum()), int(totals.infection.sum())
     if lung == 0:
         return ["no lung was found; is it a chest CT, and are front and back, left and right as the header says?"]
     warnings = []
     low, high = PLAUSIBLE_LUNG_ML
     is_whole = totals.lung_voxels[0] == totals.lung_voxels[-1] == 0
-    if lung * voxel_ml > high or (is_whole and lung * voxel_ml < low):
+    least = low if is_whole else _LEAST_LUNG_ML_PER_CM * len(totals.lung_voxels) * slice_mm / 10
+    if not least <= lung * voxel_ml <= high:
         warnings.append(
             f"the lungs measure {lung * voxel_ml:.0f} ml, where {low:.0f} to {high:.0f} ml are plausible; check the "
             "masks, and the spacing in the header"

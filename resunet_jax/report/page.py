@@ -246,14 +246,14 @@ def _draw_montage(
     with_lung = [k for k, s in enumerate(slices) if s.planes()["masks"].any()] or list(range(len(slices)))
     picks = sorted({with_lung[round(i)] for i in np.linspace(0, len(with_lung) - 1, _TILES)}, reverse=True)
     step = max(1.0, len(sampling.columns) / _TILE_WIDTH)
-    thin = Sampling(*(axis[(np.arange(int(len(axis) / step)) * step).astype(int)] for axis in sampling))
+    thin = Sampling(*(axis[(np.arange(max(1, int(len(axis) / step))) * step).astype(int)] for axis in sampling))
     tiles = [_tile(slices[k], thin) for k in picks]
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % 4)
     sheet = np.concatenate([np.concatenate(tiles[i : i + 4], axis=1) for i in range(0, len(tiles), 4)])
     image = _indexed(sheet)
     aspect = size_mm[0] * _step(thin.rows) / (size_mm[1] * _step(thin.columns))
     if abs(aspect - 1) > 0.02:
-        image = image.resize((image.width, round(image.height * aspect)), Image.Resampling.NEAREST)
+        image = image.resize((image.width, max(1, round(image.height * aspect))), Image.Resampling.NEAREST)
     return image, "Axial slices " + ", ".join(str(k + 1) for k in picks)
 
 

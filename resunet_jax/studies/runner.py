@@ -32,7 +32,8 @@ from resunet_jax.studies.variants import Variant
 from resunet_jax.training.loop import never_stop
 from resunet_jax.training.step import compile_train_step
 from resunet_jax.training.tensorboard import tensorboard_writer
-from resunet_jax.training.train import check_data_unchanged, train, versions, write_data_record
+from resunet_jax.training.train import check_data_unchanged, check_settings, train, versions, write_data_record
+from resunet_jax.weights.store import require_backend
 
 _MOST_COMPARED = 4  # variants in a picture
 _SAME_RESULTS_SINCE = [0, 18]  # raise it when the same configs and cases would give other results
@@ -138,9 +139,12 @@ def begin_study(
       InputError: data, configs or splits are not fit for it, or the workdir was begun by an older version, or before a
         scan or mask of it was changed.
     """
+    require_backend()
     if len({variant.name for variant in variants}) < len(variants):
         raise InputError(f"two of these variants have one name: {', '.join(variant.name for variant in variants)}")
     check_output_dir(study.workdir)
+    for variant in variants:
+        _check_configs(variant, variant.configs(changes, seeds[0]), study.tables)
     cases = find_cases(study.data_dir, study.tables.readers)
     require_infection_masks(cases)
     requests: dict[Split, SplitRequest] = {}
@@ -159,6 +163,21 @@ def begin_study(
     _check_version(study.workdir / "versions.json")
     _check_data(study, cases, requests)
     return plan
+
+
+def _check_configs(variant: Variant, configs: Mapping[Structure, Config], tables: Tables) -> None:
+    """Refuses what a training would, before the first one begins."""
+    for config in configs.values():
+        try:
+            check_settings(config, tables.losses, tables.augmentations, tables.architectures)
+        except InputError as error:
+            raise InputError(f"{variant.name}, {config.task}: {error}") from error
+    lung, infection = configs["lung"], configs.get("infection")
+    if infection and infection.task == "infection" and not lung.preprocess.can_feed(infection.preprocess):
+        raise InputError(
+            f"{variant.name}: slices of the lung model are prepared by {lung.preprocess}, those of the infection model "
+            f"by {infection.preprocess}; they may differ in context_mm alone"
+        )
 
 
 def _check_data(study: Study, cases: Sequence[Case], splits: Iterable[Split]) -> None:
@@ -209,6 +228,8 @@ def run_study(study: Study, plan: Sequence[Run]) -> dict[str, table.Record]:
     while left:
         held = {}
         for key, run in left.items():
+            if study.should_stop(0):
+                raise StoppedError(f"{study.workdir}: stopped; the same command resumes")
             try:
                 with dir_lock(study.workdir / ".running" / key):
                     if _is_done(study.report(run), study.tables.metrics):
@@ -221,8 +242,6 @@ def run_study(study: Study, plan: Sequence[Run]) -> dict[str, table.Record]:
                 log_once("%s: left to another process, which is at it or at a model of it", titles[key])
                 held[key] = run
         if len(held) == len(left):
-            if study.should_stop(0):
-                raise StoppedError(f"{study.workdir}: stopped; the same command resumes")
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         left = held
     _write_runs(study)  # complete, whatever processes that ended together wrote
@@ -361,7 +380,8 @@ def ablate(
     write_text(study.workdir / "table.md", table.to_markdown(summary))
     save_differences(study.workdir / "differences.png", rows)
     save_cases(study.workdir / "cases.png", rows[:_MOST_COMPARED])
-    first_seed = {v.name: [run for run in runs[v.name] if run.seed == seeds[0]] for v in variants[:_MOST_COMPARED]}
+    compared = [v for v in variants if (v.infection is None) == (variants[0].infection is None)][:_MOST_COMPARED]
+    first_seed = {v.name: [run for run in runs[v.name] if run.seed == seeds[0]] for v in compared}
     slices = {
         name: [s for r in own for s in table.load_slices(study.report(r) / "slices.npz", records[r.key]["slices"])]
         for name, own in first_seed.items()
@@ -394,7 +414,7 @@ def cross_validate(
     study = dataclasses.replace(study, layout=CROSS_VALIDATION)
     folds = [SplitRequest(protocol=protocol, fold=fold, allow_missing=allow_missing) for fold in range(NUM_FOLDS)]
     plan = begin_study(study, [variant], changes, [seed], folds)
-    _check_settings(study.workdir / "cross_validation.json", plan)
+    _check_plan(study.workdir / "cross_validation.json", plan)
     records = run_study(study, plan)
     results = table.summarize_folds([records[run.key] for run in plan], study.tables.metrics)
     summary = {structure: with_legacy_keys(row) for structure, row in results["summary"].items()}
@@ -406,7 +426,7 @@ def cross_validate(
     return results
 
 
-def _check_settings(file: Path, plan: Sequence[Run]) -> None:
+def _check_plan(file: Path, plan: Sequence[Run]) -> None:
     """Writes what a cross-validation runs, or refuses the workdir of another one."""
     keys = [run.key for run in plan]
     if not file.is_file():

@@ -69,10 +69,10 @@ def _dice(runs: Sequence[Record], structure: str) -> _Dice:
 
 
 def _compare(own: _Dice, first: _Dice) -> dict[str, Any]:
-    dice, cases, patients = own
-    volumes = {case: _mean(dice[:, np.array(cases) == case]) for case in dict.fromkeys(cases)}
+    values, cases, patients = own
+    dice, change = _over_seeds(values), _over_seeds(values - first[0])
+    volumes = {case: _mean(dice[np.array(cases) == case]) for case in dict.fromkeys(cases)}
     low, high = _interval(dice, patients)
-    change = dice - first[0]
     change_low, change_high = _interval(change, patients)
     return {
         "mean": _mean(dice),
@@ -87,9 +87,14 @@ def _compare(own: _Dice, first: _Dice) -> dict[str, Any]:
 
 
 def _interval(values: npt.NDArray[np.float64], patients: Sequence[str]) -> tuple[float, float]:
-    """Of the means over seeds, over the columns that are defined for every seed."""
-    defined = ~np.isnan(values).any(axis=0)
-    return patient_interval(values[:, defined].mean(axis=0), np.array(patients)[defined].tolist())
+    """Of the columns that are defined, whose mean `_mean` is."""
+    defined = ~np.isnan(values)
+    return patient_interval(values[defined], np.array(patients)[defined].tolist())
+
+
+def _over_seeds(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The mean of each column over the seeds for which it is defined; NaN where there is none."""
+    return np.array([_mean(column) for column in values.T])
 
 
 def _median_cost(runs: Sequence[Record], structure: str) -> dict[str, float]:

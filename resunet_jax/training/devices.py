@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from resunet_jax.data.batches import Batch, ProcessShard
 from resunet_jax.errors import InputError
+from resunet_jax.weights.store import require_backend
 
 _AXIS = "data"
 
@@ -21,8 +22,9 @@ def make_mesh(count: int | None, batch_size: int) -> Mesh:
       batch_size: slices per step, distributed evenly.
 
     Raises:
-      InputError: there are not so many devices, or the batch cannot be divided evenly.
+      InputError: JAX cannot start, there are not so many devices, or the batch cannot be divided evenly.
     """
+    require_backend()
     devices = jax.devices()
     if count is not None and not 1 <= count <= len(devices):
         raise InputError(f"`devices={count}`: this machine has {len(devices)}; give 1 to {len(devices)}, or all")

@@ -119,11 +119,17 @@ def fit(
 
     Raises:
       InputError: a loss or gradient is not finite, or a checkpoint cannot be written; the last good checkpoint stays.
+        Or there are fewer steps than `accumulate_steps`, so that nothing would be learned.
       StoppedError: `should_stop` said so; the same call resumes there.
     """
     mesh = mesh or make_mesh(1, config.train.batch_size)
     share = process_shard(mesh)
     steps_per_epoch = math.ceil(len(train) / config.train.batch_size)
+    if config.train.epochs * steps_per_epoch < config.train.accumulate_steps:
+        raise InputError(
+            f"accumulate_steps is {config.train.accumulate_steps}, and the whole training has "
+            f"{config.train.epochs * steps_per_epoch} steps: no update would be made; lower it, or raise `epochs`"
+        )
     optimizer = make_optimizer(config, steps_per_epoch)
     train_step, eval_step = _jitted_steps(config, optimizer, lung, mesh, losses, augmentations, architectures)
     loss = make_loss(config.train.loss, losses)
@@ -151,16 +157,19 @@ def fit(
         run = _EpochRunner(config, train, steps_per_epoch, train_step)
         try:
             while not finished(config, history):
-                state = run.epoch(state, batches, totals, should_stop)
+                state, stop = run.epoch(state, batches, totals, should_stop)
+                stopped = StoppedError(f"{workdir}: stopped after step {state.step}; the same command resumes there")
                 if len(totals.losses) < steps_per_epoch:
                     checkpoints.save(state, config, history, dataclasses.asdict(totals))
-                    raise StoppedError(f"{workdir}: stopped after step {state.step}; the same command resumes there")
+                    raise stopped
                 history.append(run.record(state, totals, validate(state.model_variables)))
                 checkpoints.save(state, config, history, None)
                 write_history(workdir, history)
                 report(history[-1])
                 logger.info(_summary(config, history[-1]))
                 totals = EpochTotals()
+                if stop and not finished(config, history):
+                    raise stopped
         finally:
             batches.close()
     return history
@@ -206,10 +215,14 @@ class _EpochRunner(NamedTuple):
 
     def epoch(
         self, state: TrainState, batches: Any, totals: EpochTotals, should_stop: Callable[[int], bool]
-    ) -> TrainState:
-        """Takes the steps that `totals` lacks of an epoch, or some of them if asked to stop, and adds them to it."""
+    ) -> tuple[TrainState, bool]:
+        """Takes the steps that `totals` lacks of an epoch, or some of them if asked to stop, and adds them to it.
+
+        Returns:
+          the state, and whether it was asked to stop, perhaps at the last step.
+        """
         start, first = time.monotonic(), int(state.step) - len(totals.losses)
-        before = totals.seconds
+        before, stop = totals.seconds, False
         pending: list[dict[str, jax.Array]] = []
         steps = range(len(totals.losses), self.steps_per_epoch)
         with progress(f"epoch {first // self.steps_per_epoch + 1}", len(steps)) as advance:
@@ -229,7 +242,7 @@ class _EpochRunner(NamedTuple):
                 if stop:
                     break
         totals.seconds = before + time.monotonic() - start
-        return state
+        return state, stop
 
     def record(self, state: TrainState, totals: EpochTotals, validation: Mapping[str, float] | None) -> dict[str, Any]:
         """An epoch's line of metrics.jsonl."""

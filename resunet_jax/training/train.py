@@ -35,6 +35,7 @@ from resunet_jax.weights.store import (
     CHECKPOINTS,
     History,
     LoadedModel,
+    checkpoint_steps,
     fingerprint,
     load_model,
     load_model_for,
@@ -89,17 +90,17 @@ def train(
       one record per epoch, see `fit`.
 
     Raises:
-      InputError: data, split, checkpoint or workdir are not fit for it, and nothing was written; or see `fit`.
+      InputError: data, split, checkpoint or workdir are not fit for it, and nothing was trained; or see `fit`.
       StoppedError: see `fit`.
     """
     data_dir, workdir, cache_dir = Path(data_dir), Path(workdir), Path(cache_dir)
     lung_checkpoint = None if lung_checkpoint is None else Path(lung_checkpoint)
     task = TASKS[config.task]
-    _check_settings(config, losses, augmentations, architectures)
+    check_settings(config, losses, augmentations, architectures)
     check_output_dir(workdir)
     mesh = make_mesh(devices, config.train.batch_size)
     lung, config = _load_lung(config, task, lung_checkpoint, architectures)
-    chosen, train_cases, val_cases = _split_cases(data_dir, split, task, lung_checkpoint, readers)
+    chosen, train_cases, val_cases = _split_cases(data_dir, split, task, lung_checkpoint, lung, readers)
     config = dataclasses.replace(config, train_patients=_patients(train_cases), val_patients=_patients(val_cases))
     with dir_lock(workdir) if is_primary() else contextlib.nullcontext():
         _check_resumable(workdir, config, chosen)
@@ -155,13 +156,17 @@ def _slice_sources(
     return train_slices, val_slices
 
 
-def _check_settings(
+def check_settings(
     config: Config,
     losses: Mapping[str, Loss],
     augmentations: Mapping[str, Augmentation],
     architectures: Mapping[str, Architecture],
 ) -> None:
-    """Refuses what the tables lack, and augmentation that the normalization does not allow."""
+    """Refuses what the tables lack, and augmentation that the normalization does not allow.
+
+    Raises:
+      InputError: says which.
+    """
     make_loss(config.train.loss, losses)
     check_transforms(config.augment, augmentations)
     build_model(config, architectures=architectures)
@@ -218,7 +223,12 @@ def _load_lung(
 
 
 def _split_cases(
-    data_dir: Path, request: SplitRequest, task: Task, lung_checkpoint: Path | None, readers: Mapping[str, Reader]
+    data_dir: Path,
+    request: SplitRequest,
+    task: Task,
+    lung_checkpoint: Path | None,
+    lung: LoadedModel | None,
+    readers: Mapping[str, Reader],
 ) -> tuple[Split, list[Case], list[Case]]:
     """The split, and its training and validation cases; a warning where the lung model was trained on another."""
     cases = find_cases(data_dir, readers)
@@ -231,6 +241,12 @@ def _split_cases(
         logger.warning(
             "%s differs from this split: the lung model may have seen this run's validation or test cases", lung_split
         )
+    elif lung_split and lung and not lung_split.is_file():  # a saved model lists its patients alone
+        held_out = _patients([case for case in cases if case.id in (*split.val, *split.test)])
+        if seen := sorted(set(lung.config.train_patients) & set(held_out)):
+            logger.warning(
+                "%s was trained on %s, of this run's validation or test cases", lung_checkpoint, ", ".join(seen)
+            )
     return split, train_cases, val_cases
 
 
@@ -257,7 +273,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 def _check_resumable(workdir: Path, config: Config, split: Split) -> None:
     """Refuses a workdir that holds another run."""
     file = workdir / "config.json"
-    if (workdir / CHECKPOINTS).is_dir() and file.is_file():
+    if (workdir / CHECKPOINTS).is_dir() and (file.is_file() or checkpoint_steps(workdir / CHECKPOINTS)):
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
             old = from_dict(values, str(file))

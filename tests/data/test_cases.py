@@ -211,6 +211,34 @@ def test_spaces_do_not_make_another_patient_and_empty_lines_are_no_cases(kaggle:
     assert [case.patient for case in find_cases(kaggle)] == ["anna"]
 
 
+def test_paths_of_the_csv_are_inside_however_the_folder_is_named(kaggle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative folder takes absolute paths into it, and none that lead out of it."""
+
+    def write_rows(folder: str) -> None:
+        write_csv(kaggle, *(tuple(path.replace("../input/covid19-ct-scans", folder) for path in row) for row in ROWS))
+
+    monkeypatch.chdir(kaggle)
+    write_rows(kaggle.as_posix())
+    assert [case.id for case in find_cases(Path())] == ["radiopaedia_7_85703_0", "coronacases_001"]
+    write_rows("../elsewhere")
+    with pytest.raises(InputError, match="lies outside"):
+        find_cases(Path())
+
+
+def test_csv_with_a_name_that_no_file_can_have_is_one_line(kaggle: Path) -> None:
+    write_csv(kaggle, ("ct_scans/" + "x" * 300 + ".nii", *ROWS[0][1:]))
+    with pytest.raises(InputError, match="no such file"):
+        find_cases(kaggle)
+
+
+def test_csv_with_an_open_quote_is_one_line(kaggle: Path) -> None:
+    write_csv(kaggle, *ROWS)
+    with (kaggle / "metadata.csv").open("a") as file:
+        file.write('"ct_scans/a.nii,lung_mask/a.nii,\nct_scans/b.nii,lung_mask/b.nii,\n')
+    with pytest.raises(InputError, match=r"^[^\n]*not a CSV file[^\n]*$"):
+        find_cases(kaggle)
+
+
 def test_a_linked_folder_lies_inside(kaggle: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     disk = tmp_path_factory.mktemp("disk")
     shutil.move(kaggle / "ct_scans", disk / "ct_scans")

@@ -1,6 +1,7 @@
 """DICOM series: the same voxels and affine as NIfTI, whatever they are wrapped in; and every bad one named."""
 
 import contextlib
+import copy
 import gc
 import io
 import logging
@@ -18,6 +19,7 @@ from pydicom import uid as uids
 
 from resunet_jax.data.readers import READERS, decode_worker, digest, find_sources, list_sources, open_scan
 from resunet_jax.data.readers.dicom import series_datasets
+from resunet_jax.data.readers.itk import open_itk
 from resunet_jax.data.readers.source import Source
 from resunet_jax.errors import InputError
 from tests.conftest import ROOT
@@ -158,6 +160,54 @@ def test_series_are_told_apart_by_uid_folder_and_geometry(hu: np.ndarray, tmp_pa
     assert len(find_sources(tmp_path / "mixed")) == 2
 
 
+def test_a_series_whose_numbers_straddle_a_rounding_is_one(hu: np.ndarray, tmp_path: Path) -> None:
+    def straddle(dataset: pydicom.Dataset, k: int) -> None:
+        dataset.PixelSpacing = [0.8005 + 1e-7 * (-1) ** k, 0.7]
+
+    write_series(tmp_path / "scan", hu, change=straddle)
+    (source,) = find_sources(tmp_path / "scan")
+    assert len(source.members) == hu.shape[-1]
+
+
+@pytest.mark.parametrize("tag", ["RescaleSlope", "RescaleIntercept"])
+def test_a_slice_that_does_not_say_its_rescaling_refuses_the_series(hu: np.ndarray, tmp_path: Path, tag: str) -> None:
+    write_series(tmp_path / "scan", hu, change=lambda dataset, k: delattr(dataset, tag) if k == 3 else None)
+    (source,) = find_sources(tmp_path / "scan")
+    with pytest.raises(InputError, match="RescaleSlope"):
+        read(source)
+
+
+def test_slices_without_a_modality_refuse_their_series(hu: np.ndarray, tmp_path: Path) -> None:
+    last = hu.shape[-1] - 1
+    write_series(tmp_path / "scan", hu, change=lambda dataset, k: delattr(dataset, "Modality") if k == last else None)
+    (source,) = find_sources(tmp_path / "scan")
+    with pytest.raises(InputError, match="without modality"):
+        read(source)
+
+
+@pytest.mark.parametrize(
+    ("group", "tag", "value"),
+    [
+        ("PixelMeasuresSequence", "PixelSpacing", [0.4, 0.35]),
+        ("PlaneOrientationSequence", "ImageOrientationPatient", [-1, 0, 0, 0, -1, 0]),
+    ],
+)
+def test_frames_that_lie_differently_are_refused(
+    hu: np.ndarray, tmp_path: Path, group: str, tag: str, value: list[float]
+) -> None:
+    path = tmp_path / "scan.dcm"
+    write_multiframe(path, hu)
+    dataset = pydicom.dcmread(path)
+    (shared,) = dataset.SharedFunctionalGroupsSequence
+    frame = dataset.PerFrameFunctionalGroupsSequence[2]
+    setattr(frame, group, copy.deepcopy(getattr(frame, group, None) or getattr(shared, group)))
+    setattr(getattr(frame, group)[0], tag, value)
+    dataset.save_as(path)
+    (source,) = find_sources(path)
+    with pytest.raises(InputError, match="orientation or pixel spacing"):
+        read(source)
+
+
 def test_a_folder_of_zips_continues_after_a_bad_one(hu: np.ndarray, tmp_path: Path) -> None:
     write_series(tmp_path / "scan", hu)
     (tmp_path / "zips").mkdir()
@@ -193,7 +243,7 @@ def test_what_is_no_ct_slice_is_left_out_by_name(
     with caplog.at_level(logging.INFO):
         (source,) = find_sources(tmp_path / "scan")
     assert (
-        "left out: 2 localizer, 4 not monochrome, 3 of modality PT, 5 without a position or pixels"
+        "left out: 2 localizer, 4 not monochrome, 3 of modality PT, 5 without modality, position or pixels"
         in caplog.text.replace("\n", " ")
     )
     check(source, hu)
@@ -541,6 +591,17 @@ def refuse_file(path: Path) -> None:
     with pytest.raises(InputError, match=re.escape(path.name)) as caught, READERS["itk"].open(find_sources(path)[0]):
         pass
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_without_voxel_size_and_orientation_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 5, 6), np.int16)), str(tmp_path / "scan.mha"))
+    (source,) = find_sources(tmp_path / "scan.mha")
+    with open_itk(source) as scan:
+        assert "neither voxel size nor orientation" in scan.notes[0]
+    assert "neither voxel size nor orientation" in caplog.text.replace("\n", " ")
 
 
 def test_without_simpleitk_one_line_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

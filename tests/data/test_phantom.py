@@ -98,7 +98,10 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
     return 2 * (a & b).sum() / (a.sum() + b.sum())
 
 
-@pytest.mark.parametrize("config", [PhantomConfig(volumes=1), PhantomConfig(volumes=101), PhantomConfig(slices=2)])
+@pytest.mark.parametrize(
+    "config",
+    [PhantomConfig(volumes=1), PhantomConfig(volumes=101), PhantomConfig(slices=2), PhantomConfig(downsample=600)],
+)
 def test_senseless_settings(tmp_path: Path, config: PhantomConfig) -> None:
     with pytest.raises(InputError, match="2 to 100"):
         make_phantom(tmp_path / "set", config)

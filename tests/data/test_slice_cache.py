@@ -41,6 +41,12 @@ def test_slices_are_those_of_the_scan(cases, tmp_path: Path) -> None:
     assert isinstance(prepared.images, np.memmap)
 
 
+def test_a_case_may_have_the_longest_name_that_a_file_can_have(cases, tmp_path: Path) -> None:
+    long = dataclasses.replace(cases[0], id="é" * 124)
+    (first,), (again,) = (prepare_cases([long], CONFIG, tmp_path) for _ in range(2))
+    np.testing.assert_array_equal(first.images, again.images)
+
+
 def test_masks_cover_what_they_did(cases, tmp_path: Path) -> None:
     prepared = prepare_cases(cases, CONFIG, tmp_path)[0]
     volume = read_volume(cases[0].ct)

@@ -175,7 +175,12 @@ def test_file_round_trip(tmp_path: Path) -> None:
         ('{"train": [], "validation": []}', "expected"),
         ('{"train": ["liver_1"]}', "no case liver_1"),
         ('{"train": ["radiopaedia_10_85902_1"], "test": ["radiopaedia_10_85902_3"]}', "are one patient"),
-        ('{"train": ["coronacases_001"], "val": ["coronacases_001"]}', "are one patient"),
+        ('{"train": ["coronacases_001"], "val": ["coronacases_001"]}', "coronacases_001 in it more than once"),
+        (
+            '{"train": ["coronacases_001"], "test": ["coronacases_001"], "protocol": "five_fold, fold 0 of 5"}',
+            "more than once",
+        ),
+        ("[" * 100_000, "not JSON"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, message: str) -> None:

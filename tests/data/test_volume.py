@@ -237,6 +237,13 @@ def bad_negative_size(path: Path) -> str:
     return "three dimensions"
 
 
+def bad_offset(path: Path) -> str:
+    raw = bytearray(save(path, hu()).read_bytes())
+    raw[108:112] = np.array([np.inf], "<f4").tobytes()
+    path.write_bytes(raw)
+    return "cannot be read"
+
+
 def bad_4d(path: Path) -> str:
     save(path, hu((4, 4, 3, 2)))
     return "three dimensions"

@@ -221,6 +221,26 @@ def test_slices_that_are_kept_keep_no_volume(evaluation: Evaluation) -> None:
         assert all(mask.base is None for masks in overlay[2:] for mask in masks.values())
 
 
+def test_pictures_of_a_lung_model_alone_have_the_dice_of_the_lung(trained: Trained) -> None:
+    predictor = load_predictor(trained.lung)
+    cases = prepare_cases(find_cases(trained.data)[:2], predictor.preprocess, trained.cache)
+    evaluation = evaluate_cases(predictor, cases)
+    dice = [row["dice"] for row in evaluation.volumes if row["structure"] == "lung"]
+    assert [value for value, _ in evaluation.overlays] == dice
+
+
+def test_names_may_hold_what_figures_and_tables_take_for_markup(
+    evaluation: Evaluation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "a$b_$ [left]"
+    volumes = [{**row, "case": name} for row in evaluation.volumes]
+    overlays = [(dice, overlay._replace(title=f"{name}: $\\foo$")) for dice, overlay in evaluation.overlays]
+    renamed = dataclasses.replace(evaluation, volumes=volumes, overlays=overlays)
+    write_report(renamed, tmp_path)
+    print_table(renamed)
+    assert name in capsys.readouterr().out
+
+
 def test_best_median_and_worst_are_shown(evaluation: Evaluation) -> None:
     overlay = evaluation.overlays[0][1]
     cases = [

@@ -16,7 +16,7 @@ from resunet_jax.data.readers.source import by_suffix, file_digest
 from resunet_jax.errors import InputError
 from resunet_jax.inference import batch as module
 from resunet_jax.inference.batch import MANIFEST, segment_scans
-from resunet_jax.inference.scan import prefetch
+from resunet_jax.inference.scan import prefetch, segment_scan
 from tests.conftest import Trained
 
 
@@ -70,6 +70,16 @@ def test_segments_again_what_has_changed(predictor: Predictor, scans, tmp_path: 
     assert set(run(good, output, other).values()) == {"before"}
     (output / MANIFEST).write_text("{")
     assert set(run(good, output, other).values()) == {"now"}
+
+
+def test_masks_that_something_else_has_written_are_made_again(predictor: Predictor, scans, tmp_path: Path) -> None:
+    output = tmp_path / "masks"
+    run(scans[:1], output, predictor)
+    first = (output / "a_lung.nii.gz").read_bytes()
+    segment_scan(scans[0].path, output, dataclasses.replace(predictor, thresholds={"lung": 0.3}))
+    assert (output / "a_lung.nii.gz").read_bytes() != first
+    assert run(scans[:1], output, predictor) == {"a.nii": "now"}
+    assert (output / "a_lung.nii.gz").read_bytes() == first
 
 
 def test_stopped_between_two_scans_resumes_with_the_next(predictor: Predictor, scans, tmp_path: Path) -> None:
@@ -143,9 +153,13 @@ def test_an_interruption_ends_the_wait_for_another_process(predictor: Predictor,
     before = set(threading.enumerate())
     interruption = threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
     with FileLock(output / ".locks" / "a.lock", thread_local=False):
-        interruption.start()
-        with pytest.raises(KeyboardInterrupt):
-            list(segment_scans(scans[:1], output, predictor))
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of pytest-xdist ignore it
+        try:
+            interruption.start()
+            with pytest.raises(KeyboardInterrupt):
+                list(segment_scans(scans[:1], output, predictor))
+        finally:
+            signal.signal(signal.SIGINT, handler)
         for thread in set(threading.enumerate()) - before:
             thread.join(30)
             assert not thread.is_alive()

@@ -40,6 +40,12 @@ def test_shifted_cube() -> None:
     assert surface_metrics(cube(4, 12), cube(4, 12, shift=3), (1, 1, 1), 3)["nsd"] == 1
 
 
+@pytest.mark.parametrize(("spacing", "slices"), [(0.2, 5), (0.1, 10), (0.6, 5), (float(np.float32(0.6)), 5)])
+def test_what_lies_at_the_tolerance_is_within_it(spacing: float, slices: int) -> None:
+    one, other = cube(4, 40), cube(4, 40, shift=slices)
+    assert surface_metrics(one, other, (spacing, 0.7, 0.7), round(spacing * slices, 3))["nsd"] == 1
+
+
 def test_spacing_is_in_mm() -> None:
     values = surface_metrics(cube(4, 12), cube(4, 12, shift=2), (3, 1, 1), 1)
     assert values["hd95_mm"] == 6

@@ -131,7 +131,7 @@ def test_nothing_found_is_undefined_not_zero_percent() -> None:
 
 
 def warnings_of(scan: SegmentedScan, ml: float = 2 * ML) -> str:
-    return " ".join(implausible(totals_of(scan), ml))
+    return " ".join(implausible(totals_of(scan), ml, slice_mm=5.0))
 
 
 def test_impossible_masks_are_warned_of_and_possible_ones_are_not() -> None:
@@ -140,6 +140,8 @@ def test_impossible_masks_are_warned_of_and_possible_ones_are_not() -> None:
     assert "plausible" in warnings_of(segmented(), 20 * ML)
     cut = box((15, 45), (10, 30), (0, 10)) | box((15, 45), (50, 70), (0, 10))
     assert warnings_of(segmented(cut), ML / 2) == ""  # the field of view does not tell
+    speck = box((30, 31), (20, 21), (0, SLICES))  # in the first and the last slice too
+    assert "plausible" in warnings_of(segmented(speck))
     dense = np.full((ROWS, COLUMNS, SLICES), 40.0)
     assert "denser than lung" in warnings_of(segmented(hu=dense))
     away = box((50, 55), (30, 45), (2, 9))

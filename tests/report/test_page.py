@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from resunet_jax.errors import InputError
 from resunet_jax.report.markup import DISCLAIMER, json_block, number
-from resunet_jax.report.page import write_scan_page
+from resunet_jax.report.page import write_preview, write_scan_page
 from resunet_jax.report.slices import HU_LOWEST, HU_STEP, Bytes2D, choose_sampling, encode_slices, pack
 from tests.report.example import HOSTILE, encode, example_arrays, example_report, example_slices
 
@@ -181,9 +182,19 @@ def test_it_can_be_read_without_a_script(tmp_path: Path) -> None:
     assert 'id="viewer" aria-label="Viewer" hidden>' in html
 
 
+@pytest.mark.parametrize("shape", [(1, 512, 3), (2, 512, 1), (512, 1, 2)])
+def test_a_scan_of_few_rows_has_a_preview(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+    hu = np.full(shape, -1000.0, np.float32)
+    slices = encode(hu=hu, lung=np.zeros(shape, np.uint8), infection=np.zeros(shape, bool))
+    write_preview(tmp_path / "a.png", slices, (0.1, 5.0))
+    with Image.open(tmp_path / "a.png") as image:
+        assert min(image.size) >= 1
+
+
 def test_numbers_as_text() -> None:
     assert number(None) == number(float("nan")) == number("x") == "–"
     assert number(-412.4, 0, "HU") == "−412\N{NO-BREAK SPACE}HU"
+    assert number(0.5) == "0.5"
     assert number(12345.678, 1) == "12\N{NARROW NO-BREAK SPACE}345.7"
 
 

@@ -153,12 +153,32 @@ def test_runs_of_another_process_are_left_to_it(ablation: Ablation, calls: Calls
     for folder in ("reports", "lung", "infection"):
         (tmp_path / "run" / folder).rename(tmp_path / folder)
     calls.trained.clear()
+    asked = itertools.count()
     with dir_lock(tmp_path / "run" / ".running" / keys["other infection"]):
         with pytest.raises(StoppedError, match="the same command resumes"):
-            ablation(should_stop=lambda step: step == 0)  # where nothing is left but to wait for the other process
+            ablation(should_stop=lambda step: step == 0 and next(asked) == len(keys))  # at the second look at its runs
         assert [record["variant"] for record in records(tmp_path / "run")] == ["robust", "largest component alone"]
     ablation()
     assert [folder.parent.name for folder in calls.trained] == ["lung", "infection", "infection"]
+
+
+def test_a_study_that_is_to_stop_begins_no_further_run(ablation: Ablation, calls: Calls) -> None:
+    with pytest.raises(StoppedError, match="the same command resumes"):
+        ablation(should_stop=lambda step: True)
+    assert not calls.trained
+    assert not calls.evaluated
+
+
+def test_what_a_training_would_refuse_is_refused_before_the_first(phantom: Path, calls: Calls, tmp_path: Path) -> None:
+    study = Study(phantom, tmp_path / "run", tmp_path / "cache")
+    changes = {"preprocess.normalization": "minmax"}
+    with pytest.raises(InputError, match="robust, infection: lesion_densify_prob"):
+        cross_validate(study, Variant("robust", "robust"), protocol="few_shot", changes=changes, allow_missing=True)
+    with pytest.raises(InputError, match="may differ in context_mm alone"):
+        variant = Variant("sizes", "robust", infection={"preprocess.image_size": 64})
+        cross_validate(study, variant, protocol="few_shot", changes={}, allow_missing=True)
+    assert not calls.trained
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("study", ["ablation", "cross-validation"])

@@ -92,6 +92,15 @@ def test_a_variant_may_have_the_lung_model_alone() -> None:
     assert "| infection | both |\n| --- | --- |\n| a_1 | 0.100 |\n| b_1 | 0.300 |" in table
 
 
+def test_mean_and_interval_are_of_the_same_volumes() -> None:
+    """A case that is defined for one seed alone counts as one that is defined for both."""
+    runs = [record(0, {"a_1": 0.8, "b_1": 0.82, "c_1": None}), record(1, {"a_1": 0.8, "b_1": 0.82, "c_1": 0.0})]
+    (row,) = summarize_runs({"only": runs})
+    assert row["infection"]["mean"] == pytest.approx(0.54)
+    interval = row["infection"]["ci_low"], row["infection"]["ci_high"]
+    assert interval == pytest.approx(patient_interval([0.8, 0.82, 0.0], ["a", "b", "c"]))
+
+
 def test_where_nothing_is_defined_the_table_says_so() -> None:
     (row,) = summarize_runs({"only": [record(0, {"a_1": None, "b_1": None})]})
     assert math.isnan(row["infection"]["mean"])

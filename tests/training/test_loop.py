@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from resunet_jax import __version__
-from resunet_jax.config import ALIASES, AugmentConfig, Config, ModelConfig, TrainConfig, override, to_dict
+from resunet_jax.config import ALIASES, AugmentConfig, Config, ModelConfig, TrainConfig, from_dict, override, to_dict
 from resunet_jax.data import batches
 from resunet_jax.data.batches import ProcessShard, SliceSource, eval_batches
 from resunet_jax.data.cases import find_cases
@@ -213,7 +213,7 @@ def test_gradient_that_is_not_finite_is_reported(sources, tmp_path: Path) -> Non
         fit(tiny(1, loss="steep"), *sources, tmp_path, losses=losses)
 
 
-@pytest.mark.parametrize("stop_after", [1, 3, 4, 7])
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 7, 3 * STEPS])
 def test_stopped_and_resumed_ends_where_uninterrupted_does(whole, sources, tmp_path: Path, stop_after: int) -> None:
     asked = []
 
@@ -221,14 +221,29 @@ def test_stopped_and_resumed_ends_where_uninterrupted_does(whole, sources, tmp_p
         asked.append(step)
         return step == stop_after
 
-    if stop_after % STEPS:
+    if stop_after < 3 * STEPS:
         with pytest.raises(StoppedError, match=rf"stopped after step {stop_after}; the same command resumes"):
             fit(tiny(3), *sources, tmp_path, should_stop=should_stop)
         assert asked == list(range(1, stop_after + 1))
-    else:  # the epoch was over: nothing is cut
+    else:  # the training is over
         fit(tiny(3), *sources, tmp_path, should_stop=should_stop)
     fit(tiny(3), *sources, tmp_path)
     assert_same_run(whole, tmp_path)
+
+
+def test_fewer_steps_than_an_update_needs_are_refused(sources, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no update would be made"):
+        fit(tiny(1, accumulate_steps=STEPS + 1), *sources, tmp_path)
+
+
+def test_checkpoints_without_their_config_are_refused(trained: Trained, tmp_path: Path) -> None:
+    """Of what run they are, nothing would tell."""
+    shutil.copytree(trained.lung, tmp_path / "run")
+    config = from_dict(json.loads((tmp_path / "run" / "config.json").read_text()))
+    (tmp_path / "run" / "config.json").unlink()
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1))
+    with pytest.raises(InputError, match=r"config\.json: cannot be read"):
+        train(other, trained.data, tmp_path / "run", trained.cache, split=SplitRequest(trained.split_file))
 
 
 def test_run_folder_explains_itself(trained: Trained) -> None:

@@ -49,7 +49,8 @@ JPEG lossless, JPEG-LS, JPEG 2000, RLE."""
 
 _SUFFIXES = (".dcm", ".ima", ".dicom")
 _PREAMBLE_BYTES = 132  # with the four letters DICM at its end
-_EMPTY, _NO_IMAGE, _NO_POSITION = "empty or unreadable", "without an image", "without a position or pixels"
+_EMPTY, _NO_IMAGE, _NO_POSITION = "empty or unreadable", "without an image", "without modality, position or pixels"
+_GEOMETRY_TOLERANCE = 1e-3  # of directions, and of pixel spacings in mm, that are taken for the same
 _HEADER = [
     "ImageOrientationPatient",
     "ImagePositionPatient",
@@ -93,10 +94,11 @@ class _Slice(NamedTuple):
     slope: float
     intercept: float
     stored: tuple[int, int]
+    rescaled: tuple[bool, bool]
 
 
 class _Header(NamedTuple):
-    """What is known of one file before its pixels are read; without a position or pixels it has no slices."""
+    """What is known of one file before its pixels are read; without modality, position or pixels it has no slices."""
 
     member: str
     series: str
@@ -113,18 +115,15 @@ def find_dicom(path: Path) -> list[Source]:
     container = _Container(path)
     if not container.is_candidate:
         return []
-    series: dict[tuple[Any, ...], list[_Header]] = {}
     headers = {member: _read_header(container, member) for member in container.members()}
-    for header in headers.values():
-        if isinstance(header, _Header) and header.slices:
-            series.setdefault(_series_key(header), []).append(header)
-    kinds = dict(_left_out(headers, [header for one in series.values() for header in one]))
+    slices = [header for header in headers.values() if isinstance(header, _Header) and header.slices]
+    kinds = dict(_left_out(headers, slices))
     unreadable = [member for member, kind in kinds.items() if kind == "unreadable"]
     left_out = Counter(kind for kind in kinds.values() if kind not in (_EMPTY, "unreadable"))
     if left_out:
         what = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
         logger.info("%s: left out: %s", path, what)
-    sources = _sources(path, list(series.values()), unreadable)
+    sources = _sources(path, _group_by_series(slices), unreadable)
     sources += [Source(folder, folder.name) for folder in container.closed_folders()]  # its opening says why
     return sources + [source for archive in container.archives() for source in _find_archive(archive)]
 
@@ -132,8 +131,8 @@ def find_dicom(path: Path) -> list[Source]:
 def _left_out(headers: Mapping[str, _Header | str], slices: Sequence[_Header]) -> Iterator[tuple[str, str]]:
     """The files that are no slices, and what they are; "unreadable" where one may be a slice of these series.
 
-    An empty file or a stump may, where it is named as they are; one without a position or pixels, where its UID is that
-    of a series, whole or cut off.
+    An empty file or a stump may, where it is named as they are; one without modality, position or pixels, where its UID
+    is that of a series, whole or cut off.
     """
     alike = {_name_kind(header.member) for header in slices}
     uids = {header.series for header in slices}
@@ -443,15 +442,18 @@ def _header(member: str, dataset: pydicom.Dataset) -> _Header | str:
     kinds = [str(kind).upper() for kind in dataset.get("ImageType") or ()]
     if not modality and "Rows" not in dataset:
         return "unreadable" if member.lower().endswith(_SUFFIXES) else _NO_IMAGE
+    is_localizer = any(word in kind for kind in kinds for word in _LOCALIZERS)
+    uid = str(dataset.get("SeriesInstanceUID") or "")
+    uid = uid if UID(uid).is_valid else ""
+    number = dataset.get("SeriesNumber")
+    if not modality and uid and not is_localizer:  # a slice, where others of its series are of a CT
+        return _Header(member, uid, "" if number is None else str(int(number)), ())
     if modality != "CT":
         return f"of modality {re.sub('[^A-Z]', '', modality)[:4] or 'unknown'}"
     if int(dataset.get("SamplesPerPixel", 1)) != 1:
         return "not monochrome"
-    if any(word in kind for kind in kinds for word in _LOCALIZERS):
+    if is_localizer:
         return "localizer"
-    uid = str(dataset.get("SeriesInstanceUID") or "")
-    uid = uid if UID(uid).is_valid else ""
-    number = dataset.get("SeriesNumber")
     has_position = dataset.get("ImagePositionPatient") or dataset.get("PerFrameFunctionalGroupsSequence")
     slices = tuple(_frames(member, dataset)) if "Rows" in dataset and has_position else ()
     return _Header(member, uid, "" if number is None else str(int(number)), slices)
@@ -495,6 +497,7 @@ def _frames(member: str, dataset: pydicom.Dataset) -> Iterator[_Slice]:
             1.0 if slope is None else float(slope),
             0.0 if intercept is None else float(intercept),
             stored,
+            (slope is not None, intercept is not None),
         )
         numbers = (*one.position, *one.orientation, *one.spacing, one.thickness, one.slope, one.intercept)
         is_complete = len(one.position) == 3 and len(one.orientation) == 6 and np.isfinite(numbers).all()
@@ -508,13 +511,24 @@ def _frames(member: str, dataset: pydicom.Dataset) -> Iterator[_Slice]:
         yield one
 
 
-def _series_key(header: _Header) -> tuple[Any, ...]:
-    """Equal for the files of one series: its UID, or its folder where it has none, and the geometry of its slices."""
-    one = header.slices[0]
-    geometry = (one.shape, tuple(np.round([*one.orientation, *one.spacing], 3)))
-    # Enhanced files are whole series; two in a folder may only lack UIDs.
-    where = header.series or (f"in {Path(header.member).parent}" if len(header.slices) == 1 else header.member)
-    return (where, geometry)
+def _group_by_series(headers: Sequence[_Header]) -> list[list[_Header]]:
+    """Files of one series: of the same UID, or folder where they have none, whose slices lie alike."""
+    places: dict[str, list[list[_Header]]] = {}
+    for header in headers:
+        # Enhanced files are whole series; two in a folder may only lack UIDs.
+        where = header.series or (f"in {Path(header.member).parent}" if len(header.slices) == 1 else header.member)
+        groups = places.setdefault(where, [])
+        group = next((group for group in groups if _lie_alike(group[0].slices[0], header.slices[0])), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(header)
+    return [group for groups in places.values() for group in groups]
+
+
+def _lie_alike(one: _Slice, other: _Slice) -> bool:
+    """Whether shape, orientation and pixel spacing are the same."""
+    geometry, other_geometry = ((*each.orientation, *each.spacing) for each in (one, other))
+    return one.shape == other.shape and np.allclose(geometry, other_geometry, rtol=0, atol=_GEOMETRY_TOLERANCE)
 
 
 def _stem(path: Path) -> str:
@@ -547,6 +561,15 @@ def _names(path: Path, series: Sequence[Sequence[_Header]]) -> list[str]:
 def _arrange(path: Path, slices: Sequence[_Slice]) -> tuple[list[_Slice], npt.NDArray[np.float64], tuple[str, ...]]:
     """Slices from one end to the other, the affine (voxel index to mm, RAS), and what to know about it."""
     first = slices[0]
+    for one in slices:
+        if not _lie_alike(first, one):
+            raise InputError(
+                f"{path}: slices of different shape, orientation or pixel spacing; export each stack alone"
+            )
+        if one.rescaled != first.rescaled:
+            raise InputError(
+                f"{path}: some slices have a RescaleSlope and a RescaleIntercept, others lack one; export it again"
+            )
     along_row, along_column = np.array(first.orientation[:3]), np.array(first.orientation[3:])
     lengths = np.linalg.norm(along_row), np.linalg.norm(along_column)
     if max(abs(lengths[0] - 1), abs(lengths[1] - 1), abs(along_row @ along_column)) > 1e-2:

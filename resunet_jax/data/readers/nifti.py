@@ -31,6 +31,7 @@ SUFFIXES = (".nii", ".nii.gz")
 _MM = {1: 1000.0, 3: 0.001}  # by the code of the header's unit of length: metre, micron
 _FLAT = 1e-3  # volume of a voxel over that of its spacings; of axes that lie in one plane it is 0
 
+_DAMAGED = (ImageFileError, HeaderDataError, WrapStructError, OSError, EOFError, OverflowError, ValueError, zlib.error)
 _MAX_DEFLATE_RATIO = 1032  # gzip cannot shrink more than this (zlib's documentation)
 _CHUNK_BYTES = 2**25  # of a file, in memory at a time
 
@@ -145,7 +146,7 @@ def _new_header(grid: Grid) -> Any:
 def _open(path: Path) -> Any:
     try:
         image = _load(path)
-    except (ImageFileError, HeaderDataError, WrapStructError, OSError, EOFError, zlib.error, ValueError) as error:
+    except _DAMAGED as error:
         raise _unreadable(path, error) from error
     if not isinstance(image, nib.Nifti1Image | nib.Nifti2Image):
         raise InputError(f"{path}: not a single-file NIfTI image; convert it")
