@@ -147,6 +147,23 @@ def test_no_report_lies_next_to_masks_of_another_prediction(
     assert "b_" not in caplog.text
 
 
+def test_a_scan_that_can_no_longer_be_read_leaves_the_table(
+    scans: Path, predictor: Predictor, written: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(written, folder)
+    shutil.copytree(scans, tmp_path / "scans")
+    (tmp_path / "scans" / "a.nii").write_bytes(b"no scan")
+    outputs = make_outputs(multilabel=True)
+    failed, skipped = segment_scans(find_sources(tmp_path / "scans"), folder, predictor, outputs=outputs)
+    assert failed.error
+    assert not skipped.error
+    assert not list(folder.glob("a_report.*"))
+    write_cohort(folder)
+    assert "b" in (folder / "cohort.csv").read_text(encoding="utf-8").splitlines()[1]
+    assert len((folder / "cohort.csv").read_text(encoding="utf-8").splitlines()) == 2
+
+
 def test_cohort_lists_every_report_of_the_folder_and_names_what_is_none(
     written: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
