@@ -116,7 +116,7 @@ def _digest(
     settings = [_FORMAT, dataclasses.asdict(config), *([] if assumed is None else [assumed])]
     if assumed not in (None, HU_WINDOW) and config.body_thresholds_minmax:
         settings.append(_ASSUMED_FORMAT)
-    name = case.id.encode()[:_MAX_NAME_BYTES].decode(errors="ignore")
+    name = case.id.encode(errors="surrogateescape")[:_MAX_NAME_BYTES].decode(errors="ignore")
     return f"{name}-{_short_digest(settings, case, readers)}"
 
 

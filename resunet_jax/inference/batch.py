@@ -239,7 +239,8 @@ class _Batch:
             try:
                 opened = stack.enter_context(open_scan(scan, self.readers, assumed=self.assumed, physical=physical))
             except InputError as error:
-                _remove(others)  # or the table would have the numbers of what the scan was before
+                with contextlib.suppress(InputError):
+                    _remove(others)  # or the table would have the numbers of what the scan was before
                 return ScanResult(scan, [], error=error)
             on_failure.pop_all()
             return _Claimed(scan, opened, state, stack)

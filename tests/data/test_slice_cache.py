@@ -41,8 +41,9 @@ def test_slices_are_those_of_the_scan(cases, tmp_path: Path) -> None:
     assert isinstance(prepared.images, np.memmap)
 
 
-def test_a_case_may_have_the_longest_name_that_a_file_can_have(cases, tmp_path: Path) -> None:
-    long = dataclasses.replace(cases[0], id="é" * 124)
+@pytest.mark.parametrize("name", ["é" * 124, "a\udce9"])  # the second is of no text, as on a disk of another encoding
+def test_a_case_may_have_any_name_that_a_file_can_have(cases, tmp_path: Path, name: str) -> None:
+    long = dataclasses.replace(cases[0], id=name)
     (first,), (again,) = (prepare_cases([long], CONFIG, tmp_path) for _ in range(2))
     np.testing.assert_array_equal(first.images, again.images)
 
