@@ -52,8 +52,6 @@ def _seeds() -> list[int]:
 def _splits() -> list[SplitRequest]:
     if bool(FLAGS.protocol) == bool(FLAGS.split_files):
         raise InputError("give either --protocol or --split_files")
-    if FLAGS.split_files and FLAGS.allow_missing:
-        raise InputError("--allow_missing is for --protocol; a split file names the cases that there are")
     if FLAGS.split_files:
         return [SplitRequest(expand_user(file)) for file in FLAGS.split_files]
     return [

@@ -23,6 +23,7 @@ flags.DEFINE_integer(
 
 def main() -> None:
     """Converts by the flags."""
+    from resunet_jax.weights.store import load_model_for
     from resunet_jax.weights.torch import from_torch, to_torch
 
     source = settings.path("input")
@@ -30,8 +31,8 @@ def main() -> None:
     if (output_dir is None) == (output_file is None):
         raise InputError("give --output_dir to convert from PyTorch, or --output_file to convert to it")
     if output_file is not None:
-        if FLAGS.task is not None or FLAGS["image_size"].present:
-            raise InputError("--task and --image_size are for --output_dir; a saved model has its own: leave them out")
+        if FLAGS.task is not None:
+            load_model_for(source, FLAGS.task)  # refuses a model of another structure
         to_torch(source, output_file)
         print(f"PyTorch checkpoint: {output_file.resolve()}")
     elif output_dir is not None:

@@ -387,8 +387,8 @@ def bad_flags(root: Path, trained: Trained) -> list[Bad]:
         Bad("calibrate", [*evaluation, f"--output_dir={root / 'run'}", "--seed=3"], "give --study_dir too"),
         Bad(
             "convert_torch",
-            [f"--input={trained.lung}", f"--output_file={root / 'run' / 'x.pt'}", "--task=lung"],
-            "are for --output_dir",
+            [f"--input={trained.lung}", f"--output_file={root / 'run' / 'x.pt'}", "--task=infection"],
+            "expected a infection model, this one segments lung",
         ),
         Bad("evaluate", [*evaluation, f"--output_dir={root / 'file' / 'out'}"], "out: cannot be written"),
         Bad("evaluate", [f"--data_dir={data}", f"--output_dir={root / 'run'}"], "Give --split_file, or --split=all"),

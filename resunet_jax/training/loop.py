@@ -158,10 +158,10 @@ def fit(
         try:
             while not finished(config, history):
                 state, stop = run.epoch(state, batches, totals, should_stop)
-                stopped = StoppedError(f"{workdir}: stopped after step {state.step}; the same command resumes there")
+                stopped = f"{workdir}: stopped after step {state.step}; the same command resumes there"
                 if len(totals.losses) < steps_per_epoch:
                     checkpoints.save(state, config, history, dataclasses.asdict(totals))
-                    raise stopped
+                    raise StoppedError(stopped)
                 history.append(run.record(state, totals, validate(state.model_variables)))
                 checkpoints.save(state, config, history, None)
                 write_history(workdir, history)
@@ -169,7 +169,7 @@ def fit(
                 logger.info(_summary(config, history[-1]))
                 totals = EpochTotals()
                 if stop and not finished(config, history):
-                    raise stopped
+                    raise StoppedError(stopped)
         finally:
             batches.close()
     return history
