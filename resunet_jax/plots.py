@@ -8,7 +8,6 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from resunet_jax.config import PreprocessConfig
 from resunet_jax.data.preprocess import air_offset, body_scale, prepare_slice, slice_box
@@ -17,6 +16,9 @@ from resunet_jax.data.volume import Array, FloatArray, Volume
 from resunet_jax.files import atomic_file
 
 COLORS = {"lung": "tab:cyan", "infection": "tab:red"}
+
+# Names may hold dollar signs; texts take the setting when they are made, not when they are drawn.
+_literal_text = mpl.rc_context({"text.parse_math": False})
 
 
 class Overlay(NamedTuple):
@@ -53,9 +55,7 @@ def _tiles(rows: int, columns: int, note: str = "") -> tuple[Figure, Any]:
 
 
 def _save(figure: Figure, path: Path, dpi: int) -> None:
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # names may hold dollar signs
-    with atomic_file(path) as partial, mpl.rc_context({"text.parse_math": False}):
+    with atomic_file(path) as partial:
         figure.savefig(partial, dpi=dpi)
 
 
@@ -73,6 +73,7 @@ def _tint(axes: Axes, masks: Mapping[str, Array]) -> None:
         axes.imshow(rgba, interpolation="nearest")
 
 
+@_literal_text
 def save_overlays(path: Path, overlays: Sequence[Overlay], note: str = "") -> None:
     """One row per slice: CT, reference, prediction; lungs in cyan, infection in red; `note` above it all."""
     figure, axes = _tiles(len(overlays), 3, note)
@@ -88,6 +89,7 @@ def save_overlays(path: Path, overlays: Sequence[Overlay], note: str = "") -> No
     _save(figure, path, dpi=110)
 
 
+@_literal_text
 def save_comparison(path: Path, slices: Mapping[str, Sequence[tuple[float, Overlay]]]) -> None:
     """One row per slice: CT, reference, and the prediction of several models with its Dice of the volume.
 
@@ -112,6 +114,7 @@ def save_comparison(path: Path, slices: Mapping[str, Sequence[tuple[float, Overl
     _save(figure, path, dpi=110)
 
 
+@_literal_text
 def save_loss_curves(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
     """Training and, where there is one, validation loss and Dice by epoch, with the chosen epoch's values marked."""
     figure, axes = _grid(1, 2, cell=4.5)
@@ -131,6 +134,7 @@ def save_loss_curves(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
     _save(figure, path, dpi=110)
 
 
+@_literal_text
 def save_batch(path: Path, images: Array, masks: Array, structure: str) -> None:
     """A training batch (N, S, S, C), the first channel of each slice with its mask tinted."""
     figure, axes = _tiles(-(-len(images) // 4), 4)
@@ -142,6 +146,7 @@ def save_batch(path: Path, images: Array, masks: Array, structure: str) -> None:
     _save(figure, path, dpi=110)
 
 
+@_literal_text
 def save_roi_steps(path: Path, volumes: Mapping[str, Volume], config: PreprocessConfig) -> None:
     """For three slices of each scan: slice, threshold, dilation, box, and the crop that a model sees.
 
@@ -171,6 +176,7 @@ def _picks(volume: Volume) -> list[int]:
     return sorted({slices // 6, slices // 2, slices * 5 // 6})
 
 
+@_literal_text
 def save_boxes(path: Path, rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], note: str = "") -> None:
     """Box plots by structure, one panel per metric, one point per volume.
 
@@ -196,6 +202,7 @@ def save_boxes(path: Path, rows: Sequence[Mapping[str, Any]], metrics: Sequence[
     _save(figure, path, dpi=110)
 
 
+@_literal_text
 def save_differences(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Difference of each variant from the first one in mean Dice, with its 95 % CI; one panel per structure.
 
@@ -219,6 +226,7 @@ def save_differences(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     _save(figure, path, dpi=110)
 
 
+@_literal_text
 def save_cases(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Dice of each volume by each variant, mean over seeds; one panel per structure.
 
@@ -244,6 +252,7 @@ def save_cases(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     _save(figure, path, dpi=110)
 
 
+@_literal_text
 def save_volumes(path: Path, rows: Sequence[Mapping[str, Any]], note: str = "") -> None:
     """Predicted against reference volume in ml, with the identity line; one panel per structure."""
     structures = list(dict.fromkeys(row["structure"] for row in rows))
@@ -260,6 +269,7 @@ def save_volumes(path: Path, rows: Sequence[Mapping[str, Any]], note: str = "") 
     _save(figure, path, dpi=110)
 
 
+@_literal_text
 def save_reliability(path: Path, calibration: Mapping[str, Mapping[str, Any]], note: str = "") -> None:
     """Reliability diagrams: observed frequency against predicted probability.
 

@@ -2,8 +2,10 @@
 
 import functools
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,6 +20,14 @@ PATH = Path("scan.nii")
 SHAPE, SPACING_MM = (128, 128, 16), np.array([2.8, 2.8, 16.0])
 NAMES = ("lung", "infection")
 LEAST_DICE = 0.9
+
+
+@pytest.fixture(autouse=True)
+def _optimized() -> Iterator[None]:
+    """The shipped models are not tiny: running them would take longer than compiling them."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @functools.cache

@@ -203,7 +203,9 @@ def test_training_of_the_first_version_can_be_used_but_not_resumed(tmp_path: Pat
     assert loaded.config.model.filters == (1, 1, 1, 1)
     assert "skip_nonfinite" not in json.loads((tmp_path / "config.json").read_text())["train"]
     assert not loaded.config.train.skip_nonfinite
-    logits = loaded.model.apply(loaded.variables, np.full((1, 16, 16, 1), 0.5, np.float32), train=False)
+    logits = jax.jit(functools.partial(loaded.model.apply, train=False))(
+        loaded.variables, np.full((1, 16, 16, 1), 0.5, np.float32)
+    )
     assert np.isfinite(logits).all()
     with pytest.raises(InputError, match=r"was written by resunet_jax 0\.1\.0 .* choose a new `workdir`"):
         restore(tmp_path)
