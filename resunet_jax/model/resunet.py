@@ -218,25 +218,25 @@ def init_variables(model: ResUnet, key: jax.Array, image_size: int = 64) -> Vari
 
     Args:
       model: the module.
-      key: a JAX random key.
+      key: a JAX random key, of `jax.random.key` or `jax.random.PRNGKey`.
       image_size: side of the dummy slice in pixels; it has no influence on the result.
 
     Returns:
-      {"params": ..., "batch_stats": ...}, float32.
+      {"params": ..., "batch_stats": ...}, float32; the same bytes each time, and under jit or vmap the same but for
+      rounding.
     """
-    dummy = jnp.zeros((1, image_size, image_size, model.in_channels))
-    if isinstance(key, jax.core.Tracer):  # compiler options are for the outermost jit alone
+    dummy = jnp.zeros((1, image_size, image_size, model.in_channels), jnp.float32)
+    if any(isinstance(array, jax.core.Tracer) for array in (key, dummy)):  # under another jit, which compiles it
         variables: Variables = model.init(key, dummy, train=False)
         return variables
-    return _compiled_init(model, image_size)(key, dummy)
+    shapes = (jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (key, dummy))
+    return _compiled_init(model, *shapes)(key, dummy)
 
 
 @lru_cache(maxsize=8)
-def _compiled_init(model: ResUnet, image_size: int) -> Callable[..., Variables]:
+def _compiled_init(model: ResUnet, key: jax.ShapeDtypeStruct, dummy: jax.ShapeDtypeStruct) -> Callable[..., Variables]:
     """Without optimisation: dozens of random draws take XLA far longer to optimise than to run."""
     options: Any = {"xla_backend_optimization_level": 0}
-    shapes = jax.random.key(0), jax.ShapeDtypeStruct((1, image_size, image_size, model.in_channels), jnp.float32)
-    compiled: Callable[..., Variables] = (
-        jax.jit(partial(model.init, train=False)).lower(*shapes).compile(compiler_options=options)
-    )
+    lowered = jax.jit(partial(model.init, train=False)).lower(key, dummy)
+    compiled: Callable[..., Variables] = lowered.compile(compiler_options=options)
     return compiled

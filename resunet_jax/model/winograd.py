@@ -88,7 +88,7 @@ def conv_general_dilated(
 
     Args:
       lhs: the input, float32, or bfloat16, which is computed in float32 and rounded; what is of another type, is not
-        (N, H, W, C) with an (H, W, in, out) kernel, or is dilated or grouped goes to XLA.
+        (N, H, W, C) with an (H, W, in, out) kernel, is dilated or grouped, or has an empty result goes to XLA.
       rhs: the kernel.
       window_strides: for this and the rest see `jax.lax.conv_general_dilated`.
       padding: see there.
@@ -98,14 +98,27 @@ def conv_general_dilated(
     Returns:
       the convolution. Differentiable in reverse mode, to any order; `jax.jvp` raises TypeError.
     """
-    if not _is_fast(lhs, rhs, **options):
-        return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
+    by_xla = partial(lax.conv_general_dilated, lhs, rhs, window_strides, padding, **options)
+    if not _is_fast(lhs, rhs, **options) or 0 in jax.eval_shape(by_xla).shape:
+        return by_xla()
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
     (top, bottom), (left, right) = padding
     row_stride, column_stride = window_strides
     layout = _Layout((row_stride, column_stride), ((top, bottom), (left, right)), options.get("precision"))
-    return _conv(lhs.astype(jnp.float32), rhs.astype(jnp.float32), layout).astype(lhs.dtype)
+    x, kernel = _varying_alike(lhs.astype(jnp.float32), rhs.astype(jnp.float32))
+    return _conv(x, kernel, layout).astype(lhs.dtype)
+
+
+def _varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Under `jax.shard_map`, arrays that vary over the same axes of the mesh, as scans and derivatives of our own need.
+
+    JAX's own operations see to it themselves, which is what `where` is for; its derivative is the sum over these axes.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return arrays
+    first = [lax.stop_gradient(array).ravel()[0] for array in arrays]
+    return tuple(jnp.where(False, reduce(operator.add, first), array) for array in arrays)
 
 
 def _is_fast(
@@ -143,14 +156,7 @@ def _conv(x: jax.Array, kernel: jax.Array, layout: _Layout) -> jax.Array:
     """(N, H, W, C) by (h, w, C, D) to (N, H', W', D)."""
     if _suits_winograd(kernel.shape, layout.strides, _WINOGRAD_CHANNELS):
         return _winograd(x, kernel, layout.padding, layout.precision)
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        layout.strides,
-        layout.padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=layout.precision,
-    )
+    return _by_xla(x, kernel, *layout)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -291,7 +297,7 @@ def _winograd_kernel_gradient(x: jax.Array, g: jax.Array, padding: Padding, prec
 
         return lax.scan(add_rows, total, jnp.arange(0, height, rows))
 
-    start = jnp.zeros((len(_IN), max(c, d), 3 * min(c, d)), g.dtype)
+    start = _varying_alike(jnp.zeros((len(_IN), max(c, d), 3 * min(c, d)), g.dtype), x, g)[0]
     total, _ = lax.scan(lambda total, start: (add_images(total, start)[0], None), start, jnp.arange(0, n, images))
     total = total.reshape(len(_IN), max(c, d), 3, min(c, d))
     return jnp.einsum("uj,udic->ijcd" if c <= d else "uj,ucid->ijcd", _WEIGHT, total)
@@ -300,9 +306,7 @@ def _winograd_kernel_gradient(x: jax.Array, g: jax.Array, padding: Padding, prec
 def _padded_images(x: jax.Array, start: jax.Array, images: int, padding: Padding, missing: int) -> jax.Array:
     """`images` images from `start`, padded, with `missing` more columns to make the tiles whole."""
     (top, bottom), (left, right) = padding
-    block = lax.dynamic_slice_in_dim(x, start, images)
-    around = ((0, 0, 0), (top, bottom, 0), (left, right + missing, 0), (0, 0, 0))
-    return lax.pad(block, jnp.zeros((), x.dtype), around)  # which, unlike jnp.pad, takes negative numbers
+    return _padded(lax.dynamic_slice_in_dim(x, start, images), ((top, bottom), (left, right + missing)))
 
 
 def _transform_input(window: jax.Array, tiles: int) -> jax.Array:
@@ -329,6 +333,21 @@ def _batched_product(a: jax.Array, b: jax.Array, precision: Any) -> jax.Array:
 # Every other kernel and stride.
 
 
+def _by_xla(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Sequence[tuple[int, int]], precision: Any
+) -> jax.Array:
+    if any(side < 0 for pad in padding for side in pad):  # with which XLA's CPU backend gives wrong values
+        x, padding = _padded(x, padding), ((0, 0), (0, 0))
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers, precision=precision)
+
+
+def _padded(x: jax.Array, padding: Sequence[tuple[int, int]]) -> jax.Array:
+    """(N, H, W, C) with zeros around it; unlike jnp.pad, lax.pad takes negative numbers."""
+    (top, bottom), (left, right) = padding
+    return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (top, bottom, 0), (left, right, 0), (0, 0, 0)))
+
+
 @partial(jax.jit, static_argnames=("layout", "size"))
 def _input_gradient_by_phase(g: jax.Array, kernel: jax.Array, layout: _Layout, size: tuple[int, int]) -> jax.Array:
     """The gradient to the input of a strided convolution: for each place in the stride a convolution of stride 1."""
@@ -350,9 +369,7 @@ def _input_gradient_by_phase(g: jax.Array, kernel: jax.Array, layout: _Layout, s
         taps = kernel[starts[0] :: sh, starts[1] :: sw][::-1, ::-1].transpose(0, 1, 3, 2)
         if not taps.size:
             return jnp.zeros((n, h, w, c), g.dtype)
-        return lax.conv_general_dilated(
-            g, taps, (1, 1), around, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision
-        )
+        return _by_xla(g, taps, (1, 1), around, precision)
 
     y = jnp.stack([jnp.stack([of_place(i, j) for j in range(sw)], axis=3) for i in range(sh)], axis=2)
     return y.reshape(n, h * sh, w * sw, c)[:, : size[0], : size[1]]
@@ -363,7 +380,7 @@ def _direct_kernel_gradient(x: jax.Array, g: jax.Array, layout: _Layout, size: t
     """Σ over n, r, s of x[n, r · stride + i, s · stride + j, :, None] · g[n, r, s, None, :], as (i, j, C, D)."""
     (kh, kw), (sh, sw) = size, layout.strides
     n, h, w, d = g.shape
-    x = jnp.pad(x, ((0, 0), *layout.padding, (0, 0)))
+    x = _padded(x, layout.padding)
     width, c = x.shape[2:]
     images = _divisor(n, _POSITIONS // (h * w))
     rows = h if images > 1 else _divisor(h, _POSITIONS // w)
@@ -381,7 +398,7 @@ def _direct_kernel_gradient(x: jax.Array, g: jax.Array, layout: _Layout, size: t
         patches = jnp.concatenate(shifted, axis=-1).reshape(-1, kh * kw * c)
         return total + jnp.matmul(outputs.T, patches, precision=layout.precision), None
 
-    start = jnp.zeros((d, kh * kw * c), g.dtype)
+    start = _varying_alike(jnp.zeros((d, kh * kw * c), g.dtype), x, g)[0]
     total, _ = lax.scan(add_block, start, jnp.arange(n // images * blocks))
     return total.reshape(d, kh, kw, c).transpose(1, 2, 3, 0)
 

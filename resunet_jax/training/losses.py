@@ -37,7 +37,7 @@ def bce(logits: jax.Array, mask: jax.Array) -> jax.Array:
       mask: same shape, in [0, 1].
 
     Returns:
-      (N,), each ≥ 0; finite for any finite logits, empty masks included.
+      (N,), each ≥ 0; finite for logits up to 1e30, empty masks included.
 
     Example:
       >>> import jax.numpy as jnp

@@ -236,9 +236,11 @@ def make_train_step(
         params = state.variables["params"]
         (value, (logits, batch_stats)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
         finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((value, gradient))]))
+        if config.train.skip_nonfinite:  # the optimizer leaves out what has such a gradient, and knows no loss
+            gradient = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.nan), gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, params)
         counts = jax.tree.map(jnp.sum, _pixel_counts(logits, target))
-        if config.train.skip_nonfinite:  # the optimizer has left the parameters as they were
+        if config.train.skip_nonfinite:
             batch_stats, counts = jax.tree.map(
                 partial(jnp.where, finite),
                 (batch_stats, counts),

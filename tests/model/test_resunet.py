@@ -118,10 +118,18 @@ def test_initialisation_is_uniform_within_pytorchs_bound() -> None:
 
 def test_initialisation_under_vmap_is_that_of_each_key() -> None:
     model, keys = ResUnet(1, (2, 2, 2, 2)), jax.random.split(jax.random.key(0), 2)
-    stacked = jax.vmap(lambda key: init_variables(model, key))(keys)
+    stacked = jax.jit(jax.vmap(lambda key: init_variables(model, key)))(keys)
     for member, key in enumerate(keys):
         alone = init_variables(model, key)
         jax.tree.map(lambda a, b, i=member: np.testing.assert_allclose(a[i], b, rtol=1e-6), stacked, alone)
+
+
+@pytest.mark.parametrize("key", [jax.random.PRNGKey(3), jax.random.key(3, impl="rbg")])
+def test_any_kind_of_key_initialises_and_under_a_jit_of_other_arguments_too(key: jax.Array) -> None:
+    model = ResUnet(1, (2, 2, 2, 2))
+    x = jnp.ones((1, 16, 16, 1))
+    inside = jax.jit(lambda x: model.apply(init_variables(model, key), x, train=False))(x)
+    np.testing.assert_allclose(inside, apply_eval(model, init_variables(model, key), x), rtol=1e-4, atol=1e-6)
 
 
 def test_same_key_same_parameters_other_key_others() -> None:

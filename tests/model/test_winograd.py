@@ -44,6 +44,9 @@ LAYERS = {
     "no padding": ((2, 9, 9, 6), (3, 3, 6, 2), (1, 1), "VALID"),
     "same": ((2, 9, 10, 6), (3, 3, 6, 2), (2, 2), "SAME"),
     "more padding than kernel": ((1, 6, 6, 5), (3, 3, 5, 2), (1, 1), ((3, 3), (3, 4))),
+    "winograd, less padding than none": ((1, 9, 10, 64), (3, 3, 64, 64), (1, 1), ((-1, 0), (0, -2))),
+    "less padding than none": ((2, 9, 10, 5), (3, 3, 5, 2), (1, 1), ((-1, -1), (0, -1))),
+    "stride 2, one-sided": ((2, 9, 10, 5), (3, 3, 5, 7), (2, 2), ((4, 0), (0, 4))),
     "prime sides": ((1, 1031, 3, 2), (3, 3, 2, 3), (1, 1), ((1, 1), (1, 1))),
 }
 
@@ -192,12 +195,28 @@ def test_forward_mode_is_refused() -> None:
         jax.jvp(lambda x: apply(conv_general_dilated, "one by one", x, kernel), (x,), (x,))
 
 
+@pytest.mark.parametrize("layer", ["winograd, narrowing", "narrowing", "stride 2"])
+def test_gradients_under_shard_map_are_summed_over_its_devices(layer: str) -> None:
+    x, kernel = arrays(layer)
+    gradient = jax.grad(scalar(conv_general_dilated, layer), (0, 1))
+    mesh, spec = jax.sharding.Mesh(jax.devices()[:1], ("data",)), jax.sharding.PartitionSpec
+    specs = {"in_specs": (spec("data"), spec()), "out_specs": (spec("data"), spec())}
+    assert_close(jax.jit(jax.shard_map(gradient, mesh=mesh, **specs))(x, kernel), jax.jit(gradient)(x, kernel))
+
+
+@pytest.mark.parametrize(("shape", "expected"), [((1, 2, 3, 32), (1, 0, 1, 32)), ((0, 8, 8, 32), (0, 6, 6, 32))])
+def test_what_is_empty_stays_empty(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    y = conv_general_dilated(jnp.ones(shape), jnp.ones((3, 3, 32, 32)), (1, 1), "VALID", dimension_numbers=NHWC)
+    assert y.shape == expected
+
+
 def test_is_a_drop_in_for_flax() -> None:
     x = jax.random.normal(jax.random.key(1), (2, 10, 10, 3))
     ours = nn.Conv(4, (3, 3), strides=2, padding=1, conv_general_dilated=conv_general_dilated)
     plain = nn.Conv(4, (3, 3), strides=2, padding=1)
     variables = plain.init(jax.random.key(0), x)
     gradients = [
-        jax.grad(lambda v, model=model: jnp.sum(jnp.square(model.apply(v, x))))(variables) for model in (ours, plain)
+        jax.jit(jax.grad(lambda v, model=model: jnp.sum(jnp.square(model.apply(v, x)))))(variables)
+        for model in (ours, plain)
     ]
     assert_close(*gradients)

@@ -230,6 +230,16 @@ def test_remat_computes_each_residual_block_again() -> None:
     assert (barriers(remat=False), barriers(remat=True)) == (0, 6)
 
 
+def test_a_step_of_infinite_loss_is_left_out_though_its_gradient_is_finite(batch) -> None:
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(PLAIN, loss="bce:1,bad:1", skip_nonfinite=True))
+    bad = mean_over_examples(lambda logits, mask: jnp.full(len(logits), jnp.inf))
+    optimizer = make_optimizer(config, 10)
+    step, state = make_train_step(config, optimizer, losses=LOSSES | {"bad": bad}), create_state(config, optimizer)
+    after, metrics = jax.jit(step)(state, batch, KEY, None)
+    assert not metrics["finite"]
+    jax.tree.map(np.testing.assert_array_equal, after.variables, state.variables)
+
+
 def test_bfloat16_keeps_the_state_in_float32(batch) -> None:
     config = dataclasses.replace(CONFIG, model=ModelConfig(filters=(2, 4, 4, 8), dtype="bfloat16"))
     optimizer = make_optimizer(config, 10)
@@ -305,11 +315,12 @@ def test_training_and_evaluation_have_the_loss_of_the_config(batch) -> None:
     optimizer = make_optimizer(config, 10)
     state = create_state(config, optimizer)
     _, metrics = jax.jit(make_train_step(config, optimizer))(state, batch, KEY, None)
-    logits, _ = build_model(config).apply(state.variables, batch["image"], train=True, mutable=["batch_stats"])
+    apply = jax.jit(build_model(config).apply, static_argnames=("train", "mutable"))
+    logits, _ = apply(state.variables, batch["image"], train=True, mutable="batch_stats")
     loss, target = make_loss(terms), batch["mask"].astype(jnp.float32)
     np.testing.assert_allclose(metrics["loss"], loss.value(loss.sums(logits, target, jnp.ones(4))), rtol=1e-5)
     sums = jax.jit(make_eval_step(config))(state.variables, batch, None)
-    logits = build_model(config).apply(state.variables, batch["image"], train=False)
+    logits = apply(state.variables, batch["image"], train=False)
     np.testing.assert_allclose(loss.value(sums["loss"]), loss.value(loss.sums(logits, target, jnp.ones(4))), rtol=1e-5)
 
 
@@ -383,8 +394,9 @@ def test_a_trained_model_starts_one_with_further_channels() -> None:
     started = transfer(source, fresh)
     image = jax.random.uniform(jax.random.key(2), (2, 16, 16, 1))
     further = jnp.zeros((2, 16, 16, 3))
-    found = infection.apply(started, jnp.concatenate([image, further], axis=-1), train=False)
-    np.testing.assert_allclose(found, lung.apply(source, image, train=False), rtol=1e-5, atol=1e-6)
+    apply = jax.jit(lambda model, variables, x: model.apply(variables, x, train=False), static_argnums=0)
+    found = apply(infection, started, jnp.concatenate([image, further], axis=-1))
+    np.testing.assert_allclose(found, apply(lung, source, image), rtol=1e-5, atol=1e-6)
     for layer in ("input_conv1", "input_skip"):
         kernel = started["params"][layer]["kernel"]
         np.testing.assert_array_equal(kernel[:, :, 1:], fresh["params"][layer]["kernel"][:, :, 1:])
