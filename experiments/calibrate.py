@@ -23,7 +23,7 @@ settings.define_data_flags()
 settings.define_path("output_dir", "Gets uncertainty.json, summary.json and table.md.", required=True)
 settings.define_model_flags()
 settings.define_path("split_file", "Its test cases calibrate; with --study_dir they try CV+ intervals.")
-settings.define_path("study_dir", "Finished study whose fold models are evaluated instead.")
+settings.define_path("study_dir", "Study whose fold models are evaluated instead.")
 settings.define_path("pair_dir", "New folder: gets the shipped pair with its record, as the package has it.")
 flags.DEFINE_string("variant", None, "Variant of the study to use, where it has several.")
 flags.DEFINE_integer("seed", None, "Seed of the study to use, where it has several.")
@@ -53,6 +53,12 @@ def main() -> None:
         raise InputError("--variant and --seed choose models of a study; give --study_dir too, or leave them out")
     if checkpoint is not None:
         check_output_dir(checkpoint)
+    models = (settings.optional_path("lung_checkpoint"), checkpoint)
+    has_split = split_file is not None or any(model and (model / "split.json").is_file() for model in models)
+    if study_dir is None and not has_split:
+        raise InputError(
+            "which cases have the models not seen? Give --split_file, whose test cases these are, or --study_dir"
+        )
     tables = load_plugins()
     arguments = settings.model_arguments()
     target = load_predictor(**arguments, architectures=tables.architectures)

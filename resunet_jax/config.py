@@ -318,7 +318,7 @@ class Setting(NamedTuple):
         """Description, unit and bounds in a line."""
         bounds = {"above": self.above, "at least": self.low, "at most": self.high}
         unit = [f"in {self.unit}"] if self.unit else []
-        return "; ".join([self.description, *unit, *(f"{n} {b:g}" for n, b in bounds.items() if b is not None)])
+        return "; ".join([self.description, *unit, *(f"{n} {b:.12g}" for n, b in bounds.items() if b is not None)])
 
 
 def _settings() -> Iterator[tuple[str, Setting]]:
@@ -432,6 +432,8 @@ def override(config: Config, changes: Mapping[str, Any], source: str = "config")
         if section and path not in ALIASES and not isinstance(values.get(section), dict):
             raise InputError(f"{source}: there is no {path}; fields look like train.loss")
         name = ALIASES.get(path, path)
+        if isinstance(values.get(name), dict):
+            raise InputError(f"{source}: {path} is a section; name the field that changes, as in train.loss")
         if changes.get(name, value) != value:
             raise InputError(_contradiction(path, name, source))
         _set(values, name, value)
@@ -450,6 +452,9 @@ def from_dict(values: Any, source: str = "config") -> Config:
     """
     if not isinstance(values, dict):
         raise InputError(f"{source}: the config must be a JSON object, found {values!r}")
+    version = values.get("version", __version__)
+    if _order(version) > _order(__version__):
+        source = f"{source}, which resunet_jax {version} has written, a newer one than this"
     return _build(Config, _upgrade(values, source), "", source)
 
 
@@ -496,7 +501,7 @@ def _build(cls: type[_T], values: Any, where: str, source: str) -> _T:
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     if unknown:
-        raise InputError(f"{source}: unknown field {where}{unknown[0]}; was it written by a newer resunet_jax?")
+        raise InputError(f"{source}: there is no {where}{unknown[0]}; there are {', '.join(where + n for n in hints)}")
     fields: dict[str, Any] = {}
     for name, value in values.items():
         kind = hints[name]
@@ -509,8 +514,11 @@ def _build(cls: type[_T], values: Any, where: str, source: str) -> _T:
 
 def _convert(kind: Any, value: Any, where: str, source: str) -> Any:
     if typing.get_origin(kind) is tuple:
+        element, *_ = typing.get_args(kind)
+        if isinstance(value, str) and element is not str:
+            raise InputError(f"{source}: {where} is {value!r}; expected a list of {element.__name__}, as in [1, 2]")
         items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_convert(typing.get_args(kind)[0], item, where, source) for item in items)
+        return tuple(_convert(element, item, where, source) for item in items)
     expected = str if typing.get_origin(kind) is Literal else kind
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if expected is float and number:

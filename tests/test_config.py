@@ -305,10 +305,24 @@ def test_changed_fields_are_all_that_it_takes() -> None:
         assert override(Config(), non_defaults(config)) == config
 
 
+def test_a_list_that_is_none_is_named() -> None:
+    with pytest.raises(InputError, match=r"model\.filters is '4,8'; expected a list of int, as in \[1, 2\]"):
+        override(Config(), {"model.filters": "4,8"})
+
+
+def test_a_file_of_a_newer_version_is_named() -> None:
+    with pytest.raises(
+        InputError, match=r"config, which resunet_jax 99\.0\.0 has written, a newer one than this: there"
+    ):
+        from_dict({"version": "99.0.0", "train": {"later": 1}})
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("augment.max_zom", r"flags: unknown field augment\.max_zom"),
+        ("augment.max_zom", r"flags: there is no augment\.max_zom; there are augment\.vertical_flip_prob, "),
+        ("epochs", "flags: there is no epochs; there are task, "),
+        ("train", "flags: train is a section; name the field that changes, as in train.loss"),
         ("augmentation.max_zoom", r"flags: there is no augmentation\.max_zoom"),
         ("task.name", r"flags: there is no task\.name"),
         ("train.loss", r"flags: train\.loss is 0\.3; expected str"),

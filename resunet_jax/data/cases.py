@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -151,11 +152,22 @@ def _name(path: Path, readers: Mapping[str, Reader]) -> str:
 def _without_doubles(where: Path, cases: Iterable[Case], problems: list[InputError]) -> list[Case]:
     found: dict[str, Case] = {}
     for case in cases:
-        if case.id in found:
+        if not _is_text(case.id):
+            problems.append(InputError(f"{where}: the file name of case {case.id!r} is not UTF-8; rename its files"))
+        elif case.id in found:
             problems.append(InputError(f"{where}: case {case.id} is there twice; remove or rename one of its files"))
         else:
             found[case.id] = case
     return list(found.values())
+
+
+def _is_text(name: str) -> bool:
+    """Whether it can be written as UTF-8, as a file name of another encoding cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _from_csv(metadata: Path, problems: list[InputError], readers: Mapping[str, Reader]) -> list[Case]:
@@ -179,7 +191,14 @@ def _from_csv(metadata: Path, problems: list[InputError], readers: Mapping[str, 
             cases.append(_from_row(metadata, line, row, readers))
         except InputError as problem:
             problems.append(problem)
-    return cases
+    named = {case.id for case in cases if case.patient}
+    cases = [case if case.id in named else dataclasses.replace(case, patient=_patient(case, readers)) for case in cases]
+    # As in p1/ct.nii and p2/ct.nii: such a name does not say whose scan it is.
+    shared = Counter(case.patient for case in cases if case.id not in named and case.patient == _name(case.ct, readers))
+    return [
+        dataclasses.replace(case, patient=case.id) if case.id not in named and shared[case.patient] > 1 else case
+        for case in cases
+    ]
 
 
 def _from_row(metadata: Path, line: int, row: dict[str, str | None], readers: Mapping[str, Reader]) -> Case:
@@ -192,12 +211,12 @@ def _from_row(metadata: Path, line: int, row: dict[str, str | None], readers: Ma
         other, other_source, _ = (case_id, source, "") if path is None else identify(_name(path, readers))
         if "other" not in (source, other_source) and other != case_id:
             raise InputError(f"{metadata}, line {line}: {path} does not belong to {lung_mask}; fix the row")
-    patient = (row.get("patient") or "").strip() or _patient((ct, lung_mask, infection_mask), readers)
-    return Case(case_id, source, patient, ct, lung_mask, infection_mask)
+    return Case(case_id, source, (row.get("patient") or "").strip(), ct, lung_mask, infection_mask)
 
 
-def _patient(paths: Sequence[Path | None], readers: Mapping[str, Reader]) -> str:
+def _patient(case: Case, readers: Mapping[str, Reader]) -> str:
     """Told by the first of the scan's and masks' names that is a known one; otherwise by the scan's."""
+    paths = (case.ct, case.lung_mask, case.infection_mask)
     identified = [identify(_name(path, readers)) for path in paths if path is not None]
     return next((patient for _, source, patient in identified if source != "other"), identified[0][2])
 
@@ -233,8 +252,8 @@ def _from_folders(
     for case_id, ct in sorted(_by_id(ct_dir, problems, readers).items()):
         if case_id in lung_masks:
             lung_mask, infection_mask = lung_masks[case_id], infection_masks.get(case_id)
-            patient = _patient((ct, lung_mask, infection_mask), readers)
-            cases.append(Case(case_id, identify(case_id)[1], patient, ct, lung_mask, infection_mask))
+            case = Case(case_id, identify(case_id)[1], "", ct, lung_mask, infection_mask)
+            cases.append(dataclasses.replace(case, patient=_patient(case, readers)))
         else:
             problems.append(InputError(f"{ct}: no lung mask for it in {lung_dir}; its name should begin {case_id}.nii"))
     return cases

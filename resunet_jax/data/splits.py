@@ -1,4 +1,4 @@
-"""Training, validation and test cases: always by patient, never by slice."""
+"""Training, validation and test cases: whole scans, and whole patients but for the benchmark's folds."""
 
 import dataclasses
 import json
@@ -11,7 +11,8 @@ import numpy as np
 
 from resunet_jax.data.cases import KNOWN_CASES, Case
 from resunet_jax.errors import InputError
-from resunet_jax.files import write_json
+from resunet_jax.files import expand_user, write_json
+from resunet_jax.progress import logger
 
 SUBSETS = ("train", "val", "test")
 Protocol = Literal["original", "few_shot", "five_fold", "patient_five_fold", "ratio"]
@@ -99,7 +100,7 @@ def make_split(cases: Sequence[Case], request: SplitRequest = DEFAULT_SPLIT) -> 
     if request.split_file is not None:
         if protocol is not None or fold is not None or request.split_seed is not None:
             raise InputError("`split_file` decides alone; drop `protocol`, `fold` and `split_seed`")
-        return read_split(Path(request.split_file), cases)
+        return read_split(expand_user(request.split_file), cases)
     if protocol is None:
         is_complete = set(KNOWN_CASES) <= {case.id for case in cases}
         protocol = "original" if is_complete and request.split_seed is None else "ratio"
@@ -168,15 +169,19 @@ def _known_split(
 ) -> Split:
     there = [case.id for case in cases]
     missing = [case_id for case_id in KNOWN_CASES if case_id not in there]
+    name = protocol.partition("; ")[0]
     if missing and not allow_missing:
         raise InputError(
-            f"protocol {protocol} needs the full set; {', '.join(missing)} are missing: add them, or form it from what "
+            f"protocol {name} needs the full set; {', '.join(missing)} are missing: add them, or form it from what "
             "is there with `allow_missing`"
         )
     train, val, test = (tuple(case_id for case_id in there if case_id in subset) for subset in subsets)
-    for name, subset in (("training", train), ("test", test)):
+    for part, subset in (("training", train), ("test", test)):
         if not subset:
-            raise InputError(f"protocol {protocol}: no {name} case of it is in the data; there are {', '.join(there)}")
+            raise InputError(f"protocol {name}: no {part} case of it is in the data; there are {', '.join(there)}")
+    if others := [case_id for case_id in there if case_id not in KNOWN_CASES]:
+        left_out = "left out, protocol %s has none of them: %s; to use them, name the subsets in a split file"
+        logger.warning(left_out, name, ", ".join(others))
     note = f"; {len(missing)} of {len(KNOWN_CASES)} cases missing: {', '.join(missing)}" if missing else ""
     return Split(train, val, test, protocol + note)
 

@@ -295,7 +295,7 @@ def _check_air(case: Case, volume: Volume, add_finding: Any) -> float | None:
             "warning",
             "window",
             f"{case.ct}: if 0..255 is HU [-1250, 250], air lies at {air_hu:.0f} HU and not at -1000, so the scan was "
-            "exported with another window; train with `normalization=air` (recipe robust does), or export it again",
+            "exported with another window; train with the recipe robust (normalization air), or export it again",
         )
     return air_hu
 
@@ -428,7 +428,7 @@ def _too_few(cases: Sequence[Case]) -> list[Finding]:
                 "warning",
                 "",
                 "patients",
-                f"{patients} patients are too few for {NUM_FOLDS} folds; use `protocol=ratio`",
+                f"{patients} patients are too few for {NUM_FOLDS} folds; use the protocol ratio",
             )
         ]
     return []

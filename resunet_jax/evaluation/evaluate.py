@@ -10,7 +10,7 @@ from resunet_jax.data.slice_cache import MAX_CACHE_GB, prepare_cases
 from resunet_jax.data.splits import read_split
 from resunet_jax.errors import InputError
 from resunet_jax.evaluation.compare import Evaluation, evaluate_cases
-from resunet_jax.files import check_output_dir
+from resunet_jax.files import check_output_dir, expand_user
 from resunet_jax.inference.predictor import load_predictor
 from resunet_jax.metrics import METRICS, Metric
 from resunet_jax.metrics.overlap import TOLERANCE_MM
@@ -66,7 +66,7 @@ def evaluate(
     Raises:
       InputError: models, data or split are not fit for it.
     """
-    check_output_dir(Path(output_dir))
+    check_output_dir(expand_user(output_dir))
     for structure, value in tolerance_mm.items():
         if not value > 0:
             raise InputError(f"`{structure}_tolerance_mm={value:g}`: it must be more than 0 mm")
@@ -82,13 +82,13 @@ def evaluate(
     )
     if uncertainty and predictor.infection is None:
         raise InputError("`uncertainty` is of the infection; give `infection_checkpoint` too, or leave it out")
-    own = [Path(path, "split.json") for path in (infection_checkpoint, lung_checkpoint) if path is not None]
-    split_files = [Path(split_file)] if split_file else [file for file in own if file.is_file()]
-    cases, protocol = _subset(find_cases(Path(data_dir), readers), subset, split_files)
+    own = [expand_user(path) / "split.json" for path in (infection_checkpoint, lung_checkpoint) if path is not None]
+    split_files = [expand_user(split_file)] if split_file else [file for file in own if file.is_file()]
+    cases, protocol = _subset(find_cases(expand_user(data_dir), readers), subset, split_files)
     if predictor.infection is not None:
         require_infection_masks(cases)
     prepared = prepare_cases(
-        cases, predictor.preprocess, Path(cache_dir), readers, assumed=assumed, max_cache_gb=max_cache_gb
+        cases, predictor.preprocess, expand_user(cache_dir), readers, assumed=assumed, max_cache_gb=max_cache_gb
     )
     return evaluate_cases(
         predictor,

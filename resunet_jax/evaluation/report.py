@@ -47,12 +47,12 @@ def write_report(evaluation: Evaluation, output_dir: Path) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows of the same keys; NaN is an empty field."""
+    """Writes rows, with a column for every key that one of them has; NaN is an empty field."""
     with (
         atomic_file(path) as partial,
         partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows({name: "" if _is_nan(value) else value for name, value in row.items()} for row in rows)
 

@@ -16,7 +16,7 @@ from resunet_jax.config import to_dict
 from resunet_jax.data.readers import READERS, Reader, Source, digest, open_scan
 from resunet_jax.data.volume import Grid, Scan
 from resunet_jax.errors import InputError, first_line
-from resunet_jax.files import make_output_dir, write_json
+from resunet_jax.files import expand_user, make_output_dir, write_json
 from resunet_jax.inference.predictor import Predictor
 from resunet_jax.inference.scan import SegmentedScan, mask_paths, prefetch, segment_opened
 from resunet_jax.progress import logger
@@ -113,7 +113,7 @@ def segment_scans(
     Raises:
       InputError: the manifest of an earlier run cannot be replaced. What concerns one scan is in its `ScanResult`.
     """
-    outputs, output_dir = outputs or {}, Path(output_dir)
+    outputs, output_dir = outputs or {}, expand_user(output_dir)
     settings = _settings(predictor, save_probabilities, uncertainty, assumed, outputs)
     manifest = _Manifest(output_dir / MANIFEST, settings)
     batch = _Batch(output_dir, predictor, save_probabilities, uncertainty, readers, assumed, outputs, manifest)

@@ -21,7 +21,7 @@ from resunet_jax.data.readers.nifti import nifti_writer
 from resunet_jax.data.roi import body_columns
 from resunet_jax.data.volume import FloatArray, Scan
 from resunet_jax.errors import InputError
-from resunet_jax.files import make_output_dir
+from resunet_jax.files import expand_user, make_output_dir
 from resunet_jax.inference.predictor import NativeSlices, Predictor
 from resunet_jax.inference.uncertainty import CHUNK_SLICES, MEMBERS, ScanUncertainty, compare_members, uncertainty_map
 from resunet_jax.progress import progress
@@ -68,11 +68,11 @@ def segment_scan(
     Raises:
       InputError: the scan is bad, or the folder cannot be written.
     """
-    source, *others = find_sources(Path(scan), readers)
+    source, *others = find_sources(scan, readers)
     if others:
         raise InputError(f"{scan}: {1 + len(others)} scans in it, where one is expected; use `segment_scans`")
     with open_scan(source, readers, assumed=assumed, physical=predictor.preprocess.is_physical) as opened:
-        paths = mask_paths(source, Path(output_dir), predictor, save_probabilities, uncertainty)
+        paths = mask_paths(source, expand_user(output_dir), predictor, save_probabilities, uncertainty)
         segment_opened(opened, predictor, source.path.name, paths, uncertainty=uncertainty)
         return paths
 

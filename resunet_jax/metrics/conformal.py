@@ -151,11 +151,11 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def worst_third_found(score: Sequence[float], quality: Sequence[float]) -> float:
-    """What share of the third of lowest quality is in the third of lowest score; by chance a third.
+    """What share of the third of lowest quality is in the third of lowest score.
 
     Failure detection as Zenk et al., "Comparative benchmarking of failure detection methods in medical image
     segmentation", Medical Image Analysis 101, 2025, evaluate it: does a score, known without a reference, name the
-    scans whose masks are bad?
+    scans whose masks are bad? A third of n scans are ⌈n / 3⌉ of them, and by chance ⌈n / 3⌉ / n of these are found.
 
     Args:
       score: of each scan, low where the masks are doubtful.

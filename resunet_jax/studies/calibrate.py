@@ -151,7 +151,7 @@ class Fold(NamedTuple):
 
 
 def study_folds(study_dir: Path, variant: str | None = None, seed: int | None = None) -> list[Fold]:
-    """The pairs of a finished study, by its runs.jsonl.
+    """The pairs of a study, by its runs.jsonl.
 
     Args:
       study_dir: of `cross_validate` or `ablate`.
@@ -159,11 +159,14 @@ def study_folds(study_dir: Path, variant: str | None = None, seed: int | None = 
       seed: of several, which.
 
     Raises:
-      InputError: it is no study, has no such pair, has several variants or seeds, or tested a case twice.
+      InputError: it is no study, a cross-validation that is not finished, has no such pair, has several variants or
+        seeds, or tested a case twice.
     """
-    file = study_dir / "runs.jsonl"
+    file, plan = study_dir / "runs.jsonl", study_dir / "cross_validation.json"
     try:
         runs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        planned = json.loads(plan.read_text(encoding="utf-8"))["keys"] if plan.is_file() else []
+        left = set(planned) - {run.get("key") for run in runs}
         runs = [run for run in runs if "infection" in run["folders"]]
         runs = [run for run in runs if variant in (None, run["variant"]) and seed in (None, run["seed"])]
         found = [
@@ -174,7 +177,12 @@ def study_folds(study_dir: Path, variant: str | None = None, seed: int | None = 
         ]
         kinds = sorted({(run["variant"], run["seed"]) for run in runs})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: no finished study ({first_line(error)}); run cross_validate or ablate") from error
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{file}: no study ({reason}); run cross_validate or ablate") from error
+    if left:
+        raise InputError(
+            f"{study_dir}: {len(left)} of {len(planned)} folds are not tested; finish it by cross_validate"
+        )
     if not found:
         raise InputError(f"{file}: no pair of models of `variant={variant}` and `seed={seed}` in it")
     if len(kinds) > 1:

@@ -1,11 +1,11 @@
 """Ablations and cross-validations: runs (variant × split × seed) that several processes may share, and their tables."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from filelock import FileLock
 
 from resunet_jax.config import Config, Structure, non_defaults, override, to_dict
 from resunet_jax.data.cases import Case, find_cases, require_infection_masks
@@ -21,7 +22,15 @@ from resunet_jax.data.splits import NUM_FOLDS, Protocol, Split, SplitRequest, ma
 from resunet_jax.errors import InputError, LockedError, StoppedError
 from resunet_jax.evaluation.evaluate import evaluate
 from resunet_jax.evaluation.report import write_csv, write_report
-from resunet_jax.files import atomic_dir, check_output_dir, dir_lock, make_output_dir, write_json, write_text
+from resunet_jax.files import (
+    atomic_dir,
+    check_output_dir,
+    dir_lock,
+    make_output_dir,
+    remove_dir,
+    write_json,
+    write_text,
+)
 from resunet_jax.metrics import Metric, with_legacy_keys
 from resunet_jax.plots import save_boxes, save_cases, save_comparison, save_differences, save_volumes
 from resunet_jax.plugins import Tables
@@ -35,6 +44,7 @@ from resunet_jax.training.tensorboard import tensorboard_writer
 from resunet_jax.training.train import check_data_unchanged, check_settings, train, versions, write_data_record
 from resunet_jax.weights.store import require_backend
 
+_RUNNING = ".running"  # locks of what a process is at
 _MOST_COMPARED = 4  # variants in a picture
 _SAME_RESULTS_SINCE = [0, 18]  # raise it when the same configs and cases would give other results
 _SECONDS_BETWEEN_LOOKS = 5.0  # at what other processes have done
@@ -136,8 +146,8 @@ def begin_study(
       splits: each is tested on its test cases; without validation cases the model of the last epoch is.
 
     Raises:
-      InputError: data, configs or splits are not fit for it, or the workdir was begun by an older version, or before a
-        scan or mask of it was changed.
+      InputError: data, configs or splits are not fit for it, or the workdir was begun by an older version, by another
+        script, or before a scan or mask of it was changed.
     """
     require_backend()
     if len({variant.name for variant in variants}) < len(variants):
@@ -161,6 +171,9 @@ def begin_study(
                 trainings = {**configs, "lung": dataclasses.replace(configs["lung"], postprocess=postprocess)}
                 plan.append(Run(variant, seed, request, split, configs, trainings))
     _check_version(study.workdir / "versions.json")
+    for layout in (ABLATION, CROSS_VALIDATION):
+        if layout is not study.layout and any(study.workdir.glob(f"{layout.reports}/run.json")):
+            raise InputError(f"{study.workdir}: holds a study by another script; choose a new `workdir`")
     _check_data(study, cases, requests)
     return plan
 
@@ -184,8 +197,15 @@ def _check_data(study: Study, cases: Sequence[Case], splits: Iterable[Split]) ->
     """Refuses data of which a report may show another state; notes what a new study, or what is new in it, uses."""
     used = {case_id for split in splits for case_id in (*split.train, *split.val, *split.test)}
     digests = content_digests([case for case in cases if case.id in used], study.tables.readers, assumed=study.assumed)
-    check_data_unchanged(study.workdir, digests)
-    write_data_record(study.workdir, digests)
+    with _begin_alone(study.workdir):
+        check_data_unchanged(study.workdir, digests)
+        write_data_record(study.workdir, digests)
+
+
+def _begin_alone(workdir: Path) -> contextlib.AbstractContextManager[Any]:
+    """For what one process of several that begin a study together may check and write at a time."""
+    make_output_dir(workdir / _RUNNING)
+    return FileLock(workdir / _RUNNING / "begin.lock")
 
 
 def _check_version(file: Path) -> None:
@@ -231,7 +251,7 @@ def run_study(study: Study, plan: Sequence[Run]) -> dict[str, table.Record]:
             if study.should_stop(0):
                 raise StoppedError(f"{study.workdir}: stopped; the same command resumes")
             try:
-                with dir_lock(study.workdir / ".running" / key):
+                with dir_lock(study.workdir / _RUNNING / key):
                     if _is_done(study.report(run), study.tables.metrics):
                         log_once("%s: done", titles[key])
                     else:
@@ -263,9 +283,14 @@ def _read_record(report: Path) -> dict[str, Any]:
 
 
 def _write_runs(study: Study) -> None:
-    files = sorted(study.workdir.glob(f"{study.layout.reports}/run.json"), key=lambda file: file.stat().st_mtime_ns)
-    lines = [json.dumps(_read_record(file.parent)) + "\n" for file in files]
-    write_text(study.workdir / "runs.jsonl", "".join(lines))
+    found = []
+    for file in study.workdir.glob(f"{study.layout.reports}/run.json"):
+        try:
+            found.append((file.stat().st_mtime_ns, json.dumps(_read_record(file.parent)) + "\n"))
+        except (FileNotFoundError, InputError):
+            if file.is_file():  # otherwise another process is putting a new one in its place, and lists it then
+                raise
+    write_text(study.workdir / "runs.jsonl", "".join(line for _, line in sorted(found)))
 
 
 def _is_done(report: Path, metrics: Mapping[str, Metric]) -> bool:
@@ -290,7 +315,6 @@ def _run(study: Study, run: Run) -> None:
         max_cache_gb=study.max_cache_gb,
         **study.tables.for_evaluation,
     )
-    shutil.rmtree(report, ignore_errors=True)  # one that is not complete
     with atomic_dir(report) as partial:
         write_report(evaluation, partial)
         record = {
@@ -306,12 +330,13 @@ def _run(study: Study, run: Run) -> None:
             "slices": table.save_slices(partial / "slices.npz", evaluation.overlays),
         }
         write_json(partial / "run.json", record)
+        remove_dir(report)  # one that lacks a metric, or has no record
 
 
 def _train(study: Study, run: Run, task: Structure) -> dict[str, float]:
     """Trains a model that is not trained yet; what that cost."""
     file, names = study.model(run, task) / "cost.json", ("steps", "seconds_per_step", "parameters", "step_gb")
-    with dir_lock(study.workdir / ".running" / f"{task}-{run.training_key(task)}"):
+    with dir_lock(study.workdir / _RUNNING / f"{task}-{run.training_key(task)}"):
         if not file.is_file():
             with tensorboard_writer(file.parent, wanted=study.tensorboard) as on_epoch:
                 history = train(
@@ -429,8 +454,9 @@ def cross_validate(
 def _check_plan(file: Path, plan: Sequence[Run]) -> None:
     """Writes what a cross-validation runs, or refuses the workdir of another one."""
     keys = [run.key for run in plan]
-    if not file.is_file():
-        configs = {task: to_dict(config) for task, config in plan[0].configs.items()}
-        write_json(file, {**configs, "splits": [dataclasses.asdict(run.split) for run in plan], "keys": keys})
+    configs = {task: to_dict(config) for task, config in plan[0].configs.items()}
+    with _begin_alone(file.parent):
+        if not file.is_file():
+            write_json(file, {**configs, "splits": [dataclasses.asdict(run.split) for run in plan], "keys": keys})
     if _read(file, "choose a new `workdir`", "keys")["keys"] != keys:
         raise InputError(f"{file}: is of other settings or cases; choose a new `workdir`")

@@ -22,7 +22,7 @@ from resunet_jax.data.slice_cache import MAX_CACHE_GB, PreparedCase, prepare_cas
 from resunet_jax.data.splits import DEFAULT_SPLIT, Split, SplitRequest, make_split, read_split, write_split
 from resunet_jax.data.volume import Array, Grid
 from resunet_jax.errors import InputError
-from resunet_jax.files import check_output_dir, dir_lock, make_output_dir, write_json
+from resunet_jax.files import check_output_dir, dir_lock, expand_user, make_output_dir, write_json
 from resunet_jax.inference.predictor import Predictor, choose_threshold
 from resunet_jax.model.build import ARCHITECTURES, TASKS, Architecture, Task, build_model
 from resunet_jax.progress import logger
@@ -93,8 +93,8 @@ def train(
       InputError: data, split, checkpoint or workdir are not fit for it, and nothing was trained; or see `fit`.
       StoppedError: see `fit`.
     """
-    data_dir, workdir, cache_dir = Path(data_dir), Path(workdir), Path(cache_dir)
-    lung_checkpoint = None if lung_checkpoint is None else Path(lung_checkpoint)
+    data_dir, workdir, cache_dir = (expand_user(path) for path in (data_dir, workdir, cache_dir))
+    lung_checkpoint = None if lung_checkpoint is None else expand_user(lung_checkpoint)
     task = TASKS[config.task]
     check_settings(config, losses, augmentations, architectures)
     check_output_dir(workdir)

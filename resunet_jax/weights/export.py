@@ -35,7 +35,7 @@ from resunet_jax import __version__
 from resunet_jax.config import INFECTION_POSTPROCESS
 from resunet_jax.data.volume import HU_WINDOW
 from resunet_jax.errors import InputError
-from resunet_jax.files import atomic_file, make_output_dir, write_json
+from resunet_jax.files import atomic_file, expand_user, make_output_dir, write_json
 from resunet_jax.model.build import TASKS, averaging_of
 from resunet_jax.model.cascade import cascade
 from resunet_jax.weights.store import LoadedModel, fingerprint
@@ -324,7 +324,8 @@ def describe_cascade(
 
 def check_new_files(path: str | Path) -> None:
     """Raises `InputError` where `path` or `<path>.json` exists."""
-    for file in (Path(path), _metadata_path(Path(path))):
+    path = expand_user(path)
+    for file in (path, _metadata_path(path)):
         if file.exists():
             raise InputError(f"{file}: exists already; choose a new file")
 
@@ -338,7 +339,7 @@ def write_files(path: str | Path, content: bytes, description: Mapping[str, Any]
     Raises:
       InputError: a file exists or cannot be written.
     """
-    path = Path(path).absolute()
+    path = expand_user(path).absolute()
     check_new_files(path)
     make_output_dir(path.parent)
     metadata = {"file": path.name, "sha256": hashlib.sha256(content).hexdigest(), **description}

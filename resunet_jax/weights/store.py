@@ -260,7 +260,7 @@ def save_model(path: str | Path, variables: Variables, config: Config, files: Ma
     Raises:
       InputError: the folder exists or cannot be written.
     """
-    path = Path(path).absolute()
+    path = expand_user(path).absolute()
     if path.exists():
         raise InputError(f"{path}: exists already; choose a new folder")
     write_folder(path, {VARIABLES: variables}, {CONFIG_FILE: to_dict(config)}, files)

@@ -1,5 +1,7 @@
 import csv
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -202,6 +204,25 @@ def test_a_patient_is_known_by_the_scan_or_the_mask(kaggle: Path) -> None:
         (second, "lung_mask/coronacases_001.nii", ""),
     )
     assert [case.patient for case in find_cases(kaggle)] == ["coronacases_001", "scan_x", "coronacases_001"]
+
+
+def test_scans_of_one_name_in_several_folders_are_of_several_patients(kaggle: Path) -> None:
+    for patient in ("p1", "p2", "p3"):
+        touch(kaggle / patient, "ct.nii", f"{patient}_lung.nii")
+    rows = [(f"{patient}/ct.nii", f"{patient}/{patient}_lung.nii", "") for patient in ("p1", "p2", "p3")]
+    write_csv(kaggle, *rows)
+    assert [case.patient for case in find_cases(kaggle)] == ["p1_lung", "p2_lung", "p3_lung"]
+    columns = ("ct_scan", "lung_mask", "infection_mask", "patient")
+    write_csv(kaggle, (*rows[0], "anna"), (*rows[1], "anna"), (*rows[2], ""), columns=columns)
+    assert [case.patient for case in find_cases(kaggle)] == ["anna", "anna", "ct"]
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="such names cannot be made there")
+def test_a_name_that_is_no_text_is_refused(kaggle: Path) -> None:
+    for folder in ("ct_scans", "lung_mask"):
+        (kaggle / folder / "m\udcfcller.nii").touch()
+    with pytest.raises(InputError, match=r"the file name of case 'm\\udcfcller' is not UTF-8; rename its files"):
+        find_cases(kaggle)
 
 
 def test_spaces_do_not_make_another_patient_and_empty_lines_are_no_cases(kaggle: Path) -> None:

@@ -132,6 +132,23 @@ def test_header_units_are_converted(copy, scan: Path, unit: str, scale: float) -
     assert grid.spacing_mm == pytest.approx(read_grid(scan).spacing_mm, rel=1e-5)
 
 
+@pytest.mark.parametrize(("unit", "scale"), [("meter", 1e-3), ("mm", 1), ("micron", 1e3)])
+def test_sform_and_qform_are_compared_in_mm(copy, scan: Path, unit: str, scale: float) -> None:
+    affine = nib.load(scan).affine.copy()
+    for moved_mm, problems in ((0.1, 0), (40, 1)):
+
+        def change(image: nib.Nifti1Image, moved_mm: float = moved_mm) -> None:
+            image.header.set_xyzt_units(unit)
+            image.set_sform(np.diag([scale, scale, scale, 1]) @ affine, 1)
+            moved = affine.copy()
+            moved[0, 3] += moved_mm
+            image.set_qform(np.diag([scale, scale, scale, 1]) @ moved, 1)
+
+        found = [text for _, text in header_problems(read_grid(copy(change=change)))]
+        assert len(found) == problems
+    assert "sform and qform lie 40.0 mm apart" in found[0]
+
+
 @pytest.mark.parametrize("code", [2 + 128, 7, 255])
 def test_codes_of_no_known_unit_are_millimetres(copy, scan: Path, code: int) -> None:
     def change(image: nib.Nifti1Image) -> None:

@@ -34,6 +34,11 @@ def test_full_set_is_split_as_the_original_did() -> None:
     assert len(split.train) == 16
 
 
+def test_cases_that_a_protocol_has_not_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    assert make_split([*FULL, *make_cases("mine")]) == original_split(FULL)
+    assert "left out, protocol original has none of them: mine;" in caplog.text
+
+
 def test_original_needs_the_full_set() -> None:
     with pytest.raises(InputError, match="coronacases_001"):
         original_split(FULL[1:])

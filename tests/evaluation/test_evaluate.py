@@ -16,7 +16,7 @@ from resunet_jax.data.slice_cache import prepare_cases
 from resunet_jax.errors import InputError
 from resunet_jax.evaluation.compare import Evaluation, evaluate_cases, summarize
 from resunet_jax.evaluation.evaluate import evaluate
-from resunet_jax.evaluation.report import best_median_worst, print_table, write_report
+from resunet_jax.evaluation.report import best_median_worst, print_table, write_csv, write_report
 from resunet_jax.files import json_text
 from resunet_jax.inference.predictor import load_predictor
 from resunet_jax.inference.scan import segment_scan
@@ -239,6 +239,11 @@ def test_names_may_hold_what_figures_and_tables_take_for_markup(
     write_report(renamed, tmp_path)
     print_table(renamed)
     assert name in capsys.readouterr().out
+
+
+def test_a_table_has_a_column_for_every_key(tmp_path: Path) -> None:
+    write_csv(tmp_path / "table.csv", [{"a": 1}, {"a": 2, "b": math.nan}, {"b": 3}])
+    assert (tmp_path / "table.csv").read_text().splitlines() == ["a,b", "1,", "2,", ",3"]
 
 
 def test_best_median_and_worst_are_shown(evaluation: Evaluation) -> None:

@@ -195,7 +195,7 @@ def test_without_a_defined_scan_cv_plus_has_no_width(
 
 
 def test_what_is_no_study_is_named(study: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no finished study"):
+    with pytest.raises(InputError, match=r"runs\.jsonl: no study \(No such file or directory\)"):
         study_folds(tmp_path / "none")
     with pytest.raises(InputError, match="no pair of models"):
         study_folds(study, variant="original")
@@ -204,6 +204,10 @@ def test_what_is_no_study_is_named(study: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="robust with seed 0, robust with seed 1"):
         study_folds(study)
     assert len(study_folds(study, seed=0)) == 2
+    (study / "cross_validation.json").write_text(json.dumps({"keys": ["of a fold"]}))
+    with pytest.raises(InputError, match=r"1 of 1 folds are not tested; finish it by cross_validate"):
+        study_folds(study, seed=0)
+    (study / "cross_validation.json").unlink()
     (study / "runs.jsonl").write_text("".join([*lines, lines[0]]))
     with pytest.raises(InputError, match="tested by two runs"):
         study_folds(study)

@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,11 +17,11 @@ import pytest
 
 from resunet_jax import __version__
 from resunet_jax.config import Config
-from resunet_jax.data.cases import find_cases
+from resunet_jax.data.cases import Case, find_cases
 from resunet_jax.data.splits import NUM_FOLDS, Split, SplitRequest
 from resunet_jax.errors import InputError, StoppedError
 from resunet_jax.evaluation.compare import Evaluation
-from resunet_jax.files import dir_lock
+from resunet_jax.files import dir_lock, write_json
 from resunet_jax.metrics import METRICS, Metric
 from resunet_jax.metrics.overlap import TOLERANCE_MM
 from resunet_jax.plots import Overlay
@@ -242,14 +243,21 @@ def test_runs_are_known_by_their_cases_not_by_how_these_were_chosen() -> None:
 
 
 def test_a_report_that_lacks_a_metric_is_written_again_and_nothing_is_trained(
-    ablation: Ablation, calls: Calls, tmp_path: Path
+    ablation: Ablation, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ablation()
     calls.trained.clear()
-    calls.evaluated.clear()
+    before = (tmp_path / "run" / "runs.jsonl").read_text()
     tables = Tables(
         metrics={**METRICS, "mine": Metric(lambda _: 0.0, "mine")}, losses={**LOSSES, "mine": LOSSES["bce"]}
     )
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_report", lambda *_: (tmp_path / "none" / "file").touch())
+        with pytest.raises(InputError, match="cannot be written"):
+            ablation(tables=tables)
+    ablation()
+    assert (tmp_path / "run" / "runs.jsonl").read_text() == before  # the report that could not be replaced is there
+    calls.evaluated.clear()
     ablation(tables=tables)
     assert (len(calls.evaluated), calls.trained) == (3, [])
     assert all(row["mine"] == 0.5 for record in records(tmp_path / "run") for row in record["volumes"])
@@ -258,6 +266,36 @@ def test_a_report_that_lacks_a_metric_is_written_again_and_nothing_is_trained(
     assert calls.arguments["metrics"] is tables.metrics
     assert calls.arguments["readers"] is tables.readers
     assert len(calls.evaluated) == 6
+
+
+def test_a_workdir_is_of_one_kind_of_study(ablation: Ablation, calls: Calls, phantom: Path, tmp_path: Path) -> None:
+    ablation()
+    study = Study(phantom, tmp_path / "run", tmp_path / "cache")
+    with pytest.raises(InputError, match="run: holds a study by another script; choose a new `workdir`"):
+        cross_validate(study, LUNG_ALIKE[0], protocol="patient_five_fold", changes=CHANGES)
+
+
+def test_processes_that_begin_a_study_together_lose_no_record(
+    phantom: Path, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with cases of its own, between whose reading and writing the others have time."""
+
+    def write_slowly(*arguments: Any) -> None:
+        time.sleep(0.05)
+        write_json(*arguments)
+
+    monkeypatch.setattr("resunet_jax.training.train.write_json", write_slowly)
+    study, cases = Study(phantom, tmp_path / "run", tmp_path / "cache"), find_cases(phantom)
+    for case in cases:
+        other = next(other.id for other in cases if other.patient != case.patient)
+        (tmp_path / f"{case.id}.json").write_text(json.dumps({"train": [other], "test": [case.id]}))
+
+    def begin(case: Case) -> None:
+        begin_study(study, LUNG_ALIKE[:1], CHANGES, [3], [SplitRequest(tmp_path / f"{case.id}.json")])
+
+    with ThreadPoolExecutor(len(cases)) as executor:
+        list(executor.map(begin, cases))
+    assert set(json.loads((tmp_path / "run" / "data.json").read_text())) == {case.id for case in cases}
 
 
 def test_damage_is_named(ablation: Ablation, calls: Calls, tmp_path: Path) -> None:
@@ -364,7 +402,7 @@ def test_what_cannot_be_run_is_told_before_anything_is_trained(
         ablation(variants=[lung_alone, LUNG_ALIKE[0]])
     with pytest.raises(InputError, match="two of these variants have one name: robust, robust"):
         ablation(variants=[LUNG_ALIKE[0], Variant("robust", "original")])
-    with pytest.raises(InputError, match=r"variant 'robust': unknown field train\.epoch"):
+    with pytest.raises(InputError, match=r"variant 'robust': there is no train\.epoch;"):
         ablation(changes={"train.epoch": 1})
     with pytest.raises(InputError, match=r"coronacases_004.*are missing.*`allow_missing`"):
         cross_validate(

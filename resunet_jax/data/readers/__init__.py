@@ -16,6 +16,7 @@ from resunet_jax.data.readers.source import Source as Source
 from resunet_jax.data.readers.source import by_suffix, file_digest
 from resunet_jax.data.volume import HU_WINDOW, Array, Grid, Scan, Volume, max_corner_distance_mm
 from resunet_jax.errors import InputError
+from resunet_jax.files import expand_user
 from resunet_jax.progress import logger
 
 _CHUNK_BYTES = 2**25  # of a scan, in memory at a time
@@ -63,7 +64,7 @@ def find_sources(path: str | Path, readers: Mapping[str, Reader] = READERS, seri
     Raises:
       InputError: nothing there, no scan in it, no such series, or two scans of one name, in any case.
     """
-    path = Path(path)
+    path = expand_user(path)
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
@@ -104,7 +105,7 @@ def _resolve(scan: str | Path | Source, readers: Mapping[str, Reader]) -> tuple[
     """The one scan at a path, and its reader."""
     if isinstance(scan, Source) and scan.format in readers:
         return readers[scan.format], scan
-    path = scan.path if isinstance(scan, Source) else Path(scan)
+    path = scan.path if isinstance(scan, Source) else expand_user(scan)
     found = [(reader, source) for reader in readers.values() for source in reader.find(path)]
     if isinstance(scan, Source):
         found = [(reader, source) for reader, source in found if source == scan]

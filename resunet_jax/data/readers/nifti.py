@@ -81,7 +81,8 @@ def header_problems(grid: Grid) -> Iterator[tuple[str, str]]:
         if qform is None:
             yield "affine", "the qform is no rotation; the sform is used, set the qform equal to it"
             return
-        apart = max_corner_distance_mm(*(dataclasses.replace(grid, affine=form) for form in (sform, qform)))
+        forms = (_in_mm(form, grid.header) for form in (sform, qform))
+        apart = max_corner_distance_mm(*(dataclasses.replace(grid, affine=form) for form in forms))
         if apart > 0.5 * min(grid.spacing_mm):
             yield "affine", f"sform and qform lie {apart:.1f} mm apart; the sform is used, set the qform equal to it"
 
@@ -236,16 +237,20 @@ def _scaled(values: Array, image: Any) -> Array:
 def _grid(path: Path, image: Any) -> Grid:
     """In mm, whatever the header's unit; by the qform where the sform is not valid."""
     header = image.header
-    unit = int(header["xyzt_units"]) % 8  # the rest is the unit of time, which nobody needs and which may be unknown
     affine = np.asarray(image.affine, dtype=np.float64)
     if not _is_valid(affine) and int(header["qform_code"]) > 0 and (qform := _qform(header)) is not None:
         affine = qform
         logger.warning("%s: its sform says nothing; taking its qform", path)
-    affine[:3] *= _MM.get(unit, 1.0)
+    affine = _in_mm(affine, header)
     if not _is_valid(affine):
         raise InputError(f"{path}: its affine does not say how the axes lie in space; export it with a valid one")
     first, second, third = _shape(image)
     return Grid((first, second, third), affine, header.copy())
+
+
+def _in_mm(affine: npt.NDArray[np.float64], header: Any) -> npt.NDArray[np.float64]:
+    unit = int(header["xyzt_units"]) % 8  # the rest is the unit of time, which nobody needs and which may be unknown
+    return np.diag([*[_MM.get(unit, 1.0)] * 3, 1.0]) @ affine
 
 
 def _is_valid(affine: npt.NDArray[np.float64]) -> bool:
