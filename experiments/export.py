@@ -7,8 +7,6 @@ from absl import flags
 from common import settings
 from common.run import run
 
-from resunet_jax.errors import InputError
-
 FLAGS = flags.FLAGS
 settings.define_path("output", "New file; FILE.json next to it says what goes in and comes out.", required=True)
 settings.define_checkpoint_flags()
@@ -17,18 +15,14 @@ flags.DEFINE_bool("from_hu", False, "Takes slices in HU and the body's boxes, in
 
 def main() -> None:
     """Exports by the flags."""
-    from resunet_jax.inference.predictor import load_predictor
-    from resunet_jax.plugins import load_plugins
     from resunet_jax.weights.export import write_export
 
     output = settings.path("output")
-    predictor = load_predictor(**settings.checkpoint_arguments(), architectures=load_plugins().architectures)
-    if predictor.lung is None or predictor.infection is None:
-        raise InputError("a cascade is exported: give --lung_checkpoint and --infection_checkpoint, or neither")
+    predictor, lung, infection = settings.load_cascade()
     metadata = write_export(
         output,
-        predictor.lung,
-        predictor.infection,
+        lung,
+        infection,
         thresholds=predictor.mask_thresholds,
         temperature=None if predictor.record is None else predictor.record.temperature,
         from_hu=FLAGS.from_hu,

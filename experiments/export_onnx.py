@@ -25,16 +25,11 @@ def main() -> None:
         raise InputError(
             f"jax2onnx cannot be imported ({error}); it needs an environment of its own: see --help"
         ) from error
-    from resunet_jax.inference.predictor import load_predictor
-    from resunet_jax.plugins import load_plugins
     from resunet_jax.weights.export import cascade_program, check_new_files, describe_cascade, write_files
 
     output = settings.path("output")
     check_new_files(output)
-    predictor = load_predictor(**settings.checkpoint_arguments(), architectures=load_plugins().architectures)
-    if predictor.lung is None or predictor.infection is None:
-        raise InputError("a cascade is exported: give --lung_checkpoint and --infection_checkpoint, or neither")
-    pair = predictor.lung, predictor.infection
+    predictor, *pair = settings.load_cascade()
     size, channels = predictor.preprocess.image_size, predictor.preprocess.channels
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of every shape that it leaves out
     model = jax2onnx.to_onnx(

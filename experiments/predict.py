@@ -63,6 +63,8 @@ def main() -> None:
     if FLAGS.uncertainty and predictor.infection is None:
         raise InputError("--uncertainty is of the infection; give --infection_checkpoint too, or leave it out")
     with_both = len(predictor.structures) == 2
+    if FLAGS["report"].present and FLAGS.report and not with_both:
+        raise InputError("--report is of lungs and infection; give both models, or leave it out")
     outputs = make_outputs(
         report=FLAGS.report and with_both,
         multilabel=FLAGS.multilabel,

@@ -9,7 +9,8 @@ from common.run import run, stop_signals
 
 from resunet_jax.config import TaskName, override
 from resunet_jax.data.cases import find_cases
-from resunet_jax.data.splits import Split, SplitRequest, write_split
+from resunet_jax.data.splits import Split, SplitRequest, read_split, write_split
+from resunet_jax.errors import InputError
 from resunet_jax.recipes import DEFAULT_RECIPE, recipe
 
 FLAGS = flags.FLAGS
@@ -70,14 +71,17 @@ def main() -> None:
     root = settings.path("output_dir")
     data, cache, split_file = root / "phantom", root / "cache", root / "split.json"
     small = FLAGS.small
+    split = SMALL_SPLIT if small else SPLIT
+    if split_file.exists() and read_split(split_file) != split:
+        raise InputError(f"--output_dir={root}: holds a run with{'out' * small} --small; choose another folder")
     if not data.exists():
         make_phantom(data, SMALL if small else PhantomConfig())
-    write_split(split_file, SMALL_SPLIT if small else SPLIT)
+    write_split(split_file, split)
     tasks: tuple[TaskName, ...] = ("lung", "infection")
     for task in tasks:
         changes = {
             "model.filters": [4, 8, 16, 32] if small else [8, 16, 32, 64],
-            "preprocess.image_size": 96,
+            "preprocess.image_size": 48 if small else 96,
             "train.epochs": max(1, FLAGS.epochs // 2 if task == "lung" else FLAGS.epochs * 3 // 2),
             **(_FEW_STEPS if task == "infection" else {}),
         }

@@ -72,9 +72,9 @@ def _lines(description: str, total: int) -> Iterator[Callable[[str], None]]:
         now = time.monotonic()
         if now - last > _SECONDS_BETWEEN_LINES and done < total:
             last = now
-            rate = done / (now - start)
-            left = (total - done) / rate
-            logger.info("%s: %d/%d, %.1f/s, %.0f s left %s", description, done, total, rate, left, note)
+            seconds = (now - start) / done
+            rate = f"{1 / seconds:.1f}/s" if seconds < 2 else f"{seconds:.1f} s each"
+            logger.info("%s: %d/%d, %s, %.0f s left %s", description, done, total, rate, (total - done) * seconds, note)
 
     yield advance
 

@@ -27,7 +27,7 @@ from resunet_jax import (
     train,
 )
 from resunet_jax.config import Config
-from resunet_jax.data.splits import SplitRequest
+from resunet_jax.data.splits import Split, SplitRequest, write_split
 from resunet_jax.inference.predictor import load_predictor
 from tests.conftest import ROOT, TINY, TINY_FLAGS, Trained, run_forked, run_script, store_in_window
 
@@ -184,7 +184,7 @@ def test_public_names_come_when_they_are_asked_for() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_public_functions_take_paths_as_text(trained: Trained, tmp_path: Path) -> None:
+def test_public_functions_take_paths_as_text(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for function in filter(inspect.isfunction, (getattr(resunet_jax, name) for name in resunet_jax.__all__)):
         for parameter in inspect.signature(function).parameters.values():
             assert not re.search(r"(?<!str \| )\bpathlib\.Path\b", str(parameter.annotation)), (function, parameter)
@@ -194,6 +194,11 @@ def test_public_functions_take_paths_as_text(trained: Trained, tmp_path: Path) -
     predictor = load_predictor(str(trained.lung))
     (result,) = segment_scans(find_sources(scan), str(tmp_path / "masks"), predictor)
     assert nib.load(result.masks[0]).shape == shape
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    lung = load_model(trained.lung)
+    save_model("~/saved", lung.variables, lung.config)
+    assert load_model("~/saved").config == lung.config
     workdir = shutil.copytree(trained.lung, tmp_path / "lung")
     split = SplitRequest(str(trained.split_file))
     history = train(Config(**TINY), str(trained.data), str(workdir), str(trained.cache), split=split)
@@ -364,6 +369,8 @@ def training(root: Path, data: Path, *flags: str) -> list[str]:
 
 def bad_flags(root: Path, trained: Trained) -> list[Bad]:
     (root / "file").touch()
+    (root / "small").mkdir()
+    write_split(root / "small" / "split.json", Split(("a",), (), ("b",)))
     shutil.copytree(trained.data / "ct_scans", root / "scans")
     lung, data = f"--lung_checkpoint={trained.lung}", trained.data
     evaluation = [f"--data_dir={data}", f"--cache_dir={trained.cache}", lung]
@@ -411,6 +418,21 @@ def bad_flags(root: Path, trained: Trained) -> list[Bad]:
         ),
         Bad("evaluate", [*evaluation, f"--output_dir={root / 'run'}", "--split_file="], "--split_file is empty"),
         Bad("make_phantom", ["--small", f"--output_dir={root}"], "exists already"),
+        Bad("predict", [f"--output_dir={root / 'run'}"], "--input is missing; see --help"),
+        Bad("check_data", [f"--data_dri={root}"], "Unknown command line flag 'data_dri'.*; see --help"),
+        Bad("train_lung", training(root, data, "--batch_size=0"), "batch_size is 0; it must be at least 1"),
+        Bad("quickstart", [f"--output_dir={root / 'small'}"], "holds a run with --small; choose another folder"),
+        Bad(
+            "predict",
+            [f"--input={root / 'scans'}", f"--output_dir={root / 'run'}", lung, "--report"],
+            "give both models",
+        ),
+        Bad("ablate", [*training(root, data), f"--split_files={root / 'none'}"], "check --split_files"),
+        Bad(
+            "calibrate",
+            [f"--data_dir={data}", f"--output_dir={root / 'run'}"],
+            "which cases have the models not seen. Give --split_file",
+        ),
         Bad("check_data", [f"--data_dir={root / 'none'}"], "no such folder"),
         Bad("check_data", [f"--data_dir={data}", "more"], "unexpected argument more"),
     ]

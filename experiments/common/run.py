@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags
 
@@ -68,7 +69,16 @@ def run(main: Callable[[], None]) -> None:
                 raise
             _end_one_of_several(error)
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """As `app.run` parses flags, but with one line and exit code 2 where they are wrong."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        missing = re.match(r"flag --(\w+)=None: ", first_line(error))
+        _fail(f"--{missing[1]} is missing; see --help" if missing else f"{first_line(error)}; see --help")
 
 
 def _quiet_libraries() -> None:
@@ -92,14 +102,13 @@ def with_flags(message: str) -> str:
     """A library's message with its `arguments` as the flags that a user of the script knows."""
 
     def as_flag(match: re.Match[str]) -> str:
-        name = _FLAG_OF_ARGUMENT.get(match[1], match[1])
-        name = name if name in flags.FLAGS else match[1]
-        return f"--{name}{match[2] or ''}" if name in flags.FLAGS else match[0]
+        names = (_FLAG_OF_ARGUMENT.get(match[1], match[1]), match[1], f"{match[1]}s")
+        return next((f"--{name}{match[2] or ''}" for name in names if name in flags.FLAGS), match[0])
 
     return re.sub(r"`(\w+)(=[^`]*)?`", as_flag, message)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     _leave(BAD_INPUT)
 
@@ -116,7 +125,7 @@ def _end_one_of_several(error: Exception) -> None:
     _leave(1)
 
 
-def _leave(code: int) -> None:
+def _leave(code: int) -> NoReturn:
     """Ends the process; at an orderly end, one of several would wait for the others, who wait for it."""
     if processes.is_distributed():
         sys.stderr.flush()

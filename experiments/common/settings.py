@@ -21,7 +21,9 @@ from resunet_jax.files import default_cache_dir, expand_user
 from resunet_jax.recipes import DEFAULT_RECIPE, RecipeName, recipe
 
 if TYPE_CHECKING:
+    from resunet_jax.inference.predictor import Predictor
     from resunet_jax.studies.runner import Study
+    from resunet_jax.weights.store import LoadedModel
 
 flags.disclaim_key_flags()  # flags are of the script that asks for them, so that its --help shows them
 
@@ -144,9 +146,7 @@ def define_training_flags() -> None:
     for field in _FLAGGED:
         if field != "train.seed":
             _define_field(field)
-    flags.DEFINE_multi_string(
-        "set", [], "Any other field of config.json, as in --set=augment.max_scale=0.3; repeatable."
-    )
+    flags.DEFINE_multi_string("set", [], "Any other field of config.json, as in --set=augment.max_scale=0.3.")
     flags.DEFINE_bool("allow_missing", False, "Forms a protocol of the full set from the cases that are there.")
     define_cache_flags()
 
@@ -199,6 +199,21 @@ def checkpoint_arguments() -> dict[str, Any]:
         "thresholds": {"lung": 0.5, "infection": 0.5} if flags.FLAGS.threshold == "0.5" else None,
         "validated_threshold": flags.FLAGS.threshold == "validated",
     }
+
+
+def load_cascade() -> "tuple[Predictor, LoadedModel, LoadedModel]":
+    """What the checkpoint flags ask for, and its lung and infection model.
+
+    Raises:
+      InputError: there is only one.
+    """
+    from resunet_jax.inference.predictor import load_predictor
+    from resunet_jax.plugins import load_plugins
+
+    predictor = load_predictor(**checkpoint_arguments(), architectures=load_plugins().architectures)
+    if predictor.lung is None or predictor.infection is None:
+        raise InputError("a cascade is exported: give --lung_checkpoint and --infection_checkpoint, or neither")
+    return predictor, predictor.lung, predictor.infection
 
 
 def train_from_flags(task: TaskName, lung_checkpoint: Path | None = None) -> None:

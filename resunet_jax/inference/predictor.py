@@ -15,7 +15,14 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from resunet_jax.config import INFECTION_POSTPROCESS, GateName, PostprocessConfig, PreprocessConfig, Structure
+from resunet_jax.config import (
+    INFECTION_POSTPROCESS,
+    GateName,
+    PostprocessConfig,
+    PreprocessConfig,
+    Structure,
+    override,
+)
 from resunet_jax.data.roi import Box, resize_paste
 from resunet_jax.data.slice_cache import PreparedCase
 from resunet_jax.data.volume import Array, FloatArray, Grid
@@ -339,9 +346,11 @@ def load_predictor(
       architectures: the table of models.
 
     Raises:
-      InputError: a folder holds no such model or threshold, the two do not belong together, or the fraction or a
-        threshold makes no sense.
+      InputError: a folder holds no such model or threshold, the two do not belong together, or an argument makes no
+        sense.
     """
+    if batch_size < 1:
+        raise InputError(f"`batch_size` is {batch_size}; it must be at least 1")
     lung = load_model_for(lung_checkpoint, "lung", architectures) if lung_checkpoint else None
     infection = load_model_for(infection_checkpoint, "infection", architectures) if infection_checkpoint else None
     record = load_record(infection_checkpoint) if infection_checkpoint else None
@@ -425,8 +434,8 @@ def _checked_record(
 
 
 def _with_postprocess(loaded: LoadedModel, **changes: Any) -> LoadedModel:
-    postprocess = dataclasses.replace(loaded.config.postprocess, **changes)
-    return loaded._replace(config=dataclasses.replace(loaded.config, postprocess=postprocess))
+    fields = {f"postprocess.{name}": value for name, value in changes.items()}
+    return loaded._replace(config=override(loaded.config, fields))
 
 
 def choose_threshold(

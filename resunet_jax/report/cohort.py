@@ -17,7 +17,7 @@ COHORT_COLUMNS: dict[str, str] = {
     "name": "scan.name",  # of the scan; its page is <name>_report.html
     "file": "scan.file",  # file or folder it was read from
     "slices": "scan.slices",  # axial slices
-    "lung_ml": "lung.volume_ml",  # volume of both lungs, infection included, ml
+    "lung_ml": "lung.volume_ml",  # volume of the lung mask, ml
     "left_lung_ml": "lung.left_ml",  # volume of the left lung, ml
     "right_lung_ml": "lung.right_ml",  # volume of the right lung, ml
     "infection_ml": "infection.volume_ml",  # volume of the infection, ml
@@ -36,7 +36,7 @@ COHORT_COLUMNS: dict[str, str] = {
     "infection_high_ml": "infection.volume_interval_ml.1",  # to, ml
     "involvement_low_percent": "infection.involvement_interval_percent.0",  # interval of the involvement, from, %
     "involvement_high_percent": "infection.involvement_interval_percent.1",  # to, %
-    "pairwise_dice": "uncertainty.pairwise_dice",  # agreement of members, 0 to 1: low where the mask is doubtful
+    "pairwise_dice": "uncertainty.pairwise_dice",  # agreement of predictions, 0 to 1: low where the mask is doubtful
 }
 """Columns of the CSV in order, and where a report has them; an undefined value is an empty cell."""
 

@@ -172,7 +172,8 @@ def measure(
     Returns:
       for report.json; undefined numbers are None:
         "schema_version", "version", "disclaimer", "seconds";
-        "scan": "name", "file", "format", "shape" and "spacing_mm" (of the oriented volume), "slices";
+        "scan": "name", "file", "format", "shape" and "spacing_mm" (rows, columns, slices of the oriented volume),
+          "slices";
         "lung": "volume_ml", "left_ml", "right_ml";
         "infection": "volume_ml", "involvement_percent" (infected fraction of the lung mask), "ground_glass_ml" and
           "consolidation_ml" (below, and from "consolidation_above_hu"), "mean_hu", "lesions" and "lesion_volumes_ml"
@@ -228,7 +229,7 @@ def measure(
         "lobes": _lobes(totals, ml),
         "uncertainty": _uncertainty(segmented),
         "warnings": warnings_of(segmented, totals),
-        "notes": _notes(segmented),
+        "notes": _notes(segmented, totals),
         "models": _models(segmented),
         "settings": _settings(segmented),
     }
@@ -256,7 +257,7 @@ def implausible(totals: Totals, voxel_ml: float, slice_mm: float) -> list[str]:
     least = low if is_whole else _LEAST_LUNG_ML_PER_CM * len(totals.lung_voxels) * slice_mm / 10
     if not least <= lung * voxel_ml <= high:
         warnings.append(
-            f"the lungs measure {lung * voxel_ml:.0f} ml, where {low:.0f} to {high:.0f} ml are plausible; check the "
+            f"the lungs measure {lung * voxel_ml:.0f} ml, where {least:.0f} to {high:.0f} ml are plausible; check the "
             "masks, and the spacing in the header"
         )
     healthy = lung - int(totals.infected_voxels.sum())
@@ -310,12 +311,18 @@ def _region(lung_voxels: int, infected_voxels: int, voxel_ml: float) -> dict[str
     }
 
 
-def _notes(segmented: SegmentedScan) -> list[str]:
+def _notes(segmented: SegmentedScan, totals: Totals) -> list[str]:
     notes = ["Left and right follow the header of the scan, and so do front and back."]
     lung = [k for k, packed in enumerate(segmented.packed.get("lung", [])) if packed.any()]
     ends = {0, len(segmented.boxes) - 1}
     if lung and ends & {lung[0], lung[-1]}:
         notes.append("The lungs reach the end of the scan, so their volume may be that of a part.")
+    outside = int(totals.infection.sum() - totals.infected_voxels.sum()) * segmented.scan.grid.voxel_ml
+    if outside >= _LEAST_OUTSIDE_ML:
+        notes.append(
+            f"{outside:.0f} ml of the infection lie outside the lung mask: they count in its volume, but not in the "
+            "involvement or the volume of the lungs."
+        )
     return [*notes, *segmented.scan.notes, *_interval_note(segmented.predictor)]
 
 
@@ -387,7 +394,7 @@ def summary_line(report: Mapping[str, Any]) -> str:
         [
             f"{lung['volume_ml'] / 1000:.2f} l lung",
             f"{'–' if percent is None else f'{percent:.1f}' if percent >= 0.1 else f'{percent:.2g}'} % involved",
-            f"{infection['volume_ml']:.0f} ml",
+            f"{infection['volume_ml']:.0f} ml" if infection["volume_ml"] >= 1 else f"{infection['volume_ml']:.2g} ml",
             f"grade {'–' if report['grade'] is None else report['grade']}",
             f"{report['seconds']:.0f} s",
         ]

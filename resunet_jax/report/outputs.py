@@ -76,8 +76,8 @@ def make_outputs(
         raise InputError(f"`consolidation_hu` is {consolidation_hu}; it must be a number")
 
     def check_lobes(source: Source, grid: Grid) -> None:
-        if lobes is not None:
-            read_mask(lobes, source.path, grid, readers)
+        if lobes is not None and not read_mask(lobes, source.path, grid, readers).any():
+            raise InputError(f"{lobes}: every voxel is 0; give a mask with a label for each lobe")
 
     def write_report(source: Source, segmented: SegmentedScan, seconds: float, folder: Path) -> Summary:
         labels = None if lobes is None else read_mask(lobes, source.path, segmented.scan.grid, readers)

@@ -216,7 +216,7 @@ def _shown_note(shape: tuple[int, int], sampling: Sampling) -> str:
         "every voxel of the box" if step == 1 else f"one voxel in {step:.2f} along each axis (nearest, not averaged)"
     )
     return (
-        f"Shown: {columns} × {rows} pixels of the box around the body, from slices of {shape[1]} × {shape[0]} voxels; "
+        f"Shown: {rows} × {columns} pixels of the box around the body, from slices of {shape[0]} × {shape[1]} voxels; "
         f"{which}, CT and masks of the very same voxel, grey levels in steps of {HU_STEP} HU. "
         "Volumes are computed on all voxels."
     )
@@ -311,7 +311,7 @@ def _tables(report: Mapping[str, Any]) -> str:
     if uncertainty.get("members"):
         facts.append(
             (
-                f"Agreement of {number(uncertainty['members'])} members (mean pairwise Dice; low is doubtful)",
+                f"Agreement of {number(uncertainty['members'])} predictions (mean pairwise Dice; low is doubtful)",
                 number(uncertainty.get("pairwise_dice"), 2),
             )
         )
@@ -333,7 +333,7 @@ def _region_row(name: str, values: Mapping[str, Any]) -> str:
 
 def _consolidation(infection: Mapping[str, Any]) -> str:
     above = infection.get("consolidation_above_hu")
-    return "Consolidation" if above is None else f"Consolidation (above {number(above, 0, 'HU')})"
+    return "Consolidation" if above is None else f"Consolidation (from {number(above, 0, 'HU')})"
 
 
 def _lesions(volumes: Sequence[float]) -> str:

@@ -212,7 +212,9 @@ def _read(torch: ModuleType, path: Path) -> tuple[dict[str, np.ndarray], dict[st
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; check `path`") from error
     except Exception as error:  # torch has no common base for what a wrong or hostile file makes it raise
-        raise InputError(f"{path}: refused, not a plain PyTorch checkpoint ({first_line(error)})") from error
+        raise InputError(
+            f"{path}: refused, not a plain PyTorch checkpoint; give one of the original project, with arrays alone"
+        ) from error
     state = content.get(STATE_DICT) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise InputError(f"{path}: no dict with {STATE_DICT!r} in it; give a checkpoint of the original project")

@@ -84,6 +84,14 @@ def test_permuted_and_flipped_scans_give_the_same_anatomy(
     assert any(data(path).any() for path in plain)
 
 
+def test_arguments_that_make_no_sense_are_refused(trained: Trained) -> None:
+    models = (trained.lung, trained.infection)
+    with pytest.raises(InputError, match="`batch_size` is 0; it must be at least 1"):
+        load_predictor(*models, batch_size=0)
+    with pytest.raises(InputError, match=r"there is no postprocess\.foo; there are postprocess\.threshold, "):
+        load_predictor(*models, infection_postprocess={"foo": 1})
+
+
 def test_the_size_of_chunks_changes_nothing(
     predictor: Predictor, scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,6 +107,7 @@ def test_volumes_and_involvement(monkeypatch: pytest.MonkeyPatch, chunk: int) ->
     assert report["by_slice"]["infection_ml"][5] == pytest.approx(ML)
     assert sum(report["by_slice"]["lung_ml"]) == pytest.approx(2 * lung * ML)
     assert report["warnings"] == []
+    assert not [note for note in report["notes"] if "outside" in note]
     assert summary_line(report) == "0.65 l lung, 3.1 % involved, 20 ml, grade 1, 2 s"
 
 
@@ -136,16 +137,28 @@ def warnings_of(scan: SegmentedScan, ml: float = 2 * ML) -> str:
 
 def test_impossible_masks_are_warned_of_and_possible_ones_are_not() -> None:
     assert warnings_of(segmented()) == ""
-    assert "324 ml" in warnings_of(segmented(), ML / 2)
+    assert "324 ml, where 500 to 12000 ml" in warnings_of(segmented(), ML / 2)
     assert "plausible" in warnings_of(segmented(), 20 * ML)
     cut = box((15, 45), (10, 30), (0, 10)) | box((15, 45), (50, 70), (0, 10))
     assert warnings_of(segmented(cut), ML / 2) == ""  # the field of view does not tell
     speck = box((30, 31), (20, 21), (0, SLICES))  # in the first and the last slice too
-    assert "plausible" in warnings_of(segmented(speck))
+    assert "where 12 to 12000 ml are plausible" in warnings_of(segmented(speck))
     dense = np.full((ROWS, COLUMNS, SLICES), 40.0)
     assert "denser than lung" in warnings_of(segmented(hu=dense))
     away = box((50, 55), (30, 45), (2, 9))
     assert "% of the infection lies outside" in warnings_of(segmented(infection=away))
+
+
+def test_infection_outside_the_lungs_is_noted_and_a_trace_is_not_shown_as_0_ml() -> None:
+    around = box((15, 55), (10, 30), (2, 9))
+    report = report_of(segmented(infection=around))
+    (note,) = [note for note in report["notes"] if "outside" in note]
+    infection, involvement = report["infection"], report["involvement"]["both"]
+    assert note.startswith(
+        f"{infection['volume_ml'] - involvement['infection_ml']:.0f} ml of the infection lie outside"
+    )
+    report = report_of(segmented(infection=box((20, 21), (15, 17), (5, 6))))
+    assert summary_line(report).split(", ")[2] == "0.12 ml"
 
 
 def with_spine(rows: slice, lung: np.ndarray = RIGHT_LUNG | LEFT_LUNG, value: float = 700.0) -> SegmentedScan:

@@ -235,6 +235,9 @@ def test_lobes_on_another_grid_are_refused(scans: Path, predictor: Predictor, wr
     nib.save(nib.Nifti1Image(values[..., 1:], image.affine), lobes)
     (result,) = segment_scans([source], tmp_path / "out", predictor, outputs=make_outputs(lobes=lobes))
     assert "lobes.nii.gz: shape" in str(result.error)
+    nib.save(nib.Nifti1Image(0 * values, image.affine), lobes)
+    (result,) = segment_scans([source], tmp_path / "out", predictor, outputs=make_outputs(lobes=lobes))
+    assert "lobes.nii.gz: every voxel is 0" in str(result.error)
     assert json.loads(next((tmp_path / "out").glob("*_report.json")).read_text(encoding="utf-8")) == report  # as before
     with pytest.raises(InputError, match="their numbers are in the report"):
         make_outputs(lobes=lobes, report=False)

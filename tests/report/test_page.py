@@ -230,7 +230,7 @@ def test_intervals_stand_beside_their_numbers_where_there_are_any(
     html = path.read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
     assert f"12.6 %<small> 8.0 to 16.0 %{said}</small>" in html
     assert f"543.2 ml<small> 400.0 to 700.2 ml{said}</small>" in html
-    assert "Agreement of 4 members" in html
+    assert "Agreement of 4 predictions" in html
     assert ">0.84<" in html
     without = page(tmp_path)
     assert " to 16.0" not in without
