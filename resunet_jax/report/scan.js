@@ -161,7 +161,7 @@
     const r = Math.floor(rows * (event.clientY - box.top) / box.height);
     if (!shown || c < 0 || r < 0 || c >= columns || r >= rows) return;
     const hu = data.hu.lowest + data.hu.step * shown.ct[r * columns + c];
-    get("readout").textContent = `row ${data.rows[r]}, column ${data.columns[c]}: ${String(hu).replace("-", "−")} HU`;
+    get("readout").textContent = `row ${data.rows[r] + 1}, column ${data.columns[c] + 1}: ${String(hu).replace("-", "−")} HU`;
   }
 
   function pickSlice(event) {

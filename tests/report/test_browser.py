@@ -169,6 +169,20 @@ def test_shown_masks_are_those_of_the_scan(scan: Any) -> None:
         assert not (pixels(scan)[..., :3] == layer.color).all(-1).any()
 
 
+def test_the_pointer_reads_the_value_of_its_voxel(scan: Any) -> None:
+    """Rows and columns are counted from 1, as slices are."""
+    scan.execute_script(
+        "const c = document.getElementById('axial'), b = c.getBoundingClientRect();"
+        "const at = {clientX: b.left + 2.5 * b.width / c.width, clientY: b.top + 1.5 * b.height / c.height};"
+        "c.dispatchEvent(new PointerEvent('pointermove', {...at, bubbles: true}))"
+    )
+    rows, columns = (axis.ravel() for axis in shown_grid(scan))
+    text = scan.find_element("id", "readout").text
+    assert text.startswith(f"row {rows[1] + 1}, column {columns[2] + 1}: ")
+    hu = float(text.split(": ")[1].removesuffix(" HU").replace("−", "-"))
+    assert abs(hu - ARRAYS["hu"][rows[1], columns[2], 20]) <= 5
+
+
 def test_outlines_and_windows_change_pixels(scan: Any) -> None:
     before = pixels(scan)
     scan.find_element("css selector", "[data-level='40']").click()
