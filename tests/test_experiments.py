@@ -418,7 +418,7 @@ def bad_flags(root: Path, trained: Trained) -> list[Bad]:
         ),
         Bad("evaluate", [*evaluation, f"--output_dir={root / 'run'}", "--split_file="], "--split_file is empty"),
         Bad("make_phantom", ["--small", f"--output_dir={root}"], "exists already"),
-        Bad("predict", [f"--output_dir={root / 'run'}"], "--input is missing; see --help"),
+        Bad("predict", ["--multilabel"], "missing: --input, --output_dir; see --help"),
         Bad("check_data", [f"--data_dri={root}"], "Unknown command line flag 'data_dri'.*; see --help"),
         Bad("train_lung", training(root, data, "--batch_size=0"), "batch_size is 0; it must be at least 1"),
         Bad("quickstart", [f"--output_dir={root / 'small'}"], "holds a run with --small; choose another folder"),

@@ -77,8 +77,9 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        missing = re.match(r"flag --(\w+)=None: ", first_line(error))
-        _fail(f"--{missing[1]} is missing; see --help" if missing else f"{first_line(error)}; see --help")
+        missing = re.findall(r"^flag --(\w+)=None: ", str(error), re.MULTILINE)
+        said = f"missing: {', '.join(f'--{name}' for name in missing)}" if missing else first_line(error)
+        _fail(f"{said}; see --help")
 
 
 def _quiet_libraries() -> None:

@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -191,14 +190,7 @@ def _from_csv(metadata: Path, problems: list[InputError], readers: Mapping[str, 
             cases.append(_from_row(metadata, line, row, readers))
         except InputError as problem:
             problems.append(problem)
-    named = {case.id for case in cases if case.patient}
-    cases = [case if case.id in named else dataclasses.replace(case, patient=_patient(case, readers)) for case in cases]
-    # As in p1/ct.nii and p2/ct.nii: such a name does not say whose scan it is.
-    shared = Counter(case.patient for case in cases if case.id not in named and case.patient == _name(case.ct, readers))
-    return [
-        dataclasses.replace(case, patient=case.id) if case.id not in named and shared[case.patient] > 1 else case
-        for case in cases
-    ]
+    return _with_patients(cases, readers)
 
 
 def _from_row(metadata: Path, line: int, row: dict[str, str | None], readers: Mapping[str, Reader]) -> Case:
@@ -212,6 +204,22 @@ def _from_row(metadata: Path, line: int, row: dict[str, str | None], readers: Ma
         if "other" not in (source, other_source) and other != case_id:
             raise InputError(f"{metadata}, line {line}: {path} does not belong to {lung_mask}; fix the row")
     return Case(case_id, source, (row.get("patient") or "").strip(), ct, lung_mask, infection_mask)
+
+
+def _with_patients(cases: Sequence[Case], readers: Mapping[str, Reader]) -> list[Case]:
+    """Tells the patients that the CSV does not name."""
+    told = {case.id: case.patient or _patient(case, readers) for case in cases}
+    # Of scans in several folders that have one name, as in p1/ct.nii and p2/ct.nii, it does not say whose they are.
+    first: dict[str, dict[Path, str]] = {}
+    for case in cases:
+        if not case.patient and told[case.id] == _name(case.ct, readers):
+            first.setdefault(told[case.id], {}).setdefault(case.ct, case.id)
+
+    def patient(case: Case) -> str:
+        alike = first.get(told[case.id], {})
+        return alike[case.ct] if len(alike) > 1 and not case.patient and case.ct in alike else told[case.id]
+
+    return [dataclasses.replace(case, patient=patient(case)) for case in cases]
 
 
 def _patient(case: Case, readers: Mapping[str, Reader]) -> str:

@@ -104,6 +104,9 @@ def make_split(cases: Sequence[Case], request: SplitRequest = DEFAULT_SPLIT) -> 
     if protocol is None:
         is_complete = set(KNOWN_CASES) <= {case.id for case in cases}
         protocol = "original" if is_complete and request.split_seed is None else "ratio"
+        if protocol == "original" and (others := [case.id for case in cases if case.id not in KNOWN_CASES]):
+            left_out = "%s: not in the original split, so left out; take the protocol ratio or a split file to use them"
+            logger.warning(left_out, ", ".join(others))
     _check_request(request, protocol)
     match protocol:
         case "original":
@@ -179,9 +182,6 @@ def _known_split(
     for part, subset in (("training", train), ("test", test)):
         if not subset:
             raise InputError(f"protocol {name}: no {part} case of it is in the data; there are {', '.join(there)}")
-    if others := [case_id for case_id in there if case_id not in KNOWN_CASES]:
-        left_out = "left out, protocol %s has none of them: %s; to use them, name the subsets in a split file"
-        logger.warning(left_out, name, ", ".join(others))
     note = f"; {len(missing)} of {len(KNOWN_CASES)} cases missing: {', '.join(missing)}" if missing else ""
     return Split(train, val, test, protocol + note)
 

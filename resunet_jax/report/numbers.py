@@ -33,7 +33,7 @@ _OUTER = 0.15  # bone counts behind or in front of all but so much of the lungs:
 _END_OF_LUNGS = 5  # one of so many parts of the slices with lung
 _EXCHANGED = -0.1  # of `Totals.orientation_score`: 0.58 to 1.3 in nine real scans, -0.1 to 0.72 in forty phantoms
 _LEAST_LUNG_ML_PER_CM = 2.0  # of a scan that may be a part of one, as a mean over its slices
-_LEAST_OUTSIDE_ML = 1.0  # of infection that lies outside the lung mask, to be warned of
+_LEAST_OUTSIDE_ML = 1.0  # of infection that lies outside the lung mask, to be told
 
 Mask = npt.NDArray[np.bool_]
 

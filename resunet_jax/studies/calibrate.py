@@ -162,11 +162,10 @@ def study_folds(study_dir: Path, variant: str | None = None, seed: int | None = 
       InputError: it is no study, a cross-validation that is not finished, has no such pair, has several variants or
         seeds, or tested a case twice.
     """
-    file, plan = study_dir / "runs.jsonl", study_dir / "cross_validation.json"
+    file = study_dir / "runs.jsonl"
     try:
         runs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        planned = json.loads(plan.read_text(encoding="utf-8"))["keys"] if plan.is_file() else []
-        left = set(planned) - {run.get("key") for run in runs}
+        done = {run.get("key") for run in runs}
         runs = [run for run in runs if "infection" in run["folders"]]
         runs = [run for run in runs if variant in (None, run["variant"]) and seed in (None, run["seed"])]
         found = [
@@ -176,15 +175,16 @@ def study_folds(study_dir: Path, variant: str | None = None, seed: int | None = 
             for run in runs
         ]
         kinds = sorted({(run["variant"], run["seed"]) for run in runs})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{file}: no study ({reason}); run cross_validate or ablate") from error
-    if left:
+    if not found:
+        raise InputError(f"{file}: no pair of models of `variant={variant}` and `seed={seed}` in it")
+    planned = _planned_keys(study_dir / "cross_validation.json")
+    if left := planned - done:
         raise InputError(
             f"{study_dir}: {len(left)} of {len(planned)} folds are not tested; finish it by cross_validate"
         )
-    if not found:
-        raise InputError(f"{file}: no pair of models of `variant={variant}` and `seed={seed}` in it")
     if len(kinds) > 1:
         names = ", ".join(f"{name} with seed {number}" for name, number in kinds)
         raise InputError(f"{file}: runs of {names}; choose one with `variant` and `seed`")
@@ -192,6 +192,14 @@ def study_folds(study_dir: Path, variant: str | None = None, seed: int | None = 
     if len(set(tested)) < len(tested):
         raise InputError(f"{file}: a case is tested by two runs; the folds of one protocol are needed")
     return found
+
+
+def _planned_keys(file: Path) -> set[str]:
+    """Of the runs of a cross-validation; none where the file is not there, as in an ablation."""
+    try:
+        return set(json.loads(file.read_text(encoding="utf-8"))["keys"]) if file.is_file() else set()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: damaged ({first_line(error)}); run cross_validate again") from error
 
 
 def fold_errors(evaluator: HeldOutEvaluator, folds: Sequence[Fold], target: Predictor) -> HeldOutErrors:

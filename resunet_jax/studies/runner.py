@@ -283,13 +283,16 @@ def _read_record(report: Path) -> dict[str, Any]:
 
 
 def _write_runs(study: Study) -> None:
+    def line(file: Path) -> tuple[int, str]:
+        return file.stat().st_mtime_ns, json.dumps(_read_record(file.parent)) + "\n"
+
     found = []
     for file in study.workdir.glob(f"{study.layout.reports}/run.json"):
         try:
-            found.append((file.stat().st_mtime_ns, json.dumps(_read_record(file.parent)) + "\n"))
-        except (FileNotFoundError, InputError):
-            if file.is_file():  # otherwise another process is putting a new one in its place, and lists it then
-                raise
+            found.append(line(file))
+        except (FileNotFoundError, InputError):  # another process may be putting a new one in its place
+            if file.is_file():
+                found.append(line(file))
     write_text(study.workdir / "runs.jsonl", "".join(line for _, line in sorted(found)))
 
 

@@ -211,6 +211,8 @@ def _read(torch: ModuleType, path: Path) -> tuple[dict[str, np.ndarray], dict[st
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; check `path`") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check `path`") from error
     except Exception as error:  # torch has no common base for what a wrong or hostile file makes it raise
         raise InputError(
             f"{path}: refused, not a plain PyTorch checkpoint; give one of the original project, with arrays alone"

@@ -212,6 +212,9 @@ def test_scans_of_one_name_in_several_folders_are_of_several_patients(kaggle: Pa
     rows = [(f"{patient}/ct.nii", f"{patient}/{patient}_lung.nii", "") for patient in ("p1", "p2", "p3")]
     write_csv(kaggle, *rows)
     assert [case.patient for case in find_cases(kaggle)] == ["p1_lung", "p2_lung", "p3_lung"]
+    touch(kaggle / "p1", "second_reader.nii")
+    write_csv(kaggle, *rows, ("p1/ct.nii", "p1/second_reader.nii", ""))
+    assert [case.patient for case in find_cases(kaggle)] == ["p1_lung", "p2_lung", "p3_lung", "p1_lung"]
     columns = ("ct_scan", "lung_mask", "infection_mask", "patient")
     write_csv(kaggle, (*rows[0], "anna"), (*rows[1], "anna"), (*rows[2], ""), columns=columns)
     assert [case.patient for case in find_cases(kaggle)] == ["anna", "anna", "ct"]

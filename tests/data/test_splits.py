@@ -34,9 +34,9 @@ def test_full_set_is_split_as_the_original_did() -> None:
     assert len(split.train) == 16
 
 
-def test_cases_that_a_protocol_has_not_are_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_cases_that_the_default_split_leaves_out_are_named(caplog: pytest.LogCaptureFixture) -> None:
     assert make_split([*FULL, *make_cases("mine")]) == original_split(FULL)
-    assert "left out, protocol original has none of them: mine;" in caplog.text
+    assert "mine: not in the original split, so left out;" in caplog.text
 
 
 def test_original_needs_the_full_set() -> None:
