@@ -11,7 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from nibabel.orientations import (
+    OrientationError,
+    apply_orientation,
+    axcodes2ornt,
+    inv_ornt_aff,
+    io_orientation,
+    ornt_transform,
+)
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
@@ -21,6 +28,7 @@ HU_WINDOW = (-1250.0, 250.0)
 """The part of the Hounsfield scale that is mapped to [0, 1]; scans in 0..255 are taken to come clipped to it."""
 
 _ORIENTATION = axcodes2ornt(("P", "L", "S"))
+_FLAT = 1e-3  # volume of a voxel over that of its spacings; of axes that lie in one plane it is 0
 _SHEAR = 1e-3  # cosine between two axes; float32 headers round at 1e-7
 
 
@@ -83,6 +91,17 @@ class Grid:
     def voxel_ml(self) -> float:
         """Volume of one voxel, in ml."""
         return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000
+
+
+def is_valid_affine(affine: npt.NDArray[np.float64]) -> bool:
+    """Whether a (4, 4) matrix says how three axes lie in space: finite, none of length 0, not all in one plane."""
+    try:
+        if not np.isfinite(affine).all() or np.isnan(io_orientation(affine)).any():
+            return False
+    except (OrientationError, np.linalg.LinAlgError):
+        return False
+    scale = np.linalg.norm(affine[:3, :3], axis=0)
+    return bool(scale.all() and abs(np.linalg.det(affine[:3, :3] / scale)) > _FLAT)
 
 
 def max_corner_distance_mm(grid: Grid, other: Grid) -> float:
@@ -160,6 +179,7 @@ class Scan:
       intensity_scale: see `Volume`; `open_scan` infers it from the values.
       stored_window: see `Volume`.
       notes: what to know about numbers of this scan, in sentences.
+      warnings: what is doubtful about where it lies, with its remedy.
     """
 
     grid: Grid
@@ -168,6 +188,7 @@ class Scan:
     intensity_scale: IntensityScale = "hu"
     stored_window: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def read_slices(self, start: int, stop: int) -> Volume:
         """Slices start to stop, in memory."""

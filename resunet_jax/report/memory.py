@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from resunet_jax.data.readers import with_intensity_scale
-from resunet_jax.data.volume import Array, scan_from_array
+from resunet_jax.data.volume import Array, is_valid_affine, scan_from_array
 from resunet_jax.errors import InputError
 from resunet_jax.inference.predictor import Predictor, load_pretrained
 from resunet_jax.inference.scan import segment_opened
@@ -46,7 +46,7 @@ def segment_volume(hu: Array, affine: npt.NDArray[np.float64], model: Predictor 
     hu, affine = np.asarray(hu), np.asarray(affine, np.float64)
     if hu.ndim != 3 or not hu.size or hu.dtype.kind not in "iuf":
         raise InputError(f"`hu`: shape {hu.shape} of {hu.dtype}; give real numbers with three axes")
-    if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) == 0:
+    if affine.shape != (4, 4) or not is_valid_affine(affine):
         raise InputError(f"`affine`: {affine.tolist()}; give an invertible (4, 4) matrix from voxel index to mm")
     model = load_pretrained() if model is None else model
     if model.structures != ("lung", "infection"):

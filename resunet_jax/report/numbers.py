@@ -236,11 +236,11 @@ def measure(
 
 
 def warnings_of(segmented: SegmentedScan, totals: Totals) -> list[str]:
-    """All that makes the masks of a scan doubtful; nothing without a lung model."""
+    """All that makes the masks of a scan doubtful; without a lung model, only what its header does."""
+    grid, warnings = segmented.scan.grid, list(segmented.scan.warnings)
     if "lung" not in segmented.packed:
-        return []
-    grid = segmented.scan.grid
-    warnings = implausible(totals, grid.voxel_ml, grid.voxel_ml * 1000 / math.prod(grid.spacing_mm[:2]))
+        return warnings
+    warnings += implausible(totals, grid.voxel_ml, grid.voxel_ml * 1000 / math.prod(grid.spacing_mm[:2]))
     if totals.orientation_score < _EXCHANGED:
         warnings.append("front and back seem to be exchanged in the header, and the masks are worse for it; correct it")
     return warnings
@@ -312,7 +312,9 @@ def _region(lung_voxels: int, infected_voxels: int, voxel_ml: float) -> dict[str
 
 
 def _notes(segmented: SegmentedScan, totals: Totals) -> list[str]:
-    notes = ["Left and right follow the header of the scan, and so do front and back."]
+    notes = []
+    if not segmented.scan.warnings:
+        notes.append("Left and right follow the header of the scan, and so do front and back.")
     lung = [k for k, packed in enumerate(segmented.packed.get("lung", [])) if packed.any()]
     ends = {0, len(segmented.boxes) - 1}
     if lung and ends & {lung[0], lung[-1]}:

@@ -69,9 +69,10 @@ def test_a_header_without_orientation_is_reported(tmp_path: Path, caplog: pytest
     image.set_sform(None)
     image.set_qform(None)
     nib.save(image, tmp_path / "scan.nii")
-    with caplog.at_level("WARNING", logger="resunet_jax"):
-        read_volume(tmp_path / "scan.nii")
-    assert "does not say how it lies in space; taking its axes as LAS" in caplog.text
+    with caplog.at_level("WARNING", logger="resunet_jax"), open_scan(tmp_path / "scan.nii", assumed=HU_WINDOW) as scan:
+        (warning,) = scan.warnings
+    assert "left and right are a guess (axes taken as LAS); set them" in warning
+    assert warning in caplog.text
     caplog.clear()
     read_volume(save(tmp_path / "other.nii", hu()))
     assert not caplog.text

@@ -147,6 +147,27 @@ def test_no_report_lies_next_to_masks_of_another_prediction(
     assert "b_" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("forms", "words", "follows"),
+    [((0, 0), "left and right are a guess", False), ((1, 1), "mm apart; the sform is used", False), ((1, 0), "", True)],
+)
+def test_a_doubtful_header_is_a_warning_of_the_report(
+    scans: Path, predictor: Predictor, tmp_path: Path, forms: tuple[int, int], words: str, follows: bool
+) -> None:
+    image = nib.load(scans / "a.nii")
+    affine = image.affine.copy()
+    image.set_sform(affine, forms[0])
+    image.set_qform(affine @ np.diag([-1, 1, 1, 1]), forms[1])
+    nib.save(image, tmp_path / "a.nii")
+    (result,) = segment_scans(find_sources(tmp_path / "a.nii"), tmp_path / "out", predictor, outputs=make_outputs())
+    assert result.error is None
+    report = json.loads((tmp_path / "out" / "a_report.json").read_text(encoding="utf-8"))
+    of_header = [warning for warning in report["warnings"] if "form" in warning]
+    assert len(of_header) == (not follows)
+    assert all(words in warning for warning in of_header)
+    assert any("follow the header" in note for note in report["notes"]) == follows
+
+
 def test_a_scan_that_can_no_longer_be_read_leaves_the_table(
     scans: Path, predictor: Predictor, written: Path, tmp_path: Path
 ) -> None:

@@ -104,6 +104,7 @@ def test_a_scan_in_memory_gives_the_masks_and_numbers_of_its_file(
         ((0, 4, 4), np.eye(4), "`hu`"),
         ((4, 4, 4), np.eye(3), "`affine`"),
         ((4, 4, 4), np.zeros((4, 4)), "`affine`"),
+        ((4, 4, 4), np.array([[1, 1 + 1e-9, 0, 0], [1, 1, 0, 0], [0, 0, 5, 0], [0, 0, 0, 1]]), "`affine`"),
         ((4, 4, 4), np.eye(4), "every voxel is 0"),
     ],
 )

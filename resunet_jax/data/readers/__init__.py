@@ -65,6 +65,8 @@ def find_sources(path: str | Path, readers: Mapping[str, Reader] = READERS, seri
       InputError: nothing there, no scan in it, no such series, or two scans of one name, in any case.
     """
     path = expand_user(path)
+    if path.name in ("", ".."):  # or the masks would have no name
+        path = path.resolve()
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
@@ -123,7 +125,7 @@ def open_scan(
     assumed: tuple[float, float] | None = None,
     physical: bool = True,
 ) -> Iterator[Scan]:
-    """Opens a CT scan and looks at every voxel, a chunk in memory at a time.
+    """Opens a CT scan and looks at every voxel, a chunk in memory at a time; its warnings are logged.
 
     Args:
       scan: a path that holds one scan, or what `find_sources` found.
@@ -136,6 +138,8 @@ def open_scan(
     """
     reader, source = _resolve(scan, readers)
     with reader.open(source) as opened:
+        for warning in opened.warnings:
+            logger.warning("%s: %s", source.path, warning)
         yield with_intensity_scale(opened, source.path, assumed=assumed, physical=physical)
 
 

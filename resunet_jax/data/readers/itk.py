@@ -9,9 +9,8 @@ import numpy as np
 
 from resunet_jax.data.readers.disk import DiskArray, temporary_file
 from resunet_jax.data.readers.source import Source
-from resunet_jax.data.volume import Array, Grid, Scan
+from resunet_jax.data.volume import Array, Grid, Scan, is_valid_affine
 from resunet_jax.errors import InputError, first_line
-from resunet_jax.progress import logger
 
 SUFFIXES = (".nrrd", ".mha", ".mhd")
 
@@ -31,19 +30,18 @@ def open_itk(source: Source) -> Iterator[Scan]:
     affine = np.eye(4)
     direction = np.array(reader.GetDirection()).reshape(3, 3)
     affine[:3, :3], affine[:3, 3] = direction * np.array(reader.GetSpacing()), reader.GetOrigin()
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    if not is_valid_affine(affine):
         raise InputError(f"{source.path}: its axes do not say how it lies in space; export it with valid ones")
-    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     if np.array_equal(affine[:3, :3], np.eye(3)):  # SimpleITK's own, where the header has none
-        notes = (
-            "The header says neither voxel size nor orientation, or voxels of 1 mm: check volumes, left and right.",
+        warnings = (
+            "its header says neither voxel size nor orientation, or voxels of 1 mm; check volumes, left and right",
         )
-        logger.warning("%s: %s", source.path, notes[0])
     with temporary_file(image.nbytes, source.path) as file:
         array = DiskArray(file, 0, image.dtype, (shape[0], shape[1], shape[2]))
         array.write(2, 0, image.T)
         del image
-        yield Scan(Grid(array.shape, _LPS_TO_RAS @ affine), array.read, array.plane_bytes, notes=notes)
+        yield Scan(Grid(array.shape, _LPS_TO_RAS @ affine), array.read, array.plane_bytes, warnings=warnings)
 
 
 def itk_digest(source: Source) -> str:

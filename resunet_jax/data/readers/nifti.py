@@ -15,13 +15,12 @@ import numpy as np
 import numpy.typing as npt
 from nibabel.filebasedimages import ImageFileError
 from nibabel.openers import Opener
-from nibabel.orientations import OrientationError, io_orientation
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from resunet_jax.data.readers.disk import DiskArray, axis_last, temporary_file
 from resunet_jax.data.readers.source import Source
-from resunet_jax.data.volume import Array, Grid, Scan, max_corner_distance_mm
+from resunet_jax.data.volume import Array, Grid, Scan, is_valid_affine, max_corner_distance_mm
 from resunet_jax.errors import InputError, first_line
 from resunet_jax.files import atomic_file
 from resunet_jax.progress import logger
@@ -29,7 +28,6 @@ from resunet_jax.progress import logger
 SUFFIXES = (".nii", ".nii.gz")
 
 _MM = {1: 1000.0, 3: 0.001}  # by the code of the header's unit of length: metre, micron
-_FLAT = 1e-3  # volume of a voxel over that of its spacings; of axes that lie in one plane it is 0
 
 _DAMAGED = (ImageFileError, HeaderDataError, WrapStructError, OSError, EOFError, OverflowError, ValueError, zlib.error)
 _MAX_DEFLATE_RATIO = 1032  # gzip cannot shrink more than this (zlib's documentation)
@@ -49,12 +47,6 @@ def open_nifti(source: Source) -> Iterator[Scan]:
         voxels = stack.enter_context(_voxels(path, image))
         grid = _grid(path, image)
         sliced: list[DiskArray] = []  # the same voxels, once slices along another axis than the last are asked for
-        if image.header["sform_code"] == image.header["qform_code"] == 0:
-            logger.warning(
-                "%s: its header does not say how it lies in space; taking its axes as %s",
-                path,
-                "".join(nib.aff2axcodes(grid.affine)),
-            )
 
         def read(axis: int, start: int, stop: int) -> Array:
             if axis == 2 or (start, stop) == (0, grid.shape[axis]):
@@ -63,7 +55,7 @@ def open_nifti(source: Source) -> Iterator[Scan]:
                 sliced.append(stack.enter_context(axis_last(voxels, axis, path)))
             return np.moveaxis(_scaled(sliced[0].read(2, start, stop), image), 2, axis)
 
-        yield Scan(grid, read, voxels.plane_bytes)
+        yield Scan(grid, read, voxels.plane_bytes, warnings=tuple(text for _, text in header_problems(grid)))
 
 
 def form_codes(grid: Grid) -> tuple[int, int] | None:
@@ -75,7 +67,8 @@ def header_problems(grid: Grid) -> Iterator[tuple[str, str]]:
     """What is doubtful in a header, as (kind, problem and remedy)."""
     codes = form_codes(grid)
     if codes == (0, 0):
-        yield "codes", "sform and qform code are 0, so left and right are a guess; set them"
+        axes = "".join(nib.aff2axcodes(grid.affine))
+        yield "codes", f"sform and qform code are 0, so left and right are a guess (axes taken as {axes}); set them"
     if codes is not None and all(codes):
         sform, qform = np.asarray(grid.header.get_sform(), np.float64), _qform(grid.header)
         if qform is None:
@@ -238,11 +231,11 @@ def _grid(path: Path, image: Any) -> Grid:
     """In mm, whatever the header's unit; by the qform where the sform is not valid."""
     header = image.header
     affine = np.asarray(image.affine, dtype=np.float64)
-    if not _is_valid(affine) and int(header["qform_code"]) > 0 and (qform := _qform(header)) is not None:
+    if not is_valid_affine(affine) and int(header["qform_code"]) > 0 and (qform := _qform(header)) is not None:
         affine = qform
         logger.warning("%s: its sform says nothing; taking its qform", path)
     affine = _in_mm(affine, header)
-    if not _is_valid(affine):
+    if not is_valid_affine(affine):
         raise InputError(f"{path}: its affine does not say how the axes lie in space; export it with a valid one")
     first, second, third = _shape(image)
     return Grid((first, second, third), affine, header.copy())
@@ -251,13 +244,3 @@ def _grid(path: Path, image: Any) -> Grid:
 def _in_mm(affine: npt.NDArray[np.float64], header: Any) -> npt.NDArray[np.float64]:
     unit = int(header["xyzt_units"]) % 8  # the rest is the unit of time, which nobody needs and which may be unknown
     return np.diag([*[_MM.get(unit, 1.0)] * 3, 1.0]) @ affine
-
-
-def _is_valid(affine: npt.NDArray[np.float64]) -> bool:
-    try:
-        if not np.isfinite(affine).all() or np.isnan(io_orientation(affine)).any():
-            return False
-    except (OrientationError, np.linalg.LinAlgError):
-        return False
-    scale = np.linalg.norm(affine[:3, :3], axis=0)
-    return bool(scale.all() and abs(np.linalg.det(affine[:3, :3] / scale)) > _FLAT)
