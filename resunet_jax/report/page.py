@@ -195,10 +195,10 @@ def _interval(bounds: Sequence[float] | None, unit: str, level: Mapping[str, Any
     """What the number before it may be, and how often it is; the notes say for whom."""
     if not bounds:
         return ""
-    sure = f"{100 * level['level']:.0f} %" if level.get("level") else ""
+    sure = f"{100 * level['level']:.0f}\N{NO-BREAK SPACE}%" if level.get("level") else ""
     kind = "" if level.get("guarantee") else "estimate"
     said = f" ({', '.join(word for word in (sure, kind) if word)})" if sure or kind else ""
-    return f"<small> {number(bounds[0], 1)} to {number(bounds[1], 1, unit)}{said}</small>"
+    return f"<small class=interval>{number(bounds[0], 1)} to {number(bounds[1], 1, unit)}{said}</small>"
 
 
 def _layer_switch(layer: Layer) -> str:

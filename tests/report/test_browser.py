@@ -1,6 +1,7 @@
 """The pages in a real Chromium, from disk, with every host name unresolvable."""
 
 import base64
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -40,14 +41,20 @@ def browser() -> Iterator[Any]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pages")
     report = example_report(
-        HOSTILE, 30, warnings=[HOSTILE], by_slice={"lung_ml": INFECTION_ML, "infection_ml": INFECTION_ML}
+        HOSTILE,
+        30,
+        warnings=[HOSTILE],
+        by_slice={"lung_ml": INFECTION_ML, "infection_ml": INFECTION_ML},
+        uncertainty={"interval": {"level": 0.83, "guarantee": None, "method": "CV+", "patients": 5}},
     )
+    report["infection"] |= {"involvement_interval_percent": [0.0, 37.9], "volume_interval_ml": [0.0, 1491.6]}
     uncertainty = 100 * ARRAYS["infection"].astype(np.uint8)
     write_scan_page(folder / "scan.html", report, encode(**ARRAYS, uncertainty=uncertainty), (0.8, 0.8))
     volumes = {"b": 5.0, "a": None, "c": -2.0, "a10": 30.0, "a9": 30.5}
     reports = [example_report(name) for name in volumes]
     for one, volume in zip(reports, volumes.values(), strict=True):
         one["infection"]["involvement_percent"] = volume
+        one["warnings"] = ["the lungs measure 12345 ml, where 800 to 9000 ml are plausible; check the masks"]
     write_cohort_page(folder / "index.html", reports)
     return folder
 
@@ -103,6 +110,38 @@ def test_it_opens_at_the_most_infected_slice(scan: Any) -> None:
     assert scan.execute_script("return document.getElementById('axial').getBoundingClientRect().width") >= 512
     entries = "return performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length"
     assert scan.execute_script(entries) == 0
+
+
+@contextlib.contextmanager
+def window(browser: Any, width: int, media: str = "screen") -> Iterator[None]:
+    """A page of that width, as on a screen or on paper."""
+    metrics = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media})
+    try:
+        yield
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+OVERFLOWING = """
+return [document.scrollingElement, ...document.querySelectorAll('.figures dd, .wide')]
+  .filter(e => e.scrollWidth > e.clientWidth).map(e => e.outerHTML.slice(0, 200))
+"""
+
+
+@pytest.mark.parametrize("width", [360, 480, 600, 768, 900, 921, 1000, 1280])
+def test_nothing_runs_out_of_its_place(scan: Any, width: int) -> None:
+    with window(scan, width):
+        assert scan.execute_script(OVERFLOWING) == []
+
+
+@pytest.mark.parametrize("page", ["scan", "index"])
+def test_all_of_it_is_printed(browser: Any, folder: Path, page: str) -> None:
+    browser.get((folder / f"{page}.html").as_uri())
+    with window(browser, 718, "print"):  # A4 in portrait
+        assert browser.execute_script(OVERFLOWING) == []
 
 
 def test_keys_change_the_slice(scan: Any) -> None:

@@ -228,8 +228,8 @@ def test_intervals_stand_beside_their_numbers_where_there_are_any(
     path = tmp_path / "a.html"
     write_scan_page(path, report, example_slices(), (0.8, 0.8))
     html = path.read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
-    assert f"12.6 %<small> 8.0 to 16.0 %{said}</small>" in html
-    assert f"543.2 ml<small> 400.0 to 700.2 ml{said}</small>" in html
+    assert f"12.6 %<small class=interval>8.0 to 16.0 %{said}</small>" in html
+    assert f"543.2 ml<small class=interval>400.0 to 700.2 ml{said}</small>" in html
     assert "Agreement of 4 predictions" in html
     assert ">0.84<" in html
     without = page(tmp_path)
