@@ -102,7 +102,8 @@ def segment_scans(
       output_dir: gets the masks, and masks.json: {"settings": ..., "scans": {file name: {"name", "digest", "bytes",
         "masks", "warnings"}}, "earlier": ...}, of a DICOM series by path, UID and name; "masks" are the digests of
         their files, "earlier" are scans whose masks in it are of other settings, or were being replaced. A scan in a
-        file of another name, but of the name of masks in it, is refused.
+        file of another name, but of the name of masks in it, is refused; so is, without masks.json, one whose files
+        are there.
       predictor: the models.
       save_probabilities: see `segment_scan`.
       uncertainty: see `segment_scan`.
@@ -194,8 +195,6 @@ class _Batch:
         source, begun = claimed.source, time.perf_counter()
         masks = self._masks(source)
         try:
-            for output in self.outputs.values():
-                output.check(source, claimed.scan.grid)
             _remove(self._others(source))  # or they would lie next to masks that they are not of
             segmented = segment_opened(
                 claimed.scan, self.predictor, source.path.name, masks, uncertainty=self.uncertainty
@@ -209,7 +208,8 @@ class _Batch:
         except InputError as error:
             return ScanResult(source, [], error=error)
         for warning in warnings:
-            logger.warning("%s: %s", source.path.name, warning)
+            if warning not in claimed.scan.warnings:  # which were logged when it was opened
+                logger.warning("%s: %s", source.path.name, warning)
         text = ", ".join(summary.text for summary in summaries if summary.text)
         return ScanResult(source, masks, self._others(source), summary=text)
 
@@ -233,15 +233,25 @@ class _Batch:
                 if other != _key(scan):
                     return ScanResult(scan, [], error=InputError(f"{text}; choose another `output_dir`"))
                 logger.warning("%s, or of what that was before", text)
-            _warn_of_others(scan, [*masks, *others])
-            self.manifest.forget(scan)  # or it would vouch for masks that are being replaced
+            if not self.manifest.exists and (unknown := [file for file in (*masks, *others) if file.exists()]):
+                text = f"{unknown[0]}: would be replaced, though no {MANIFEST} there says that it was predicted"
+                return ScanResult(scan, [], error=InputError(f"{text}; remove it, or choose another `output_dir`"))
             physical = self.predictor.preprocess.is_physical
             try:
                 opened = stack.enter_context(open_scan(scan, self.readers, assumed=self.assumed, physical=physical))
             except InputError as error:
+                if self.manifest.exists:
+                    self.manifest.forget(scan)
                 with contextlib.suppress(InputError):
                     _remove(others)  # or the table would have the numbers of what the scan was before
                 return ScanResult(scan, [], error=error)
+            try:
+                for output in self.outputs.values():
+                    output.check(scan, opened.grid)
+            except InputError as error:
+                return ScanResult(scan, [], error=error)
+            _warn_of_others(scan, [*masks, *others])
+            self.manifest.forget(scan)  # or it would vouch for masks that are being replaced
             on_failure.pop_all()
             return _Claimed(scan, opened, state, stack)
 
@@ -303,7 +313,8 @@ def _digests(files: Sequence[Path]) -> dict[str, str]:
 def _state(scan: Source, readers: Mapping[str, Reader]) -> dict[str, Any]:
     """Tells whether a scan is the one of before, by its content; of one that cannot be read, nothing."""
     try:
-        return {"digest": digest(scan, readers), "bytes": scan.path.stat().st_size}
+        size = {} if scan.path.is_dir() else {"bytes": scan.path.stat().st_size}
+        return {"digest": digest(scan, readers), **size}
     except (InputError, OSError):
         return {}
 
@@ -315,6 +326,11 @@ class _Manifest:
         self._file, self._settings = file, settings
         if file.is_file() and not self._done():
             logger.info("%s: of other models, settings or another version; masks are made again", file)
+
+    @property
+    def exists(self) -> bool:
+        """Whether scans were segmented into its folder."""
+        return self._file.is_file()
 
     def vouches_for(self, scan: Source, state: dict[str, Any], masks: Sequence[Path]) -> bool:
         """Whether these are the masks that these settings have made of this state of a scan."""
@@ -330,8 +346,7 @@ class _Manifest:
 
     def forget(self, scan: Source) -> None:
         """Vouches no longer for the masks of a scan, which are about to be replaced."""
-        if self._file.is_file():
-            self._update(scan, None)
+        self._update(scan, None)
 
     def record(self, scan: Source, state: dict[str, Any]) -> None:
         """Says that a scan is done."""

@@ -15,7 +15,7 @@ from resunet_jax.data.readers import READERS, Reader, Source, find_sources
 from resunet_jax.data.readers.source import by_suffix, file_digest
 from resunet_jax.errors import InputError
 from resunet_jax.inference import batch as module
-from resunet_jax.inference.batch import MANIFEST, segment_scans
+from resunet_jax.inference.batch import MANIFEST, Output, Summary, segment_scans
 from resunet_jax.inference.scan import prefetch, segment_scan
 from tests.conftest import Trained
 
@@ -70,6 +70,52 @@ def test_segments_again_what_has_changed(predictor: Predictor, scans, tmp_path: 
     assert set(run(good, output, other).values()) == {"before"}
     (output / MANIFEST).write_text("{")
     assert set(run(good, output, other).values()) == {"now"}
+
+
+def test_files_of_a_folder_that_is_not_its_own_are_not_replaced(predictor: Predictor, scans, tmp_path: Path) -> None:
+    """Masks by hand, beside the scan."""
+    own = scans[0].path.with_name("a_lung.nii.gz")
+    own.write_bytes(b"mine")
+    (result,) = segment_scans(scans[:1], own.parent, predictor)
+    assert f"{own}: would be replaced, though no masks.json there says" in str(result.error)
+    assert own.read_bytes() == b"mine"
+    assert not (own.parent / MANIFEST).exists()
+    own.unlink()
+    assert run(scans[:1], own.parent, predictor) == {"a.nii": "now"}
+
+
+def test_a_first_run_that_was_killed_among_masks_goes_on(
+    predictor: Predictor, scans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = module.segment_opened
+
+    def segment_and_stop(*args, **options):
+        real(*args, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "segment_opened", segment_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(scans[:1], tmp_path / "masks", predictor)
+    monkeypatch.undo()
+    assert (tmp_path / "masks" / "a_lung.nii.gz").exists()
+    assert run(scans[:1], tmp_path / "masks", predictor) == {"a.nii": "now"}
+
+
+def test_an_output_that_is_refused_replaces_nothing(predictor: Predictor, scans, tmp_path: Path) -> None:
+    """A mistyped flag does not cost what is done."""
+    output = tmp_path / "masks"
+    run(scans[:1], output, predictor)
+    before = {path: path.read_bytes() for path in output.iterdir() if path.is_file()}
+
+    def refuse(*_) -> None:
+        raise InputError("no")
+
+    (result,) = segment_scans(
+        scans[:1], output, predictor, outputs={"x": Output((), lambda *_: Summary(), check=refuse)}
+    )
+    assert str(result.error) == "no"
+    assert {path: path.read_bytes() for path in output.iterdir() if path.is_file()} == before
+    assert run(scans[:1], output, predictor) == {"a.nii": "before"}
 
 
 def test_masks_that_something_else_has_written_are_made_again(predictor: Predictor, scans, tmp_path: Path) -> None:
@@ -214,6 +260,20 @@ def test_locks_that_cannot_be_made_are_named(
     results = list(segment_scans(scans, tmp_path / "masks", predictor))
     assert [Path(str(result.error).split(":")[0]).name for result in results] == ["a.lock", "b.lock", "c.lock"]
     assert all("Permission denied" in str(result.error) for result in results)
+
+
+@pytest.mark.parametrize("path", [".", ".."])
+def test_a_folder_that_is_named_by_dots_has_its_own_name(
+    path: str, scans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find(folder: Path) -> list[Source]:
+        return [Source(folder, "folder", members=("x",))] if folder.is_dir() else []
+
+    (tmp_path / "scans" / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "scans" / ("sub" if path == ".." else ""))
+    readers = {"folders": Reader(find, lambda source: None, file_digest)}
+    (source,) = find_sources(path, readers)
+    assert source.path == tmp_path / "scans"
 
 
 def test_prefetch_gives_the_items_in_order_and_errors_in_their_place() -> None:
