@@ -34,6 +34,11 @@ TASKS: dict[TaskName, Task] = {
 }
 
 
+def model_image_size(config: Config) -> int:
+    """Side in pixels of what the model is applied to: of a slice, or of a patch of one."""
+    return config.preprocess.image_size // config.model.patch_grid
+
+
 def averaging_of(config: Config) -> Averaging:
     """The views that a config asks for; a model without context has no view without it."""
     return Averaging(config.model.mirroring, config.model.context_averaging and config.preprocess.channels > 1)
@@ -57,7 +62,7 @@ def _resunet(config: Config, convolution: Convolution) -> ResUnet:
 ARCHITECTURES: dict[str, Architecture] = {"resunet": _resunet}
 """By the name in `ModelConfig.architecture`: (config, convolution) to a Linen module with the attributes `in_channels`,
 `closing_fraction` and `convolution`, called with (N, H, W, in_channels) in [0, 1] and the keyword `train`; it returns
-float32 logits (N, H, W, 1)."""
+float32 logits (N, H, W, 1). Beside "params" it may have "batch_stats", but draws no random numbers when applied."""
 
 
 def build_model(

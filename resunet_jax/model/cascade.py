@@ -66,9 +66,9 @@ def apply_logits(
     patches = split_patches(x, patch_grid)
     if train:
         logits, updates = model.apply(variables, patches, train=True, mutable=["batch_stats"])
-        batch_stats = updates["batch_stats"]
+        batch_stats = updates.get("batch_stats", {})
     else:
-        logits, batch_stats = model.apply(variables, patches, train=False), variables["batch_stats"]
+        logits, batch_stats = model.apply(variables, patches, train=False), variables.get("batch_stats", {})
     return join_patches(logits, patch_grid), batch_stats
 
 

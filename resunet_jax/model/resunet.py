@@ -222,21 +222,26 @@ def init_variables(model: ResUnet, key: jax.Array, image_size: int = 64) -> Vari
       image_size: side of the dummy slice in pixels; it has no influence on the result.
 
     Returns:
-      {"params": ..., "batch_stats": ...}, float32; the same bytes each time, and under jit or vmap the same but for
-      rounding.
+      {"params": ..., "batch_stats": ...}, float32, on the key's device; the same bytes each time, and under jit or vmap
+      the same but for rounding. A model without batch normalisation has {} as "batch_stats".
     """
+    if isinstance(key, jax.core.Tracer):  # under another jit, which compiles it
+        return _draw(model, image_size, key)
+    config: Any = jax.config
+    device = next(iter(key.devices())) if key.committed else config.jax_default_device
+    return _compiled_draw(model, image_size, jax.ShapeDtypeStruct(key.shape, key.dtype), device)(key)
+
+
+def _draw(model: ResUnet, image_size: int, key: jax.Array) -> Variables:
     dummy = jnp.zeros((1, image_size, image_size, model.in_channels), jnp.float32)
-    if any(isinstance(array, jax.core.Tracer) for array in (key, dummy)):  # under another jit, which compiles it
-        variables: Variables = model.init(key, dummy, train=False)
-        return variables
-    shapes = (jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (key, dummy))
-    return _compiled_init(model, *shapes)(key, dummy)
+    return {"batch_stats": {}, **model.init(key, dummy, train=False)}
 
 
 @lru_cache(maxsize=8)
-def _compiled_init(model: ResUnet, key: jax.ShapeDtypeStruct, dummy: jax.ShapeDtypeStruct) -> Callable[..., Variables]:
+def _compiled_draw(model: ResUnet, image_size: int, key: jax.ShapeDtypeStruct, device: Any) -> Callable[..., Variables]:
     """Without optimisation: dozens of random draws take XLA far longer to optimise than to run."""
     options: Any = {"xla_backend_optimization_level": 0}
-    lowered = jax.jit(partial(model.init, train=False)).lower(key, dummy)
-    compiled: Callable[..., Variables] = lowered.compile(compiler_options=options)
+    with jax.default_device(device):
+        lowered = jax.jit(partial(_draw, model, image_size)).lower(key)
+        compiled: Callable[..., Variables] = lowered.compile(compiler_options=options)
     return compiled

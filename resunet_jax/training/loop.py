@@ -274,7 +274,11 @@ class _EpochRunner(NamedTuple):
             if not finite and not self.config.train.skip_nonfinite:
                 loss = float(metrics["loss"])
                 what = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
-                raise self._not_finite(f"{what} at step {step}, in one of {self._slices(step - 1)}", step - 1)
+                raise self._not_finite(
+                    f"{what} at step {step}, in one of {self._slices(step - 1)}",
+                    step - 1,
+                    "look at these slices, leave such steps out with `skip_nonfinite`, or ",
+                )
             limit = min(_MAX_SKIPPED, self.steps_per_epoch)
             if totals.losses[-limit:] == [None] * limit:
                 raise self._not_finite(f"{limit} steps in a row were not finite, up to step {step}", step - 1)
@@ -287,12 +291,12 @@ class _EpochRunner(NamedTuple):
         batches.close()
         return ", ".join(self.train.names(index))
 
-    def _not_finite(self, what: str, step: Any) -> InputError:
+    def _not_finite(self, what: str, step: Any, remedies: str = "") -> InputError:
         updates = int(step) // self.config.train.accumulate_steps
         rate = float(make_schedule(self.config, self.steps_per_epoch)(updates))
         return InputError(
-            f"{what} (learning rate {rate:g}); the last good checkpoint is untouched. Look at these slices, try a "
-            "lower `learning_rate` in a new `workdir`, or leave such steps out with `skip_nonfinite`"
+            f"{what} (learning rate {rate:g}); the last good checkpoint is untouched; {remedies}try a lower "
+            "`learning_rate` in a new `workdir`"
         )
 
 
@@ -310,6 +314,12 @@ def write_history(workdir: Path, history: History) -> None:
     """Writes metrics.jsonl anew, whole: the history in the checkpoint is the truth, this its readable copy."""
     if is_primary():
         write_text(workdir / METRICS_FILE, "".join(json.dumps(record) + "\n" for record in history))
+
+
+def epochs_done(workdir: Path) -> int:
+    """Of a run that was begun: the lines of its metrics.jsonl."""
+    file = workdir / METRICS_FILE
+    return len(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else 0
 
 
 def evaluate_sums(step: Callable[[Variables, Batch], Any], variables: Variables, batches: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import optax
 from resunet_jax.config import Config
 from resunet_jax.data.batches import Batch
 from resunet_jax.metrics.overlap import confusion_counts
-from resunet_jax.model.build import ARCHITECTURES, TASKS, Architecture, averaging_of, build_model
+from resunet_jax.model.build import ARCHITECTURES, TASKS, Architecture, averaging_of, build_model, model_image_size
 from resunet_jax.model.cascade import Averaging, apply_logits, infection_input, lung_input, predict_probability
 from resunet_jax.model.resunet import Variables, init_variables
 from resunet_jax.model.winograd import default_convolution
@@ -107,7 +107,7 @@ def create_state(
       lung_variables: of the lung model, to begin with where the config says so; see `transfer`.
     """
     key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
-    variables = init_variables(build_model(config, architectures=architectures), key)
+    variables = init_variables(build_model(config, architectures=architectures), key, model_image_size(config))
     if lung_variables is not None and config.cascade.start_from_lung:
         variables = transfer(lung_variables, variables)
     # A copy, because the state is donated, and one buffer cannot be donated twice.
@@ -279,7 +279,9 @@ def compile_train_step(
     masks = (*shape[:-1], 1 + shape[-1])
     batch: Any = {"image": jax.ShapeDtypeStruct(shape, np.float32), "mask": jax.ShapeDtypeStruct(masks, np.uint8)}
     frozen = frozen_lung(lung, architectures) if lung else None
-    lung_variables = variable_shapes(build_model(lung, architectures=architectures)) if lung else None
+    lung_variables: Any = None
+    if lung:
+        lung_variables = variable_shapes(build_model(lung, architectures=architectures), model_image_size(lung))
     step_fn = make_train_step(
         config, optimizer, frozen, losses=losses, augmentations=augmentations, architectures=architectures
     )

@@ -24,11 +24,11 @@ from resunet_jax.data.volume import Array, Grid
 from resunet_jax.errors import InputError
 from resunet_jax.files import check_output_dir, dir_lock, expand_user, make_output_dir, write_json
 from resunet_jax.inference.predictor import Predictor, choose_threshold
-from resunet_jax.model.build import ARCHITECTURES, TASKS, Architecture, Task, build_model
+from resunet_jax.model.build import ARCHITECTURES, TASKS, Architecture, Task, build_model, model_image_size
 from resunet_jax.progress import logger
 from resunet_jax.training.augment import AUGMENTATIONS, Augmentation, augment, check_transforms
 from resunet_jax.training.devices import barrier, is_primary, make_mesh
-from resunet_jax.training.loop import fit, ignore_epoch, never_stop
+from resunet_jax.training.loop import epochs_done, fit, ignore_epoch, never_stop
 from resunet_jax.training.losses import LOSSES, Loss, make_loss
 from resunet_jax.training.step import can_transfer
 from resunet_jax.weights.store import (
@@ -217,7 +217,8 @@ def _load_lung(
             f"{config.preprocess}; use the same `recipe`, `image_size` and `normalization`, and no other context_mm"
         )
     model = build_model(config, architectures=architectures)
-    if config.cascade.start_from_lung and not can_transfer(lung.variables, variable_shapes(model)):
+    shapes = variable_shapes(model, model_image_size(config))
+    if config.cascade.start_from_lung and not can_transfer(lung.variables, shapes):
         logger.info("%s: its filters or architecture are others; the infection model begins at random", lung_checkpoint)
     return lung, dataclasses.replace(config, lung_fingerprint=fingerprint(lung.variables))
 
@@ -283,6 +284,10 @@ def _check_resumable(workdir: Path, config: Config, split: Split) -> None:
             raise InputError(
                 f"{workdir}: was begun by resunet_jax 0.6.0 or older, which draws other random numbers; finish "
                 "it with that version, or choose a new `workdir` (its model can be used as it is)"
+            )
+        if config.train.epochs < (done := epochs_done(workdir)):
+            raise InputError(
+                f"{workdir}: {done} epochs are done, `epochs` is {config.train.epochs}; choose a new `workdir`"
             )
         differences = _differences(_comparable(old), _comparable(config))
         if differences:

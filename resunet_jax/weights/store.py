@@ -20,8 +20,8 @@ import orbax.checkpoint as ocp
 from resunet_jax.config import Config, Structure, from_dict, to_dict
 from resunet_jax.errors import InputError, first_line
 from resunet_jax.files import atomic_dir, expand_user, reserve, write_json, write_text
-from resunet_jax.model.build import ARCHITECTURES, TASKS, Architecture, build_model
-from resunet_jax.model.resunet import Variables
+from resunet_jax.model.build import ARCHITECTURES, TASKS, Architecture, build_model, model_image_size
+from resunet_jax.model.resunet import Variables, init_variables
 from resunet_jax.progress import logger
 
 _T = TypeVar("_T")
@@ -300,7 +300,7 @@ def _load_folder(folder: Path, architectures: Mapping[str, Architecture]) -> Loa
         )
     config = from_dict(read_values(folder, CONFIG_FILE), str(folder / CONFIG_FILE))
     model = build_model(config, architectures=architectures)
-    expected = variable_shapes(model)
+    expected = variable_shapes(model, model_image_size(config))
     with _checkpointer() as checkpointer:
         saved = checkpointer.metadata((folder / VARIABLES).absolute()).item_metadata.tree
     if jax.tree.map(lambda x: tuple(x.shape), saved) != jax.tree.map(lambda x: x.shape, expected):
@@ -365,7 +365,6 @@ def fingerprint(variables: Variables) -> str:
     return digest.hexdigest()[:16]
 
 
-def variable_shapes(model: Any) -> Any:
-    """Shapes and types of a model's variables, without making them."""
-    dummy = jax.ShapeDtypeStruct((1, 8, 8, model.in_channels), np.float32)
-    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), dummy)
+def variable_shapes(model: Any, image_size: int = 64) -> Any:
+    """Shapes and types of a model's variables, without making them; for arguments see `init_variables`."""
+    return jax.eval_shape(lambda key: init_variables(model, key, image_size), jax.random.key(0))

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -130,6 +133,25 @@ def test_any_kind_of_key_initialises_and_under_a_jit_of_other_arguments_too(key:
     x = jnp.ones((1, 16, 16, 1))
     inside = jax.jit(lambda x: model.apply(init_variables(model, key), x, train=False))(x)
     np.testing.assert_allclose(inside, apply_eval(model, init_variables(model, key), x), rtol=1e-4, atol=1e-6)
+
+
+def test_variables_lie_where_the_key_does_or_on_the_default_device() -> None:
+    code = """
+import jax
+from resunet_jax import ResUnet, init_variables
+model, key, (first, second) = ResUnet(1, (2, 2, 2, 2)), jax.random.key(0), jax.devices()
+def devices(key):
+    return jax.tree.leaves(init_variables(model, key))[0].devices()
+assert devices(key) == {first}
+assert devices(jax.device_put(key, second)) == {second}
+with jax.default_device(second):
+    assert devices(key) == {second}
+assert devices(key) == {first}
+"""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    environment = {**os.environ, "XLA_FLAGS": flags}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_same_key_same_parameters_other_key_others() -> None:

@@ -5,7 +5,9 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import flax.linen as nn
 import grain
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,8 @@ from resunet_jax.data.cases import find_cases
 from resunet_jax.data.slice_cache import prepare_cases
 from resunet_jax.data.splits import SplitRequest
 from resunet_jax.errors import InputError, StoppedError
+from resunet_jax.inference.predictor import Predictor
+from resunet_jax.model.build import ARCHITECTURES
 from resunet_jax.training import loop as module
 from resunet_jax.training import train as train_module
 from resunet_jax.training.checkpoints import Checkpoints
@@ -199,8 +203,12 @@ def test_steps_that_are_not_finite_can_be_left_out(sources, tmp_path: Path) -> N
     plain = fit(tiny(2), *sources, tmp_path / "plain")
     losses = ([record["train_loss"] for record in run] for run in (untouched, plain))
     np.testing.assert_allclose(*losses, rtol=1e-6)  # two programs, which round differently
-    with pytest.raises(InputError, match=f"{STEPS} steps in a row were not finite, up to step {STEPS} "):
+    with pytest.raises(InputError, match=f"{STEPS} steps in a row were not finite, up to step {STEPS} ") as error:
         fit(tiny(9, skip_nonfinite=True), corrupted(sources[0], list(range(99))), sources[1], tmp_path / "all")
+    with pytest.raises(InputError, match="the loss is nan in validation after epoch 1 ") as in_validation:
+        fit(tiny(1, skip_nonfinite=True), sources[0], corrupted(sources[1], [5]), tmp_path / "validation")
+    for raised in (error, in_validation):  # nothing is advised that is done already
+        assert str(raised.value).endswith("is untouched; try a lower `learning_rate` in a new `workdir`")
 
 
 def test_gradient_that_is_not_finite_is_reported(sources, tmp_path: Path) -> None:
@@ -230,6 +238,34 @@ def test_stopped_and_resumed_ends_where_uninterrupted_does(whole, sources, tmp_p
         fit(tiny(3), *sources, tmp_path, should_stop=should_stop)
     fit(tiny(3), *sources, tmp_path)
     assert_same_run(whole, tmp_path)
+
+
+class Plain(nn.Module):
+    """Without batch normalisation, for slices of its own size alone."""
+
+    size: int
+    in_channels: int = 1
+    closing_fraction: float = 0.0
+    convolution: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        assert x.shape[1:3] == (self.size, self.size)
+        return nn.Conv(1, (3, 3))(nn.relu(nn.GroupNorm(2)(nn.Conv(4, (3, 3))(x))))
+
+
+def test_an_architecture_may_have_no_batch_statistics_and_its_own_size(sources, tmp_path: Path) -> None:
+    architectures = ARCHITECTURES | {"plain": lambda config, _: Plain(config.preprocess.image_size)}
+    config = override(tiny(2), {"model.architecture": "plain", "train.skip_nonfinite": True})
+    fit(override(config, {"train.epochs": 1}), *sources, tmp_path / "resumed", architectures=architectures)
+    for name in ("resumed", "whole"):
+        fit(config, *sources, tmp_path / name, architectures=architectures)
+    resumed, uninterrupted = (load_model(tmp_path / name, architectures) for name in ("resumed", "whole"))
+    assert resumed.variables["batch_stats"] == {}
+    assert fingerprint(resumed.variables) == fingerprint(uninterrupted.variables)
+    size = config.preprocess.image_size
+    probability = Predictor(resumed, None).slice_probabilities(np.zeros((2, size, size, 1), np.float32))
+    assert probability["lung"].shape == (2, size, size)
 
 
 def test_fewer_steps_than_an_update_needs_are_refused(sources, tmp_path: Path) -> None:
@@ -365,6 +401,16 @@ def test_a_run_of_one_cycle_cannot_grow(trained: Trained, tmp_path: Path) -> Non
     longer = override(config, {"train.epochs": config.train.epochs + 1})
     with pytest.raises(InputError, match=r"train\.epochs was 2, is 3"):
         train(longer, trained.data, tmp_path / "lung", trained.cache, split=SplitRequest(trained.split_file))
+
+
+def test_a_run_cannot_end_before_what_is_done(trained: Trained, tmp_path: Path) -> None:
+    shutil.copytree(trained.lung, tmp_path / "lung")
+    config = load_model(trained.lung).config
+    assert (config.train.schedule, config.train.epochs) == ("step", 2)
+    shorter = override(config, {"train.epochs": 1})
+    with pytest.raises(InputError, match="2 epochs are done, `epochs` is 1; choose a new `workdir`"):
+        train(shorter, trained.data, tmp_path / "lung", trained.cache, split=SplitRequest(trained.split_file))
+    assert json.loads((tmp_path / "lung" / "config.json").read_text())["train"]["epochs"] == 2
 
 
 def test_another_split_than_the_lungs_is_reported(
