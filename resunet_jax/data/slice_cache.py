@@ -191,7 +191,7 @@ def _names_in_use(cache_dir: Path) -> Iterator[str]:
                 file.unlink(missing_ok=True)
             lock.unlink(missing_ok=True)
         except (Timeout, OSError):
-            yield from file.read_text(encoding="utf-8").splitlines()
+            yield from file.read_text(encoding="utf-8").split("\n")
 
 
 def _prune(cache_dir: Path, max_gb: float) -> None:

@@ -13,10 +13,11 @@ from resunet_jax.data.readers import READERS, Reader, read_mask, read_volume
 from resunet_jax.data.roi import body_columns
 from resunet_jax.data.slice_cache import PreparedCase
 from resunet_jax.data.volume import Array, FloatArray, Volume
+from resunet_jax.errors import InputError
 from resunet_jax.files import json_text
 from resunet_jax.inference.predictor import Predictor
 from resunet_jax.inference.uncertainty import compare_members
-from resunet_jax.metrics import METRICS, Comparison, Metric, with_legacy_keys
+from resunet_jax.metrics import LEGACY_KEYS, METRICS, Comparison, Metric, with_legacy_keys
 from resunet_jax.metrics.calibration import LOGIT_BINS, Calibration, LogitHistogram, calibration_sums, logit_histogram
 from resunet_jax.metrics.intervals import summary_statistics
 from resunet_jax.metrics.lesions import dice_by_burden
@@ -37,6 +38,13 @@ SOFT_BATCH_SIZE = 4
 """Slices per batch in the original's testing."""
 
 STRUCTURES = ("lung", "left_lung", "right_lung", "infection")
+
+COLUMNS = (
+    *("case", "patient", "structure", "volume_ml", "reference_ml", *COUNTS, "empty", "lung_involvement"),
+    *("reference_lung_involvement", "seen_in", "pairwise_dice", "volume_low_ml", "volume_high_ml"),
+    *("involvement_low_percent", "involvement_high_percent", *LEGACY_KEYS),
+)
+"""Of a row, which no metric can be named after."""
 
 SOFT_NOTE = (
     f"Soft counts over batches of {SOFT_BATCH_SIZE} slices of the model grid, averaged over batches, as the original "
@@ -141,8 +149,10 @@ def evaluate_cases(
       readers: the table of formats.
 
     Raises:
-      InputError: a file that was readable before no longer is.
+      InputError: a metric has the name of another column, or a file that was readable before no longer is.
     """
+    if taken := [name for name in metrics if name in COLUMNS]:
+        raise InputError(f"metric {taken[0]!r}: a row has another column of that name; rename the metric")
     model_grid = _ModelGrid(predictor)
     volumes, slices, overlays = [], [], []
     with progress("evaluating", len(cases)) as advance:

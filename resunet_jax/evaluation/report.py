@@ -77,7 +77,7 @@ def best_median_worst(overlays: Sequence[tuple[float, Overlay]]) -> list[Overlay
 
 def print_table(evaluation: Evaluation) -> None:
     """One row per case and structure, then the summary, then the original's soft metrics in a table of their own."""
-    console = wide_console()
+    console = wide_console(160 + 14 * max(0, len(evaluation.metrics) - len(METRICS)))
     settings = evaluation.settings
     threshold = ", ".join(f"{s} {value:g}" for s, value in settings["threshold"].items())
     tolerance = ", ".join(f"{s} {value:g} mm" for s, value in settings["tolerance_mm"].items())
@@ -150,11 +150,11 @@ def add_summary(
         )
 
 
-def wide_console() -> Console:
-    """A console that does not fold tables where its output is not a terminal."""
+def wide_console(width: int = 160) -> Console:
+    """A console that does not fold tables of that many characters where its output is not a terminal."""
     console = Console(markup=False)  # names may hold brackets
     if not console.is_terminal:
-        console.width = 160
+        console.width = width
     return console
 
 

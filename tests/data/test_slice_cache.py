@@ -252,6 +252,13 @@ def test_the_scans_used_longest_ago_are_removed(full_cache, cases, caplog: pytes
     assert not [path for path in cache.iterdir() if path.name.startswith(".partial")]
 
 
+@pytest.mark.parametrize("name", ["a\u2028b", "a\x85b"])
+def test_a_case_in_use_stays_whatever_its_name(cases, tmp_path: Path, name: str) -> None:
+    (prepared,) = prepare_cases([dataclasses.replace(cases[0], id=name)], CONFIG, tmp_path, max_cache_gb=0)
+    assert np.isfinite(prepared.images).all()
+    assert len(made(tmp_path)) == 1
+
+
 def test_no_scan_that_is_in_use_is_removed(full_cache, cases) -> None:
     """By this process, and by another one until it is killed."""
     cache, _ = full_cache

@@ -14,7 +14,7 @@ from resunet_jax.data.cases import find_cases
 from resunet_jax.data.readers import read_mask, read_volume
 from resunet_jax.data.slice_cache import prepare_cases
 from resunet_jax.errors import InputError
-from resunet_jax.evaluation.compare import Evaluation, evaluate_cases, summarize
+from resunet_jax.evaluation.compare import COLUMNS, Evaluation, evaluate_cases, summarize
 from resunet_jax.evaluation.evaluate import evaluate
 from resunet_jax.evaluation.report import best_median_worst, print_table, write_csv, write_report
 from resunet_jax.files import json_text
@@ -285,10 +285,19 @@ def test_split_comes_from_the_models_or_a_file(trained: Trained, tmp_path: Path)
         run(split_file=other, subset="val")
 
 
+def test_a_metric_cannot_have_the_name_of_another_column(evaluation: Evaluation, trained: Trained) -> None:
+    columns = set().union(*evaluation.volumes) - set(METRICS)
+    assert columns <= set(COLUMNS)
+    for name in COLUMNS:
+        with pytest.raises(InputError, match=f"metric '{name}': a row has another column of that name"):
+            evaluate_cases(load_predictor(trained.lung), [], metrics=METRICS | {name: METRICS["dice"]})
+
+
 def test_a_metric_that_is_added_appears_everywhere(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     metrics = METRICS | {"toy_litres": Metric(lambda c: c.volumes_ml[0] / 1000, "TOY", "l")}
+    metrics |= {f"toy_{k}": Metric(lambda c: 1000.5, f"number {k}") for k in range(3)}
     evaluation = evaluate(
         trained.data, trained.cache, output_dir=tmp_path, lung_checkpoint=trained.lung, metrics=metrics
     )
@@ -302,5 +311,7 @@ def test_a_metric_that_is_added_appears_everywhere(
     with (tmp_path / "volumes.csv").open() as file:
         assert [float(r["toy_litres"]) for r in csv.DictReader(file) if r["structure"] == "lung"] == expected
     print_table(evaluation)
-    assert "TOY l" in " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "TOY l" in printed
+    assert "…" not in printed  # no heading is cut
     assert "toy_litres" not in METRICS
