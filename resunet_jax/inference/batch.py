@@ -228,14 +228,8 @@ class _Batch:
             others = self._others(scan)
             if self.manifest.vouches_for(scan, state, masks) and all(file.is_file() for file in others):
                 return ScanResult(scan, masks, others, skipped=True)
-            if (other := self.manifest.namesake(scan, state)) and any(file.exists() for file in masks):
-                text = f"{masks[0]}: is of another scan, {other}, than {scan.path}"
-                if other != _key(scan):
-                    return ScanResult(scan, [], error=InputError(f"{text}; choose another `output_dir`"))
-                logger.warning("%s, or of what that was before", text)
-            if not self.manifest.exists and (unknown := [file for file in (*masks, *others) if file.exists()]):
-                text = f"{unknown[0]}: would be replaced, though no {MANIFEST} there says that it was predicted"
-                return ScanResult(scan, [], error=InputError(f"{text}; remove it, or choose another `output_dir`"))
+            if (refused := self._refusal(scan, state, masks)) is not None:
+                return ScanResult(scan, [], error=refused)
             physical = self.predictor.preprocess.is_physical
             try:
                 opened = stack.enter_context(open_scan(scan, self.readers, assumed=self.assumed, physical=physical))
@@ -254,6 +248,23 @@ class _Batch:
             self.manifest.forget(scan)  # or it would vouch for masks that are being replaced
             on_failure.pop_all()
             return _Claimed(scan, opened, state, stack)
+
+    def _refusal(self, scan: Source, state: dict[str, Any], masks: Sequence[Path]) -> InputError | None:
+        """Why what lies in the folder under the names of a scan's files may not be replaced."""
+        existing = [file for file in (*masks, *self._others(scan)) if file.exists()]
+        if not existing:
+            return None
+        if not self.manifest.exists:
+            text = f"{existing[0]}: would be replaced, though no {MANIFEST} there says that it was predicted"
+            return InputError(f"{text}; remove it, or choose another `output_dir`")
+        other = self.manifest.namesake(scan, state)
+        if other is None or not any(file in existing for file in masks):
+            return None
+        text = f"{masks[0]}: is of another scan, {other}, than {scan.path}"
+        if other != _key(scan):
+            return InputError(f"{text}; choose another `output_dir`")
+        logger.warning("%s, or of what that was before", text)
+        return None
 
 
 def _remove(files: Sequence[Path]) -> None:
