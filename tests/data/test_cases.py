@@ -14,6 +14,7 @@ from resunet_jax.errors import InputError
     ("name", "expected"),
     [
         ("coronacases_org_001.nii", ("coronacases_001", "coronacases", "coronacases_001")),
+        ("Coronacases_ORG_001.nii", ("coronacases_001", "coronacases", "coronacases_001")),
         ("coronacases_010.nii.gz", ("coronacases_010", "coronacases", "coronacases_010")),
         ("coronacases_org_case007.nii", ("coronacases_007", "coronacases", "coronacases_007")),
         (
@@ -168,6 +169,16 @@ def bad_csv_double(root: Path) -> str:
 def bad_csv_mixed_up(root: Path) -> str:
     write_csv(root, (ROWS[0][0], ROWS[1][1], ROWS[1][2]))
     return "does not belong to"
+
+
+def bad_csv_infection_mixed_up(root: Path) -> str:
+    write_csv(root, (*ROWS[0][:2], ROWS[1][2]))
+    return "does not belong to"
+
+
+def bad_csv_no_lung_mask(root: Path) -> str:
+    write_csv(root, (ROWS[0][0], "", ROWS[0][2]))
+    return "must both name a file"
 
 
 def bad_csv_outside(root: Path) -> str:

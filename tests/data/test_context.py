@@ -9,7 +9,7 @@ import pytest
 from resunet_jax.config import PreprocessConfig
 from resunet_jax.data.batches import SliceSource
 from resunet_jax.data.cases import find_cases
-from resunet_jax.data.preprocess import context_slices, prepare_volume, slice_box
+from resunet_jax.data.preprocess import context_slices, prepare_mask, prepare_volume, slice_box
 from resunet_jax.data.readers import open_scan, read_mask, read_volume
 from resunet_jax.data.roi import crop_resize
 from resunet_jax.data.slice_cache import prepare_cases
@@ -74,3 +74,19 @@ def test_batches_have_the_infection_of_each_channel(phantom: Path, tmp_path: Pat
     unknown = source.batch(np.arange(len(prepared[0].images), len(source)), 64)["mask"]
     assert unknown[..., 0].any()
     assert not unknown[..., 1:].any()
+
+
+def test_a_slice_without_mask_has_the_masks_of_its_neighbours() -> None:
+    mask = np.zeros((32, 32, 3), np.uint8)
+    mask[8:24, 8:24, 1] = 1
+    prepared = prepare_mask(mask, np.tile(np.array([0, 0, 32, 32], np.int32), (3, 1)), 16, 1)
+    np.testing.assert_array_equal(
+        prepared.any(axis=(1, 2)), [[False, False, True], [True, False, False], [False, True, False]]
+    )
+
+
+def test_a_mask_is_binarised_at_one_half() -> None:
+    mask = np.zeros((32, 32, 1), np.uint8)
+    mask[:, :15] = 1
+    prepared = prepare_mask(mask, np.array([[0, 0, 32, 32]], np.int32), 8)
+    assert prepared[0, 4, :, 0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]

@@ -8,7 +8,7 @@ from resunet_jax.config import PreprocessConfig
 from resunet_jax.data.cases import find_cases
 from resunet_jax.data.preprocess import slice_box
 from resunet_jax.data.readers import read_volume
-from resunet_jax.data.roi import Box, body_mask, bounding_box, crop_resize, resize_paste
+from resunet_jax.data.roi import Box, body_columns, body_mask, bounding_box, crop_resize, resize_paste
 from tests.conftest import REFERENCE, ROOT
 
 REAL = ROOT.parent / "shared" / "data" / "covid19-ct-scans"
@@ -24,6 +24,10 @@ def test_box_of_the_largest_component() -> None:
 def test_diagonal_neighbours_belong_together() -> None:
     mask = np.eye(6, dtype=bool)
     assert bounding_box(mask) == Box(0, 0, 6, 6)
+
+
+def test_columns_of_the_body_are_medians_over_its_boxes() -> None:
+    assert body_columns(np.array([[1, 10, 50, 20], [2, 12, 60, 22], [9, 40, 3, 3]], np.int32)) == (12, 31)
 
 
 def test_no_body_gives_the_whole_slice() -> None:

@@ -12,6 +12,7 @@ from resunet_jax.data.splits import (
     SplitRequest,
     make_split,
     original_split,
+    patient_five_fold_split,
     ratio_split,
     read_split,
     write_split,
@@ -85,6 +86,13 @@ def test_patient_folds_of_an_incomplete_set_say_so() -> None:
     assert all("only 6 of the full set's 20 cases" in split.protocol for split in splits)
     with pytest.raises(InputError, match=r"4 patient\(s\) are too few for 5 folds"):
         make_split(cases[:6], dataclasses.replace(request, fold=0))
+    assert patient_five_fold_split(make_cases(*"abcde"), 0).protocol == "patient_five_fold, fold 0 of 5"
+
+
+def test_patient_folds_of_several_sources_are_of_one_size() -> None:
+    names = ("coronacases_001", "coronacases_002", "coronacases_003", "radiopaedia_1_1_1", "radiopaedia_2_1_1", "other")
+    splits = [patient_five_fold_split(make_cases(*names), fold) for fold in range(NUM_FOLDS)]
+    assert sorted(len(split.test) for split in splits) == [1, 1, 1, 1, 2]
 
 
 @pytest.mark.parametrize("protocol", ["original", "few_shot", "five_fold"])
@@ -104,6 +112,8 @@ def test_missing_cases_are_named_or_marked(protocol) -> None:
 def test_a_subset_that_would_be_empty_is_refused() -> None:
     with pytest.raises(InputError, match="no test case"):
         make_split(FULL[:3], SplitRequest(protocol="original", allow_missing=True))
+    with pytest.raises(InputError, match="no training case"):
+        make_split([FULL[9], FULL[19]], SplitRequest(protocol="original", allow_missing=True))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +163,11 @@ def test_ratio_is_decided_by_its_seed() -> None:
     assert make_split(FULL, SplitRequest(split_seed=3)) == split
 
 
+def test_ratio_rounds_a_fifth_of_the_patients() -> None:
+    split = ratio_split(make_cases(*"abcdefghijklm"), 0)
+    assert [len(subset) for subset in (split.train, split.val, split.test)] == [7, 3, 3]
+
+
 def test_too_few_patients() -> None:
     cases = make_cases("radiopaedia_10_85902_1", "radiopaedia_10_85902_3", "coronacases_001")
     with pytest.raises(InputError, match=r"2 patient\(s\) are too few"):
@@ -180,6 +195,10 @@ def test_file_round_trip(tmp_path: Path) -> None:
         ('{"train": [], "validation": []}', "expected"),
         ('{"train": ["liver_1"]}', "no case liver_1"),
         ('{"train": ["radiopaedia_10_85902_1"], "test": ["radiopaedia_10_85902_3"]}', "are one patient"),
+        (
+            '{"train": ["radiopaedia_10_85902_1"], "test": ["radiopaedia_10_85902_3"], "protocol": "ratio, seed 0"}',
+            "are one patient",
+        ),
         ('{"train": ["coronacases_001"], "val": ["coronacases_001"]}', "coronacases_001 in it more than once"),
         (
             '{"train": ["coronacases_001"], "test": ["coronacases_001"], "protocol": "five_fold, fold 0 of 5"}',

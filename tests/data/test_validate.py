@@ -1,14 +1,19 @@
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from resunet_jax.data.cases import find_cases
+from resunet_jax.data import validate as module
+from resunet_jax.data.cases import Case, find_cases
+from resunet_jax.data.readers import READERS
 from resunet_jax.data.validate import KNOWN_SLICES, check_data
+from resunet_jax.data.volume import Grid
 from resunet_jax.errors import InputError
 
 
@@ -29,6 +34,11 @@ def corner(mask: Any) -> Any:
     return mask
 
 
+def spot(mask: Any) -> Any:
+    mask[:3, :3, 5] = 1  # in the air around the body
+    return mask
+
+
 def kinds(folder: Path) -> set[tuple[str, str, str]]:
     return {(finding.severity, finding.case, finding.kind) for finding in check_data(folder).findings}
 
@@ -39,6 +49,37 @@ def test_known_table_adds_up_to_the_published_totals() -> None:
     ids = list(KNOWN_SLICES)
     counts = [KNOWN_SLICES[case] for case in ids[:8] + ids[10:18]]
     assert tuple(map(sum, zip(*counts, strict=True))) == (2879, 1475)
+
+
+def test_counts_are_compared_where_a_case_has_the_known_number_of_slices() -> None:
+    def differing(*counts: tuple[int, int]) -> list[str]:
+        names = ("coronacases_001", "coronacases_002")
+        summaries = [
+            SimpleNamespace(case=case, slices=slices, infected_slices=infected)
+            for case, (slices, infected) in zip(names, counts, strict=True)
+        ]
+        return [finding.case for finding in module._against_known(summaries)]
+
+    first, second = KNOWN_SLICES["coronacases_001"], KNOWN_SLICES["coronacases_002"]
+    assert differing(first, second) == []
+    assert differing(first, (99, second[1])) == ["coronacases_002"]
+    assert differing(first, (second[0], 99)) == ["coronacases_002"]
+    assert differing((9, 1), (9, 1)) == []
+
+
+def test_the_full_set_is_complete_with_all_cases_and_slices(phantom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examined = [module._examine(case, READERS, None) for case in find_cases(phantom)]
+    monkeypatch.setattr(module, "parallel_map", lambda *_: examined)
+    known = {one.summary.case: (one.summary.slices, one.summary.infected_slices) for one in examined}
+    monkeypatch.setattr(module, "KNOWN_CASES", tuple(known))
+    monkeypatch.setattr(module, "KNOWN_SLICES", known)
+    check = check_data(phantom)
+    assert (check.is_complete, check.missing) == (True, ())
+    known["coronacases_001"] = (known["coronacases_001"][0] + 1, 3)
+    assert not check_data(phantom).is_complete
+    monkeypatch.setattr(module, "KNOWN_CASES", ("coronacases_010",))
+    check = check_data(phantom)
+    assert (check.is_complete, check.missing) == (False, ())
 
 
 def test_phantom_is_clean(phantom: Path) -> None:
@@ -56,11 +97,6 @@ def test_phantom_is_clean(phantom: Path) -> None:
 
 def test_eight_planted_faults_are_all_found(copy: Path) -> None:
     lung, infection, ct = copy / "lung_mask", copy / "infection_mask", copy / "ct_scans"
-
-    def spot(mask: Any) -> Any:
-        mask[:3, :3, 5] = 1  # in the air around the body
-        return mask
-
     # 1 infection outside the lung, 2 raw values without their intercept, 3 a mask of another shape,
     # 4 sides swapped, 5 labels of the combined mask, 6 lung mirrored, 7 one scan under two names, 8 a mask too many
     change(infection / "coronacases_001.nii", spot)
@@ -106,6 +142,51 @@ def test_one_fault(copy: Path, folder: str, name: str, edit: Callable[[Any], Any
     assert (expected[0], "coronacases_001", expected[1]) in kinds(copy)
 
 
+def test_masks_that_lie_elsewhere(copy: Path) -> None:
+    lung, infection, ct = copy / "lung_mask", copy / "infection_mask", copy / "ct_scans"
+    image = nib.load(lung / "coronacases_001.nii")
+    inside = np.asarray(image.dataobj) > 0
+    moved = np.roll(inside, 1, 0)  # as large as the lung
+    ml = (moved & ~inside).sum() * abs(np.linalg.det(image.affine[:3, :3])) / 1000
+    hu = np.asarray(nib.load(ct / "coronacases_org_002.nii").dataobj)
+    change(infection / "coronacases_001.nii", lambda _: moved.astype(np.uint8))
+    change(lung / "coronacases_002.nii", lambda _: ((hu > -100) & (hu < 200)).astype(np.uint8))
+    change(lung / "coronacases_003.nii", spot)
+    findings = check_data(copy).findings
+    (first,) = [finding for finding in findings if finding.case == "coronacases_001"]
+    assert first.kind == "infection outside lung"
+    assert f", {ml:.1f} ml)" in first.text
+    found = {(finding.severity, finding.case, finding.kind) for finding in findings}
+    assert ("error", "coronacases_002", "lung") in found
+    assert ("warning", "coronacases_003", "lung outside body") in found
+
+
+def test_a_mirrored_mask_is_told_with_its_axis(copy: Path) -> None:
+    def mirror(mask: Any, axis: int) -> Any:
+        mask = np.where(mask == 1, mask, 0).astype(np.uint8)  # the front of the left lung, which has no symmetry
+        columns = np.flatnonzero(mask.any(axis=(0, 2)))
+        mask[:, columns[len(columns) // 2] :] = 0
+        return np.flip(mask, axis)
+
+    expected = {"coronacases_001": "front to back", "coronacases_002": "head to foot"}
+    for case, axis in zip(expected, (1, 2), strict=True):
+        change(copy / "lung_mask" / f"{case}.nii", functools.partial(mirror, axis=axis))
+    found = [finding for finding in check_data(copy).findings if finding.kind == "mirrored"]
+    assert [finding.case for finding in found] == list(expected)
+    for finding in found:
+        assert f"better mirrored {expected[finding.case]}" in finding.text
+
+
+def test_empty_masks_are_no_duplicates_and_other_labels_are_told(copy: Path) -> None:
+    infection = copy / "infection_mask"
+    for name in ("coronacases_001.nii", "coronacases_002.nii"):
+        change(infection / name, np.zeros_like)
+    change(infection / "coronacases_003.nii", lambda mask: (mask * 2).astype(np.uint8))
+    found = kinds(copy)
+    assert "duplicate" not in {kind for _, _, kind in found}
+    assert ("warning", "coronacases_003", "labels") in found
+
+
 def test_another_window(copy: Path) -> None:
     scan = next((copy / "ct_scans").glob("radiopaedia*"))
     change(scan, lambda values: np.clip(values.astype(int) + 17, 0, 255).astype(np.uint8))  # HU [-1350, 150]
@@ -143,6 +224,33 @@ def test_geometry(copy: Path) -> None:
     assert ("warning", "coronacases_001", "affine") in found
 
 
+@pytest.mark.parametrize(
+    ("spacing", "is_plausible"),
+    [
+        ((0.7, 0.7, 2.0), True),
+        ((0.3, 0.7, 2.0), False),
+        ((1.3, 0.7, 2.0), False),
+        ((0.7, 0.7, 0.5), False),
+        ((0.7, 0.7, 8.0), False),
+        ((1.0, 1.0, 1.0), False),
+    ],
+)
+def test_a_spacing_is_plausible_by_the_size_of_the_scan(
+    spacing: tuple[float, float, float], is_plausible: bool
+) -> None:
+    found = []
+    affine = np.array([[0, -spacing[1], 0, 0], [-spacing[0], 0, 0, 0], [0, 0, spacing[2], 0], [0, 0, 0, 1.0]])
+    case = Case("a", "other", "a", Path("a.nii"), Path("b.nii"), None)
+    module._check_geometry(case, Grid((512, 512, 120), affine), lambda severity, kind, text: found.append(kind))
+    assert found == ([] if is_plausible else ["spacing"])
+
+
+@pytest.mark.parametrize(("patients", "count"), [("ab", 0), ("abb", 0), ("abc", 1)])
+def test_a_spacing_is_nominal_where_several_patients_share_it(patients: str, count: int) -> None:
+    summaries = [SimpleNamespace(spacing_mm=(0.7, 0.7, 1.0), patient=patient) for patient in patients]
+    assert len(module._shared_spacing(summaries)) == count
+
+
 def test_a_missing_file_is_reported_and_the_others_are_checked(copy: Path) -> None:
     (copy / "lung_mask" / "coronacases_002.nii").unlink()
     check = check_data(copy)
@@ -154,6 +262,15 @@ def test_few_patients(copy: Path) -> None:
     rows = (copy / "metadata.csv").read_text().splitlines()
     (copy / "metadata.csv").write_text("\n".join(rows[:3]) + "\n")
     assert ("error", "", "patients") in kinds(copy)
+
+
+@pytest.mark.parametrize(
+    ("patients", "severities"),
+    [("a", ["error"]), ("ab", ["error"]), ("abc", ["warning"]), ("abcd", ["warning"]), ("abcde", [])],
+)
+def test_training_takes_fewer_patients_than_folds(patients: str, severities: list[str]) -> None:
+    findings = module._too_few([SimpleNamespace(patient=patient) for patient in patients])
+    assert [finding.severity for finding in findings] == severities
 
 
 def test_nothing_there(tmp_path: Path) -> None:

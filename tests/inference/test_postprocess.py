@@ -144,6 +144,55 @@ def test_gate_closes_a_lone_lung_as_one() -> None:
     np.testing.assert_array_equal(probabilities["infection"], infection)
 
 
+def gated(
+    lung: np.ndarray, infection: np.ndarray, spacing: tuple[float, float, float], closing_mm: float
+) -> np.ndarray:
+    """What stays of an infection, in slices whose box is the whole slice, with pixels as fine as the scan's."""
+    slices, *size = lung.shape
+    boxes = np.tile(np.array([0, 0, *size], np.int32), (slices, 1))
+    grid = Grid((*size, slices), np.diag([*spacing, 1.0]) @ axes_of_pls())
+    probabilities = {"lung": lung.astype(np.float32), "infection": infection.astype(np.float32)}
+    module.gate_infection(probabilities, 0.5, boxes, grid, closing_mm)
+    return probabilities["infection"] > 0
+
+
+def test_gate_removes_infection_beside_a_straight_edge_of_the_lung() -> None:
+    lung, infection = np.zeros((2, 12, 32, 32), bool)
+    lung[2:10, 8:24, 18:28] = True
+    infection[4:8, 1:4, 20:26] = infection[4:8, 27:30, 20:26] = True  # in front of it and behind it
+    infection[4:8, 12:20, 30:] = infection[4:8, 12:20, 10:14] = True  # to either side
+    assert not gated(lung, infection, (2.0, 2.0, 2.0), 4.0).any()
+
+
+def test_gate_closes_by_the_spacing_of_each_axis() -> None:
+    """A hole of one slice of 10 mm is wider than a ball of 4 mm closes, one of a pixel of 2 mm is not."""
+    lung, infection = np.zeros((2, 12, 32, 32), bool)
+    lung[2:10, 8:24, 18:30] = True
+    lung[5] = lung[7, 15, 22] = False
+    infection[5, 12:20, 20:26] = infection[7, 15, 22] = True
+    stays = gated(lung, infection, (2.0, 2.0, 10.0), 4.0)
+    assert not stays[5].any()
+    assert stays[7, 15, 22]
+
+
+def test_gate_has_the_lung_of_all_the_slices_that_it_joins() -> None:
+    """Slices of 1 mm, two of which are one of the gate: lung in either is lung."""
+    lung, infection = np.zeros((2, 12, 32, 32), bool)
+    lung[4, 8:24, 18:30] = True
+    lung[5, 8:10, 18:20] = True
+    infection[5, 12:20, 20:26] = True
+    np.testing.assert_array_equal(gated(lung, infection, (2.0, 2.0, 1.0), 0.0), infection)
+
+
+def test_gate_keeps_infection_in_lung_that_is_too_small_for_it() -> None:
+    lung = np.zeros((40, 64, 64), np.float32)
+    lung[11, 21, 21] = 1  # between the voxels of the gate
+    boxes = np.tile(np.array([8, 16, 64, 64], np.int32), (40, 1))
+    probabilities = {"lung": lung, "infection": lung.copy()}
+    module.gate_infection(probabilities, 0.5, boxes, Grid((100, 100, 40), axes_of_pls()), 4.0)
+    assert probabilities["infection"][11, 21, 21] == 1
+
+
 def axes_of_pls() -> np.ndarray:
     """An affine whose axes are (posterior, left, superior)."""
     return np.array([[0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], float)
@@ -186,3 +235,13 @@ def test_lesions_stay_by_volume_and_highest_probability(
         assert infection[k, rows, rows].any() == (name in stays), name
         if name in stays:
             np.testing.assert_array_equal(infection[k, rows, rows], before[k, rows, rows])
+
+
+def test_volume_of_a_lesion_is_by_the_boxes_of_its_own_slices() -> None:
+    infection = np.zeros((4, 16, 16), np.float32)
+    infection[0, 2:4, 2:4] = infection[3, 9:11, 9:11] = 0.9  # 0.25 ml and 1 ml
+    boxes = np.array([[0, 0, 32, 16]] * 2 + [[0, 0, 32, 64]] * 2, np.int32)
+    grid = Grid((32, 64, 4), np.diag([2.5, 2.5, 5.0, 1.0]) @ axes_of_pls())
+    module.remove_doubtful_lesions(infection, 0.5, boxes, grid, 0.4, 0.0)
+    assert not infection[0].any()
+    assert infection[3].any()

@@ -29,6 +29,8 @@ def test_closed_form() -> None:
     assert split_interval(1, residuals, 0.75, ML) == pytest.approx((0, 9))  # 1 - 2 is no root of a volume
     assert split_interval(36, residuals, 0.25, ML) == pytest.approx((36, 36))
     assert split_interval(81, [2.0], 0.5, QUANTITIES["involvement_percent"]) == (49, 100)
+    for level, patients in ((0.7, 9), (0.28, 24)):  # the seventh; of floats, 0.28 · 25 is above 7
+        assert conformal_quantile([0.1 * k for k in range(patients)], level) == pytest.approx(0.6)
 
 
 def test_a_level_beyond_what_patients_can_promise_is_unbounded() -> None:
@@ -112,5 +114,7 @@ def test_rank_correlation_and_worst_third() -> None:
     a, b = np.round(np.random.default_rng(0).random((2, 20)), 1)
     assert rank_correlation(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)  # with ties
     assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3]))
+    assert math.isnan(rank_correlation([1, 2], [1, 2]))
     assert worst_third_found([0.1, 0.2, 0.8, 0.9, 0.7, 0.3], [0, 0.6, 0.7, 0.8, 0.9, 0.5]) == 0.5
     assert worst_third_found([1, 2, 3], [3, 2, 1]) == 0
+    assert worst_third_found([1, 2, 3, 4], [2, 1, 3, 4]) == 1  # a third of four are two

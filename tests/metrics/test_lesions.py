@@ -52,8 +52,9 @@ def test_dice_by_burden() -> None:
         return {"structure": structure, "dice": dice, "reference_lung_involvement": involvement}
 
     rows = [row(0.2, 0.0), row(0.4, 0.0099), row(0.5, 0.01), row(0.9, 1.0), row(math.nan, 0.05), row(1, 0.05, "lung")]
+    rows += [row(0.7, 0.1), row(0.8, 0.15)]
     assert dice_by_burden([*rows, row(0.7, math.nan)]) == {
         "under 1 %": {"mean": pytest.approx(0.3), "volumes": 2},
         "1–10 %": {"mean": 0.5, "volumes": 1},
-        "over 10 %": {"mean": 0.9, "volumes": 1},
+        "over 10 %": {"mean": pytest.approx(0.8), "volumes": 3},
     }

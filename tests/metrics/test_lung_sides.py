@@ -8,7 +8,7 @@ from resunet_jax.data.cases import find_cases
 from resunet_jax.data.preprocess import prepare_volume
 from resunet_jax.data.readers import read_mask, read_volume
 from resunet_jax.evaluation.compare import body_columns
-from resunet_jax.metrics.lung_sides import LEFT, RIGHT, split_lungs
+from resunet_jax.metrics.lung_sides import LEFT, RIGHT, sagittal_plane, split_lungs
 
 
 @pytest.mark.parametrize("missing", [None, "left", "right"])
@@ -41,6 +41,23 @@ def test_a_component_that_crosses_the_middle_follows_its_bulk_and_a_bridge_is_cu
     assert sides["left_lung"][2, 18:22, 0].all()
     assert sides["right_lung"][:, :17, 1].sum() == mask[:, :17, 1].sum()
     assert sides["left_lung"][:, 22:, 1].sum() == mask[:, 22:, 1].sum()
+
+
+def test_joined_lungs_of_unequal_size_are_cut() -> None:
+    mask = np.zeros((10, 40, 1), bool)
+    mask[2:8, 8:28] = True  # three fifths of it are the patient's right
+    mask[3:8, 19:21] = False
+    sides = split_lungs(mask, (0, 39))
+    assert sides["right_lung"][:, 8:19].sum() == mask[:, 8:19].sum()
+    assert sides["left_lung"][:, 21:28].sum() == mask[:, 21:28].sum()
+
+
+def test_the_plane_is_the_middle_of_the_gap_near_the_middle_of_the_body() -> None:
+    profile = np.full(100, 9)
+    profile[44:57] = 0
+    assert sagittal_plane(profile, (0, 99)) == 50
+    profile[15:20] = 0
+    assert sagittal_plane(profile, (0, 99)) == 50
 
 
 def test_one_lung_alone_is_not_cut() -> None:

@@ -15,6 +15,34 @@ def test_a_row_has_all_columns() -> None:
     assert (row["name"], row["left_percent"], row["right_lung_ml"], row["warnings"]) == ("scan_1", 15.0, None, "a | b")
 
 
+def test_each_column_has_its_own_value() -> None:
+    report = example_report(uncertainty={"pairwise_dice": 0.8})
+    report["lung"]["right_ml"] = 2321.0
+    report["infection"] |= {"volume_interval_ml": [400.0, 700.0], "involvement_interval_percent": [9.0, 16.0]}
+    expected = {
+        "lung_ml": 4321.0,
+        "left_lung_ml": 2000.0,
+        "right_lung_ml": 2321.0,
+        "infection_ml": 543.2,
+        "involvement_percent": 12.57,
+        "left_percent": 15.0,
+        "right_percent": 10.9,
+        "grade": 2,
+        "ground_glass_ml": 443.2,
+        "consolidation_ml": 100.0,
+        "infection_mean_hu": -412.0,
+        "lesions": 3,
+        "seconds": 12.3,
+        "infection_low_ml": 400.0,
+        "infection_high_ml": 700.0,
+        "involvement_low_percent": 9.0,
+        "involvement_high_percent": 16.0,
+        "pairwise_dice": 0.8,
+    }
+    row = cohort_row(report)
+    assert {name: row[name] for name in expected} == expected
+
+
 @pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", " =1", "\r=1"])
 def test_a_name_is_no_formula(tmp_path: Path, name: str) -> None:
     write_cohort_csv(tmp_path / "a.csv", [example_report(name, warnings=[name])])
@@ -24,6 +52,15 @@ def test_a_name_is_no_formula(tmp_path: Path, name: str) -> None:
     assert row["warnings"] == f"'{name}"
     assert row["infection_mean_hu"] == "-412.0"
     assert row["right_lung_ml"] == ""
+
+
+def test_numbers_of_the_csv_are_rounded(tmp_path: Path) -> None:
+    report = example_report()
+    report["infection"]["involvement_percent"] = 0.01234567
+    write_cohort_csv(tmp_path / "a.csv", [report])
+    with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert row["involvement_percent"] == "0.0123"
 
 
 def test_the_csv_is_utf8(tmp_path: Path) -> None:
@@ -43,6 +80,14 @@ def test_the_page_links_and_escapes(tmp_path: Path) -> None:
     assert 'href="javascript%3Ax_report.html"' in html
     assert "3 scans, 1 with warnings" in html
     assert "http" not in html.replace("http-equiv", "")
+
+
+def test_cells_of_the_page_have_a_value_to_sort_by(tmp_path: Path) -> None:
+    write_cohort_page(tmp_path / "index.html", [example_report("a", warnings=["x", "y"]), example_report("b")])
+    html = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert '<td data-value="12.57">12.6</td>' in html
+    assert '<td data-value="2">x<br>y</td>' in html
+    assert "2 scans, 1 with warnings" in html
 
 
 def test_no_scans(tmp_path: Path) -> None:

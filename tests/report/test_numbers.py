@@ -1,6 +1,8 @@
 """Numbers against closed-form volumes: lungs and infection that are boxes of known size and density."""
 
 import dataclasses
+import math
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,13 +37,14 @@ def box(rows: tuple[int, int], columns: tuple[int, int], slices: tuple[int, int]
 
 RIGHT_LUNG = box((15, 45), (10, 30), (1, 10))
 LEFT_LUNG = box((15, 45), (50, 70), (1, 10))
+LUNGS = RIGHT_LUNG | LEFT_LUNG
 GROUND_GLASS = box((20, 25), (10, 20), (1, 4))  # 150 voxels in the lower third of the right lung
 CONSOLIDATION = box((30, 40), (60, 66), (7, 10))  # 180 voxels in the upper third of the left lung
 OUTSIDE = box((50, 51), (40, 41), (5, 6))  # a voxel, less than a lesion
 
 
 def segmented(
-    lung: np.ndarray = RIGHT_LUNG | LEFT_LUNG, infection: np.ndarray | None = None, hu: np.ndarray | None = None
+    lung: np.ndarray = LUNGS, infection: np.ndarray | None = None, hu: np.ndarray | None = None
 ) -> SegmentedScan:
     infection = GROUND_GLASS | CONSOLIDATION | OUTSIDE if infection is None else infection
     if hu is None:
@@ -104,11 +107,27 @@ def test_volumes_and_involvement(monkeypatch: pytest.MonkeyPatch, chunk: int) ->
             "lower": 100 * 150 / (2 * lung / 3),
         }
     )
+    for region, voxels, infected in (("both", 2 * lung, 330), ("left", lung, 180), ("right", lung, 150)):
+        values = report["involvement"][region]
+        assert (values["lung_ml"], values["infection_ml"]) == pytest.approx((voxels * ML, infected * ML))
     assert report["by_slice"]["infection_ml"][5] == pytest.approx(ML)
     assert sum(report["by_slice"]["lung_ml"]) == pytest.approx(2 * lung * ML)
     assert report["warnings"] == []
     assert not [note for note in report["notes"] if "outside" in note]
     assert summary_line(report) == "0.65 l lung, 3.1 % involved, 20 ml, grade 1, 2 s"
+
+
+def test_the_threshold_itself_is_consolidation() -> None:
+    hu = np.where(LUNGS, -850.0, 40.0)
+    hu[GROUND_GLASS] = -300.0
+    report = report_of(segmented(infection=GROUND_GLASS, hu=hu))
+    assert report["infection"]["consolidation_ml"] == pytest.approx(150 * ML)
+
+
+def test_the_grade_is_that_of_both_lungs() -> None:
+    report = report_of(segmented(infection=box((15, 45), (10, 22), (1, 10))))
+    assert report["infection"]["involvement_percent"] == pytest.approx(30)
+    assert report["grade"] == report["involvement"]["both"]["grade"] == 3
 
 
 def test_lobes_give_the_score_of_another_tools_mask() -> None:
@@ -139,14 +158,37 @@ def test_impossible_masks_are_warned_of_and_possible_ones_are_not() -> None:
     assert warnings_of(segmented()) == ""
     assert "324 ml, where 500 to 12000 ml" in warnings_of(segmented(), ML / 2)
     assert "plausible" in warnings_of(segmented(), 20 * ML)
-    cut = box((15, 45), (10, 30), (0, 10)) | box((15, 45), (50, 70), (0, 10))
-    assert warnings_of(segmented(cut), ML / 2) == ""  # the field of view does not tell
-    speck = box((30, 31), (20, 21), (0, SLICES))  # in the first and the last slice too
-    assert "where 12 to 12000 ml are plausible" in warnings_of(segmented(speck))
+    for slices in ((0, 10), (2, SLICES)):
+        cut = box((15, 45), (10, 30), slices) | box((15, 45), (50, 70), slices)
+        assert warnings_of(segmented(cut), ML / 2) == ""  # the field of view does not tell
+    speck = segmented(box((30, 31), (20, 21), (0, SLICES)))  # in the first and the last slice too
+    for warning in (warnings_of(speck), module.warnings_of(speck, totals_of(speck))[0]):
+        assert "where 12 to 12000 ml are plausible" in warning
     dense = np.full((ROWS, COLUMNS, SLICES), 40.0)
     assert "denser than lung" in warnings_of(segmented(hu=dense))
-    away = box((50, 55), (30, 45), (2, 9))
-    assert "% of the infection lies outside" in warnings_of(segmented(infection=away))
+
+
+def test_infection_is_warned_of_where_most_of_it_lies_outside_the_lungs() -> None:
+    away = box((50, 55), (30, 45), (2, 9))  # 525 voxels
+    for infection, percent in ((away, 100), (away | GROUND_GLASS, 78)):
+        assert f"{percent} % of the infection lies outside" in warnings_of(segmented(infection=infection))
+    some = GROUND_GLASS | CONSOLIDATION | box((50, 55), (38, 43), (5, 6))  # 25 of 355 voxels outside
+    for infection in (some, OUTSIDE):
+        assert warnings_of(segmented(infection=infection)) == ""
+
+
+@pytest.mark.parametrize(("level", "is_dense"), [(-300.0, False), (-200.0, True)])
+def test_lungs_are_dense_by_the_mean_of_what_is_healthy(level: float, is_dense: bool) -> None:
+    hu = np.where(LUNGS, level, 40.0)
+    for infection in (np.zeros_like(LUNGS), LUNGS & box((16, 45), (0, COLUMNS), (0, SLICES))):
+        hu[infection] = 100.0
+        assert ("denser than lung" in warnings_of(segmented(infection=infection, hu=hu))) == is_dense
+
+
+@pytest.mark.parametrize(("slices", "is_noted"), [((0, 9), True), ((2, SLICES), True), ((1, SLICES - 1), False)])
+def test_lungs_that_reach_an_end_of_the_scan_are_noted(slices: tuple[int, int], is_noted: bool) -> None:
+    notes = report_of(segmented(box((15, 45), (10, 30), slices)))["notes"]
+    assert any("reach the end of the scan" in note for note in notes) == is_noted
 
 
 def test_infection_outside_the_lungs_is_noted_and_a_trace_is_not_shown_as_0_ml() -> None:
@@ -161,7 +203,7 @@ def test_infection_outside_the_lungs_is_noted_and_a_trace_is_not_shown_as_0_ml()
     assert summary_line(report).split(", ")[2] == "0.12 ml"
 
 
-def with_spine(rows: slice, lung: np.ndarray = RIGHT_LUNG | LEFT_LUNG, value: float = 700.0) -> SegmentedScan:
+def with_spine(rows: slice, lung: np.ndarray = LUNGS, value: float = 700.0) -> SegmentedScan:
     hu = np.where(lung, -850.0, 40.0)
     hu[rows, 36:44] = value
     return segmented(lung, hu=hu)
@@ -179,14 +221,30 @@ def test_exchanged_front_and_back_are_told_by_the_spine_and_by_the_ends_of_the_l
         with_spine(slice(28, 35)),
         with_spine(slice(3, 10), value=3071),
         with_spine(slice(3, 10), value=40),
+        with_spine(slice(3, 4)),
     ):
-        assert totals_of(between).orientation_score == 0  # contrast agent, metal, a window without bone
+        assert totals_of(between).orientation_score == 0  # contrast agent, metal, a window without bone, little bone
     ends = box((35, 45), (10, 70), (1, 3)) | box((15, 45), (10, 70), (3, 8)) | box((35, 45), (10, 70), (8, 10))
     row, voxels = np.arange(ROWS), ends.sum(axis=(1, 2))
     centroid = row @ voxels / voxels.sum()
     spread = np.sqrt((row - centroid) ** 2 @ voxels / voxels.sum())
     assert totals_of(with_spine(slice(0), ends)).orientation_score == pytest.approx((39.5 - centroid) / spread)
     assert totals_of(with_spine(slice(0), ends[::-1])).orientation_score == pytest.approx((centroid - 39.5) / spread)
+
+
+def test_bone_at_the_sides_and_lungs_of_one_row_tell_nothing_of_front_and_back() -> None:
+    hu = np.where(LUNGS, -850.0, 40.0)
+    hu[3:10, 2:20] = hu[3:10, 60:78] = 700.0
+    assert totals_of(segmented(hu=hu)).orientation_score == 0
+    assert totals_of(segmented(box((30, 31), (20, 60), (1, 10)))).orientation_score == 0
+
+
+def test_a_little_that_speaks_against_the_header_is_not_warned_of() -> None:
+    hu = np.where(LUNGS, -850.0, 40.0)
+    hu[46:55, 36:44] = hu[2:12, 36:44] = 700.0
+    scan = segmented(hu=hu)
+    assert totals_of(scan).orientation_score == pytest.approx(-1 / 19)
+    assert module.warnings_of(scan, totals_of(scan)) == []
 
 
 def test_a_structure_without_a_model_is_empty() -> None:
@@ -249,3 +307,18 @@ def test_intervals_and_what_they_are_worth_go_into_the_report() -> None:
         assert found["infection"]["volume_interval_ml"] is None
         assert found["uncertainty"]["interval"] is None
         assert words in found["notes"][-1]
+
+
+@pytest.mark.parametrize(("dice", "reported"), [(0.8, 0.8), (math.nan, None)])
+def test_agreement_of_members_goes_into_the_report(dice: float, reported: float | None) -> None:
+    members = SimpleNamespace(members=4, pairwise_dice=dice, packed=[zlib.compress(bytes(ROWS * COLUMNS))] * SLICES)
+    uncertainty = report_of(dataclasses.replace(segmented(), uncertainty=members))["uncertainty"]
+    assert (uncertainty["members"], uncertainty["pairwise_dice"]) == (4, reported)
+
+
+def test_settings_tell_what_the_values_of_the_scan_are() -> None:
+    scan = segmented()
+    stored = dataclasses.replace(scan.scan, stored_window=(-1300.0, 260.0))
+    assert report_of(scan)["settings"]["intensity_scale"] == "hu"
+    assert report_of(dataclasses.replace(scan, scan=stored))["settings"]["intensity_scale"] == [-1300.0, 260.0]
+    assert report_of(dataclasses.replace(scan, offset=0.1))["settings"]["air_offset_hu"] == 150

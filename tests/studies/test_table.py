@@ -79,6 +79,47 @@ def test_a_case_that_several_splits_test_counts_in_each() -> None:
     assert reference["infection"]["mean"] == pytest.approx(0.3)
     assert row["infection"]["volumes"] == pytest.approx({"a_1": 0.5, "b_1": 0.3})
     assert row["infection"]["difference"] == pytest.approx(0.1)
+    for run, val in zip(first, ("b", "c"), strict=True):  # of one training set too
+        run["split"].update(train=["x"], val=[val])
+    (row,) = summarize_runs({"only": first})
+    assert row["infection"]["mean"] == pytest.approx(0.3)
+
+
+def test_the_cost_is_the_median_of_the_runs() -> None:
+    runs = [record(seed, {"a_1": 0.4, "b_1": 0.6}, seconds) for seed, seconds in enumerate((1.0, 1.2, 30.0))]
+    (row,) = summarize_runs({"only": runs})
+    assert row["lung"]["seconds_per_step"] == 1.2
+
+
+def test_each_cell_of_the_table_has_its_own_number() -> None:
+    other = record(0, {"a_1": 0.15, "b_1": 0.97})
+    for volume in other["volumes"]:
+        if volume["structure"] == "lung":
+            volume["dice"] = 0.8 if volume["case"] == "a_1" else 0.9
+    other["cost"] = {
+        "lung": {"seconds_per_step": 2.0, "parameters": 1_500_000, "step_gb": 0.5},
+        "infection": {"seconds_per_step": 0.25, "parameters": 2_000_000, "step_gb": 0.75},
+    }
+    rows = summarize_runs({"first": [record(0, {"a_1": 0.1, "b_1": 0.9})], "other": [other]})
+    lung, infection = rows[1]["lung"], rows[1]["infection"]
+
+    def interval(values: dict, name: str, form: str) -> str:
+        return f"({values[f'{name}_low']:{form}} to {values[f'{name}_high']:{form}})"
+
+    cells = (
+        "other",
+        "0.8500",
+        "0.8000",
+        f"-0.050 {interval(lung, 'difference', '+.3f')}",
+        f"0.560 {interval(infection, 'ci', '.3f')}",
+        f"+0.060 {interval(infection, 'difference', '+.3f')}",
+        "0.56",
+        "2.0",
+        "2 + 0.25",
+        "3.50 M",
+        "0.75",
+    )
+    assert f"| {' | '.join(cells)} |" in to_markdown({"rows": rows}).splitlines()
 
 
 def test_a_variant_may_have_the_lung_model_alone() -> None:
@@ -128,6 +169,8 @@ def test_one_seed_and_one_patient_have_no_interval(capsys: pytest.CaptureFixture
 
 def test_folds_stand_next_to_published_results(capsys: pytest.CaptureFixture[str]) -> None:
     records = [record(0, {"a_1": 0.4}), record(0, {"b_1": 0.6, "c_1": None})]
+    for volume in records[0]["volumes"] + records[1]["volumes"]:
+        volume["nsd"] = 0.2718
     results = summarize_folds(records, METRICS)
     assert [(row["fold"], row["case"]) for row in results["volumes"][::2]] == [(0, "a_1"), (1, "b_1"), (1, "c_1")]
     assert results["protocol"] == "few_shot, 5 folds; by group"
@@ -137,7 +180,9 @@ def test_folds_stand_next_to_published_results(capsys: pytest.CaptureFixture[str
     print_cross_validation(results)
     out = capsys.readouterr().out
     assert out.count("different data") == len([row for row in PUBLISHED if row.structure in ("lung", "infection")])
-    assert "2 of 3" in out
+    assert "(NSD) at 1 mm, infection 3 mm" in out
+    (line,) = [line for line in out.splitlines() if "this study" in line and "infection" in line]
+    assert all(number in line for number in ("0.500", "0.141", "0.272", "2 of 3"))
 
     whole = {**records[0], "split": {**records[0]["split"], "train": KNOWN_CASES[:19], "test": KNOWN_CASES[19:]}}
     published = summarize_folds([whole], METRICS)["published"]
