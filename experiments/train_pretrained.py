@@ -20,19 +20,26 @@ CHANGES = {"model.filters": [16, 32, 64, 128], "train.epochs": 15}
 def main() -> None:
     """Trains the lung model, then the infection model, and saves both; without validation cases the last is kept."""
     from resunet_jax.config import TaskName, override
-    from resunet_jax.data.cases import find_cases
+    from resunet_jax.data.cases import find_cases, require_infection_masks
     from resunet_jax.data.splits import Split, SplitRequest, write_split
+    from resunet_jax.errors import InputError
     from resunet_jax.files import make_output_dir
+    from resunet_jax.plugins import load_plugins
     from resunet_jax.recipes import DEFAULT_RECIPE, recipe
     from resunet_jax.training.train import train
     from resunet_jax.weights.pretrained import ModelPair, save_pair
     from resunet_jax.weights.store import load_model
 
-    should_stop = stop_signals()
+    should_stop, tables = stop_signals(), load_plugins()
     data_dir, workdir = settings.path("data_dir"), settings.path("workdir")
+    folder = settings.optional_path("output_dir") or workdir / "pretrained"
+    if folder.exists():
+        raise InputError(f"{folder}: exists already; choose another `output_dir`")
+    cases = find_cases(data_dir, tables.readers)
+    require_infection_masks(cases)
     make_output_dir(workdir)
     split_file = workdir / "split.json"
-    write_split(split_file, Split(train=tuple(case.id for case in find_cases(data_dir)), val=(), test=()))
+    write_split(split_file, Split(train=tuple(case.id for case in cases), val=(), test=()))
     tasks: tuple[TaskName, ...] = ("lung", "infection")
     for task in tasks:
         train(
@@ -45,8 +52,8 @@ def main() -> None:
             should_stop=should_stop,
             assumed=settings.assumption(),
             max_cache_gb=flags.FLAGS.max_cache_gb,
+            **tables.for_training,
         )
-    folder = settings.optional_path("output_dir") or workdir / "pretrained"
     save_pair(folder, ModelPair(*(load_model(workdir / task) for task in tasks)))
     print(f"models: {folder.resolve()}")
     print(json.dumps(json.loads((folder / "files.json").read_text(encoding="utf-8")), indent=2))

@@ -377,10 +377,18 @@ def _check_setting(name: str, value: Any, entry: Setting) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     low, high, above = entry.low, entry.high, entry.above
-    _require(math.isfinite(value), name, value, "a finite number")
+    _require(_is_finite(value), name, value, "a finite number")
     _require(low is None or value >= low, name, value, f"at least {low}")
     _require(high is None or value <= high, name, value, f"at most {high}")
     _require(above is None or value > above, name, value, f"more than {above}")
+
+
+def _is_finite(value: float) -> bool:
+    """As a float: a whole number may be too large for one."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -522,7 +530,10 @@ def _convert(kind: Any, value: Any, where: str, source: str) -> Any:
     expected = str if typing.get_origin(kind) is Literal else kind
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if expected is float and number:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # a whole number that is too large for one
+            return math.inf if value > 0 else -math.inf
     if isinstance(value, expected) and isinstance(value, bool) == (expected is bool):
         return value
     raise InputError(f"{source}: {where} is {value!r}; expected {expected.__name__}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from resunet_jax.data.readers import READERS, Reader
 from resunet_jax.errors import InputError, first_line
-from resunet_jax.metrics import METRICS, Metric
+from resunet_jax.metrics import METRICS, Metric, check_names
 from resunet_jax.model.build import ARCHITECTURES, Architecture
 from resunet_jax.training.augment import AUGMENTATIONS, Augmentation
 from resunet_jax.training.losses import LOSSES, Loss
@@ -62,6 +62,8 @@ class Tables:
                     expected = f"a {kind.__name__}" if kind else "a function"
                     raise InputError(f"{source}: {name!r} in the table {table} is {row!r}; it must be {expected}")
                 tables[table][name] = row
+            if table == "metrics":
+                check_names(added)
         return Tables(**tables)
 
     @property

@@ -278,6 +278,10 @@ def test_configs_are_frozen_and_hashable() -> None:
         ({"train": {"patch_factor": 3}}, "multiple of 24"),
         ({"train": {"epochs": 0}}, "epochs"),
         ({"train": {"loss": ""}}, "loss"),
+        ({"train": {"learning_rate": 0.0}}, "learning_rate is 0.0; it must be more than 0"),
+        ({"train": {"learning_rate": 10**400}}, "learning_rate is inf; it must be a finite number"),
+        ({"train": {"epochs": 10**400}}, "it must be a finite number"),
+        ({"preprocess": {"body_thresholds_minmax": [0.3, 1.0]}}, "two numbers between 0 and 1"),
         ({"augment": {"rotation": 1.5}}, "rotation_prob is 1.5; it must be at most 1"),
         ({"augment": {"consolidation": 0.6, "fading": 0.5}}, "denser or fainter"),
         ({"task": "liver"}, "task"),
@@ -286,6 +290,22 @@ def test_configs_are_frozen_and_hashable() -> None:
 def test_bad_values_are_named(change: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         from_dict(change, "config.json")
+
+
+def test_bounds_themselves_are_allowed() -> None:
+    bounds = {"preprocess.context_mm": 50.0, "postprocess.min_component_fraction": 1.0, "augment.rot90_prob": 0.0}
+    assert non_defaults(override(Config(), bounds)) == {
+        "preprocess.context_mm": 50.0,
+        "postprocess.min_component_fraction": 1.0,
+    }
+
+
+def test_slices_with_context_can_come_from_a_lung_model_without() -> None:
+    with_context, without = PreprocessConfig(context_mm=5.0), PreprocessConfig()
+    assert without.can_feed(with_context)
+    assert without.can_feed(without)
+    assert not with_context.can_feed(without)
+    assert not PreprocessConfig(normalization="window").can_feed(with_context)
 
 
 def test_override_changes_what_it_names_and_nothing_else() -> None:

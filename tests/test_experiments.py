@@ -57,6 +57,21 @@ FLAGS_OF = {
 }
 
 
+def test_the_pair_is_trained_only_where_it_can_be_saved(phantom: Path, tmp_path: Path) -> None:
+    train = ("train_pretrained", f"--workdir={tmp_path / 'work'}", f"--cache_dir={tmp_path / 'cache'}")
+    (tmp_path / "pair").mkdir()
+    result = run_script(*train, f"--data_dir={phantom}", f"--output_dir={tmp_path / 'pair'}")
+    assert (result.returncode, "exists already; choose another --output_dir" in result.stderr) == (2, True)
+    shutil.copytree(phantom, tmp_path / "data")
+    rows = (tmp_path / "data" / "metadata.csv").read_text(encoding="utf-8").splitlines()
+    columns = rows[0].split(",")
+    first = [v if column != "infection_mask" else "" for column, v in zip(columns, rows[1].split(","), strict=True)]
+    (tmp_path / "data" / "metadata.csv").write_text("\n".join([rows[0], ",".join(first), *rows[2:]]), encoding="utf-8")
+    result = run_script(*train, f"--data_dir={tmp_path / 'data'}")
+    assert (result.returncode, "no infection mask" in result.stderr) == (2, True)
+    assert not (tmp_path / "work").exists()
+
+
 @pytest.mark.slow
 def test_the_whole_way(phantom: Path, tmp_path: Path) -> None:
     """With paths below ~, flags of 0.6.0, scans in a window of their own, and terminals that lack most letters."""

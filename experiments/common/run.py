@@ -151,12 +151,25 @@ def _keep_compiled_programs() -> None:
     if "compilation_cache_dir" in flags.FLAGS:
         folder = flags.FLAGS.compilation_cache_dir
         os.environ[_CACHE_VARIABLE] = _writable(expand_user(folder)) if folder else ""
-        os.environ.setdefault(_CACHE_SIZE_VARIABLE, str(_CACHE_BYTES))
+        # Without a bound where the user has no name, as in containers: JAX asks for the owner of each entry.
+        os.environ.setdefault(_CACHE_SIZE_VARIABLE, str(_CACHE_BYTES if _user_has_name() else -1))
         if "jax" in sys.modules:
             import jax
 
             jax.config.update("jax_compilation_cache_dir", os.environ[_CACHE_VARIABLE] or None)
             jax.config.update("jax_compilation_cache_max_size", int(os.environ[_CACHE_SIZE_VARIABLE]))
+
+
+def _user_has_name() -> bool:
+    try:
+        import grp
+        import pwd
+
+        return bool(pwd.getpwuid(os.getuid()).pw_name and grp.getgrgid(os.getgid()).gr_name)
+    except ImportError:  # on Windows, where JAX does not ask
+        return True
+    except KeyError:
+        return False
 
 
 def _writable(folder: Path) -> str:

@@ -120,7 +120,8 @@ def require_infection_masks(cases: Iterable[Case]) -> None:
     for case in cases:
         if case.infection_mask is None:
             raise InputError(
-                f"{case.id}: no infection mask for {case.ct}; add the mask, or leave the case out with `split_file`"
+                f"{case.id}: no infection mask for {case.ct}; add the mask, or leave the case out (of the "
+                "split file, or of the data set)"
             )
 
 

@@ -204,7 +204,8 @@ def patient_five_fold_split(cases: Sequence[Case], fold: int) -> Split:
         patients.setdefault(case.patient, []).append(case)
     if len(patients) < NUM_FOLDS:
         raise InputError(
-            f"{len(patients)} patient(s) are too few for {NUM_FOLDS} folds; add scans, or use `protocol=ratio`"
+            f"{len(patients)} patient(s) are too few for {NUM_FOLDS} folds; add scans, or train on a single split "
+            "(protocol ratio)"
         )
     folds: list[list[str]] = [[] for _ in range(NUM_FOLDS)]
     of_source: dict[str, list[int]] = {}

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from resunet_jax.config import PreprocessConfig
 from resunet_jax.data.cases import COLUMNS, KNOWN_CASES, LAYOUTS, Case, list_cases
 from resunet_jax.data.preprocess import air_level, slice_box
-from resunet_jax.data.readers import READERS, Reader, list_sources, nifti, read_mask, read_volume
+from resunet_jax.data.readers import READERS, Reader, list_sources, nifti, open_scan, read_mask
 from resunet_jax.data.splits import NUM_FOLDS
 from resunet_jax.data.volume import HU_WINDOW, Grid, Volume
 from resunet_jax.errors import InputError
@@ -197,7 +197,8 @@ def _examine(case: Case, readers: Mapping[str, Reader], assumed: tuple[float, fl
         findings.append(Finding(severity, case.id, kind, text))
 
     try:
-        volume = read_volume(case.ct, readers, assumed=assumed)
+        with open_scan(case.ct, readers, assumed=assumed) as scan:
+            volume = scan.read_slices(0, scan.grid.oriented_shape[-1])
     except InputError as error:
         add_finding("error", "scan", str(error))
         return _Examined(None, findings, {})

@@ -13,11 +13,10 @@ from resunet_jax.data.readers import READERS, Reader, read_mask, read_volume
 from resunet_jax.data.roi import body_columns
 from resunet_jax.data.slice_cache import PreparedCase
 from resunet_jax.data.volume import Array, FloatArray, Volume
-from resunet_jax.errors import InputError
 from resunet_jax.files import json_text
 from resunet_jax.inference.predictor import Predictor
 from resunet_jax.inference.uncertainty import compare_members
-from resunet_jax.metrics import LEGACY_KEYS, METRICS, Comparison, Metric, with_legacy_keys
+from resunet_jax.metrics import METRICS, Comparison, Metric, check_names, with_legacy_keys
 from resunet_jax.metrics.calibration import LOGIT_BINS, Calibration, LogitHistogram, calibration_sums, logit_histogram
 from resunet_jax.metrics.intervals import summary_statistics
 from resunet_jax.metrics.lesions import dice_by_burden
@@ -38,13 +37,6 @@ SOFT_BATCH_SIZE = 4
 """Slices per batch in the original's testing."""
 
 STRUCTURES = ("lung", "left_lung", "right_lung", "infection")
-
-COLUMNS = (
-    *("case", "patient", "structure", "volume_ml", "reference_ml", *COUNTS, "empty", "lung_involvement"),
-    *("reference_lung_involvement", "seen_in", "pairwise_dice", "volume_low_ml", "volume_high_ml"),
-    *("involvement_low_percent", "involvement_high_percent", *LEGACY_KEYS),
-)
-"""Of a row, which no metric can be named after."""
 
 SOFT_NOTE = (
     f"Soft counts over batches of {SOFT_BATCH_SIZE} slices of the model grid, averaged over batches, as the original "
@@ -151,8 +143,7 @@ def evaluate_cases(
     Raises:
       InputError: a metric has the name of another column, or a file that was readable before no longer is.
     """
-    if taken := [name for name in metrics if name in COLUMNS]:
-        raise InputError(f"metric {taken[0]!r}: a row has another column of that name; rename the metric")
+    check_names(metrics)
     model_grid = _ModelGrid(predictor)
     volumes, slices, overlays = [], [], []
     with progress("evaluating", len(cases)) as advance:
@@ -177,6 +168,13 @@ def evaluate_cases(
             "%s: in the training or validation of the models that are evaluated; their numbers are not those of unseen "
             "patients (column seen_in)",
             ", ".join(leaked),
+        )
+    record = predictor.record
+    calibrated = sorted({row["patient"] for row in volumes} & set(record.patient_ids if record else ()))
+    if calibrated:
+        logger.warning(
+            "%s: the intervals and the temperature come from these patients, whom they fit better than unseen ones",
+            ", ".join(calibrated),
         )
     chosen = {"protocol": protocol, "seen_patients": leaked, "tolerance_mm": dict(tolerance_mm)}
     return Evaluation(

@@ -13,7 +13,7 @@ from rich.table import Table
 from resunet_jax.evaluation.compare import SOFT_NOTE, Evaluation, summarize
 from resunet_jax.files import atomic_file, make_output_dir, write_text
 from resunet_jax.metrics import METRICS, Metric, with_legacy_keys
-from resunet_jax.metrics.conformal import rank_correlation, worst_third_found
+from resunet_jax.metrics.conformal import is_covered, rank_correlation, worst_third_found
 from resunet_jax.metrics.lesions import dice_by_burden
 from resunet_jax.metrics.overlap import SOFT_METRICS
 from resunet_jax.plots import Overlay, save_boxes, save_overlays, save_reliability, save_volumes
@@ -117,7 +117,7 @@ def _print_uncertainty(evaluation: Evaluation, console: Console) -> None:
         )
     rows = [row for row in evaluation.volumes if row["structure"] == "infection"]
     if "interval" in settings and rows:
-        covered = sum(row["volume_low_ml"] <= row["reference_ml"] <= row["volume_high_ml"] for row in rows)
+        covered = sum(is_covered((row["volume_low_ml"], row["volume_high_ml"]), row["reference_ml"]) for row in rows)
         console.print(
             f"Intervals at {settings['interval']['level']:.2f} cover the infection's volume in {covered} of {len(rows)}"
         )

@@ -112,7 +112,7 @@ def segment_scans(
       outputs: what else is written, by name.
 
     Raises:
-      InputError: the manifest of an earlier run cannot be replaced. What concerns one scan is in its `ScanResult`.
+      InputError: masks.json cannot be written. What concerns one scan is in its `ScanResult`.
     """
     outputs, output_dir = outputs or {}, expand_user(output_dir)
     settings = _settings(predictor, save_probabilities, uncertainty, assumed, outputs)
@@ -161,8 +161,11 @@ class _Batch:
 
     def claim(self, scans: Sequence[Source]) -> Iterator[_Claimed | ScanResult]:
         """Opens the scans that nobody else is at, then waits for the others, in case their process was killed."""
-        busy = []
+        busy, foreign = [], self._foreign(scans)
         for scan in scans:
+            if scan.name in foreign:
+                yield ScanResult(scan, [], error=foreign[scan.name])
+                continue
             try:
                 yield self._claim(scan, timeout=0)
             except Timeout:
@@ -170,6 +173,21 @@ class _Batch:
         for scan in busy:
             if (claimed := self._wait_for(scan)) is not None:
                 yield claimed
+
+    def _foreign(self, scans: Sequence[Source]) -> dict[str, InputError]:
+        """Why scans are refused, by name: their files are in a folder into which nothing was segmented yet."""
+        files = {scan.name: [*self._masks(scan), *self._others(scan)] for scan in scans}
+        existing = {name: next((file for file in some if file.exists()), None) for name, some in files.items()}
+        if self.manifest.exists:  # looked at last: another process makes it before any of these files
+            return {}
+        return {
+            name: InputError(
+                f"{file}: would be replaced, though no {MANIFEST} there says that it was predicted; remove it, or "
+                "choose another `output_dir`"
+            )
+            for name, file in existing.items()
+            if file is not None
+        }
 
     def _wait_for(self, scan: Source) -> "_Claimed | ScanResult | None":
         """As `_claim`, however long it takes; None once the batch has stopped."""
@@ -203,13 +221,13 @@ class _Batch:
                 output.write(source, segmented, time.perf_counter() - begun, self.output_dir)
                 for output in self.outputs.values()
             ]
-            warnings = [warning for summary in summaries for warning in summary.warnings]
+            found = [*claimed.scan.warnings, *(warning for summary in summaries for warning in summary.warnings)]
+            warnings = list(dict.fromkeys(found))
             self.manifest.record(source, {**claimed.state, "masks": _digests(masks), "warnings": warnings})
         except InputError as error:
             return ScanResult(source, [], error=error)
         for warning in warnings:
-            if warning not in claimed.scan.warnings:  # which were logged when it was opened
-                logger.warning("%s: %s", source.path.name, warning)
+            logger.warning("%s: %s", source.path.name, warning)
         text = ", ".join(summary.text for summary in summaries if summary.text)
         return ScanResult(source, masks, self._others(source), summary=text)
 
@@ -250,15 +268,9 @@ class _Batch:
             return _Claimed(scan, opened, state, stack)
 
     def _refusal(self, scan: Source, state: dict[str, Any], masks: Sequence[Path]) -> InputError | None:
-        """Why what lies in the folder under the names of a scan's files may not be replaced."""
-        existing = [file for file in (*masks, *self._others(scan)) if file.exists()]
-        if not existing:
-            return None
-        if not self.manifest.exists:
-            text = f"{existing[0]}: would be replaced, though no {MANIFEST} there says that it was predicted"
-            return InputError(f"{text}; remove it, or choose another `output_dir`")
+        """Why the masks under a scan's name may not be replaced; a warning where they are of what it was before."""
         other = self.manifest.namesake(scan, state)
-        if other is None or not any(file in existing for file in masks):
+        if other is None or not any(file.exists() for file in masks):
             return None
         text = f"{masks[0]}: is of another scan, {other}, than {scan.path}"
         if other != _key(scan):
@@ -335,7 +347,7 @@ class _Manifest:
 
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
         self._file, self._settings = file, settings
-        if file.is_file() and not self._done():
+        if file.is_file() and self._read()[0] != settings:
             logger.info("%s: of other models, settings or another version; masks are made again", file)
 
     @property

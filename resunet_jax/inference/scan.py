@@ -24,7 +24,7 @@ from resunet_jax.errors import InputError
 from resunet_jax.files import expand_user, make_output_dir
 from resunet_jax.inference.predictor import NativeSlices, Predictor
 from resunet_jax.inference.uncertainty import CHUNK_SLICES, MEMBERS, ScanUncertainty, compare_members, uncertainty_map
-from resunet_jax.progress import progress
+from resunet_jax.progress import logger, progress
 
 UNCERTAINTY = "_uncertainty.nii.gz"
 """What the file of an uncertainty map is called, after the scan's name."""
@@ -72,6 +72,8 @@ def segment_scan(
     if others:
         raise InputError(f"{scan}: {1 + len(others)} scans in it, where one is expected; use `segment_scans`")
     with open_scan(source, readers, assumed=assumed, physical=predictor.preprocess.is_physical) as opened:
+        for warning in opened.warnings:
+            logger.warning("%s: %s", source.path.name, warning)
         paths = mask_paths(source, expand_user(output_dir), predictor, save_probabilities, uncertainty)
         segment_opened(opened, predictor, source.path.name, paths, uncertainty=uncertainty)
         return paths

@@ -2,15 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from resunet_jax.errors import InputError
 from resunet_jax.metrics.lesions import lesion_metrics
-from resunet_jax.metrics.overlap import confusion_counts, hard_metrics
+from resunet_jax.metrics.overlap import COUNTS, confusion_counts, hard_metrics
 from resunet_jax.metrics.surface import surface_metrics
 
 Mask = npt.NDArray[np.bool_]
@@ -123,6 +124,21 @@ LEGACY_KEYS = {
     "lung_part_error": "lung_involvement_error",
 }
 """Keys of 0.6.0 and before, which files keep next to today's."""
+
+
+COLUMNS = (
+    *("case", "patient", "structure", "fold", "volume_ml", "reference_ml", *COUNTS, "empty", "lung_involvement"),
+    *("reference_lung_involvement", "seen_in", "pairwise_dice", "volume_low_ml", "volume_high_ml"),
+    *("involvement_low_percent", "involvement_high_percent", *LEGACY_KEYS),
+)
+"""What rows hold beside metrics; no metric can have such a name."""
+
+
+def check_names(metrics: Iterable[str]) -> None:
+    """Raises `InputError` where a metric has the name of another column."""
+    for name in metrics:
+        if name in COLUMNS:
+            raise InputError(f"metric {name!r}: a row has another column of that name; rename the metric")
 
 
 def with_legacy_keys(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -122,6 +122,13 @@ def cv_plus_interval(
     return quantity.between(low, high)
 
 
+def is_covered(interval: tuple[float, float], value: float) -> bool:
+    """Whether an interval holds a value, but for rounding: the end of one is often a value that it was made from."""
+    low, high = interval
+    slack = _ROUNDING * abs(value)
+    return low - slack <= value <= high + slack
+
+
 def cv_plus_guarantee(level: float, patients: int, folds: int) -> float:
     """How often a CV+ interval covers at least (Barber et al., 2021, theorem 4): 1 − 2α, less where folds hold several.
 

@@ -213,13 +213,14 @@ class ResUnet(nn.Module):
             )
 
 
-def init_variables(model: ResUnet, key: jax.Array, image_size: int = 64) -> Variables:
-    """Fresh variables, as PyTorch would draw them for the original.
+def init_variables(model: Any, key: jax.Array, image_size: int = 64) -> Variables:
+    """Fresh variables; those of a `ResUnet` as PyTorch would draw them for the original.
 
     Args:
-      model: the module.
+      model: a `ResUnet`, or another module as `ARCHITECTURES` has them.
       key: a JAX random key, of `jax.random.key` or `jax.random.PRNGKey`.
-      image_size: side of the dummy slice in pixels; it has no influence on the result.
+      image_size: side of the dummy slice in pixels, for modules that do not take any; of a `ResUnet` the result does
+        not depend on it.
 
     Returns:
       {"params": ..., "batch_stats": ...}, float32, on the key's device; the same bytes each time, and under jit or vmap
@@ -228,17 +229,18 @@ def init_variables(model: ResUnet, key: jax.Array, image_size: int = 64) -> Vari
     if isinstance(key, jax.core.Tracer):  # under another jit, which compiles it
         return _draw(model, image_size, key)
     config: Any = jax.config
-    device = next(iter(key.devices())) if key.committed else config.jax_default_device
+    # A NumPy array, as a key may be, is on no device.
+    device = next(iter(key.devices())) if getattr(key, "committed", False) else config.jax_default_device
     return _compiled_draw(model, image_size, jax.ShapeDtypeStruct(key.shape, key.dtype), device)(key)
 
 
-def _draw(model: ResUnet, image_size: int, key: jax.Array) -> Variables:
+def _draw(model: Any, image_size: int, key: jax.Array) -> Variables:
     dummy = jnp.zeros((1, image_size, image_size, model.in_channels), jnp.float32)
     return {"batch_stats": {}, **model.init(key, dummy, train=False)}
 
 
 @lru_cache(maxsize=8)
-def _compiled_draw(model: ResUnet, image_size: int, key: jax.ShapeDtypeStruct, device: Any) -> Callable[..., Variables]:
+def _compiled_draw(model: Any, image_size: int, key: jax.ShapeDtypeStruct, device: Any) -> Callable[..., Variables]:
     """Without optimisation: dozens of random draws take XLA far longer to optimise than to run."""
     options: Any = {"xla_backend_optimization_level": 0}
     with jax.default_device(device):

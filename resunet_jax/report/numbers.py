@@ -34,6 +34,9 @@ _END_OF_LUNGS = 5  # one of so many parts of the slices with lung
 _EXCHANGED = -0.1  # of `Totals.orientation_score`: 0.58 to 1.3 in nine real scans, -0.1 to 0.72 in forty phantoms
 _LEAST_LUNG_ML_PER_CM = 2.0  # of a scan that may be a part of one, as a mean over its slices
 _LEAST_OUTSIDE_ML = 1.0  # of infection that lies outside the lung mask, to be told
+_LEVELS_HU = np.arange(-1020.0, 300.0, 10.0)  # centres of the bins in which densities are counted
+_FAINT_HU = 240.0  # of `Totals.contrast_hu`: up to 220 in a lung dense as a whole, from 270 on in six infected ones
+_LEAST_FAINT_ML = 10.0  # of infection, to be told that it is faint
 
 Mask = npt.NDArray[np.bool_]
 
@@ -84,6 +87,8 @@ class Totals:
         self.infection = np.zeros(slices, np.int64)
         self.consolidation = 0
         self.infection_hu = 0.0
+        # By level of density: voxels of both lungs that are infected, and that are not.
+        self.levels = {name: np.zeros(len(_LEVELS_HU), np.int64) for name in ("infected", "healthy")}
         self.healthy_hu = 0.0
         # By row: voxels of both lungs and of bone near the middle. By slice: the lungs' sum of row numbers.
         rows = segmented.scan.grid.oriented_shape[0]
@@ -104,7 +109,10 @@ class Totals:
         values = slices.hu[infection]
         self.consolidation += int(np.count_nonzero(values >= self._consolidation_hu))
         self.infection_hu += float(values.sum(dtype=np.float64))
-        self.healthy_hu += float(slices.hu[lung & ~infection].sum(dtype=np.float64))
+        healthy = slices.hu[lung & ~infection]
+        self.healthy_hu += float(healthy.sum(dtype=np.float64))
+        self.levels["healthy"] += _count_levels(healthy)
+        self.levels["infected"] += _count_levels(slices.hu[lung & infection])
         for label in [] if lobes is None else np.unique(lobes[lobes > 0]):
             lobe = lobes == label
             counts = np.array([np.count_nonzero(lobe), np.count_nonzero(lobe & infection)])
@@ -142,6 +150,15 @@ class Totals:
         return float(spine + (np.mean(ends) - centroid) / max(spread, 1.0))
 
     @property
+    def contrast_hu(self) -> float:
+        """By how much the infection of the lungs is denser than aerated lung.
+
+        Its median less the lower quartile of what is not infected, each to 10 HU; NaN where there is none of either.
+        """
+        infected, healthy = self.levels["infected"], self.levels["healthy"]
+        return _quantile_hu(infected, 0.5) - _quantile_hu(healthy, 0.25)
+
+    @property
     def lung_voxels(self) -> npt.NDArray[np.int64]:
         """Of both lungs, in each slice."""
         return self.lung["left"] + self.lung["right"]
@@ -150,6 +167,15 @@ class Totals:
     def infected_voxels(self) -> npt.NDArray[np.int64]:
         """Infection within both lungs, in each slice."""
         return self.infected["left"] + self.infected["right"]
+
+
+def _count_levels(hu: FloatArray) -> npt.NDArray[np.int64]:
+    bins = np.rint((hu - _LEVELS_HU[0]) / (_LEVELS_HU[1] - _LEVELS_HU[0]))
+    return np.bincount(bins.clip(0, len(_LEVELS_HU) - 1).astype(np.int64), minlength=len(_LEVELS_HU))
+
+
+def _quantile_hu(counts: npt.NDArray[np.int64], q: float) -> float:
+    return float(_LEVELS_HU[np.searchsorted(counts.cumsum(), q * counts.sum())]) if counts.any() else math.nan
 
 
 def measure(
@@ -269,6 +295,11 @@ def implausible(totals: Totals, voxel_ml: float, slice_mm: float) -> list[str]:
     outside = infection - int(totals.infected_voxels.sum())
     if outside > infection / 2 and outside * voxel_ml >= _LEAST_OUTSIDE_ML:
         warnings.append(f"{100 * outside / infection:.0f} % of the infection lies outside the lung mask; check both")
+    if (infection - outside) * voxel_ml >= _LEAST_FAINT_ML and totals.contrast_hu < _FAINT_HU:
+        warnings.append(
+            f"the infection is faint ({totals.contrast_hu:+.0f} HU against aerated lung); lungs that are denser as a "
+            "whole, as in expiration, look like this: check it"
+        )
     return warnings
 
 

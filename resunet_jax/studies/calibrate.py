@@ -29,6 +29,7 @@ from resunet_jax.metrics.conformal import (
     cv_plus_guarantee,
     cv_plus_interval,
     default_level,
+    is_covered,
     rank_correlation,
     worst_third_found,
 )
@@ -242,7 +243,10 @@ def make_record(errors: HeldOutErrors, target: Predictor, method: Method, source
     residuals = {name: sorted(errors.patient_residuals(name).values()) for name in QUANTITIES}
     least = min(sum(one.has_both for one in errors.logits.values()), *map(len, residuals.values()))
     if least < _LEAST_PATIENTS:
-        raise InputError(f"{least} patient(s) with lungs and infection in them; at least {_LEAST_PATIENTS} are needed")
+        raise InputError(
+            f"{least} patient(s) in whom the models find lungs and some of the infection; at least {_LEAST_PATIENTS} "
+            "are needed: add patients with infection, or train longer"
+        )
     if method == "split_conformal" and not all(one.config.train_patients for one in target.models.values()):
         logger.warning(
             "the models do not list their training patients: intervals are valid only if none of these is one"
@@ -255,6 +259,7 @@ def make_record(errors: HeldOutErrors, target: Predictor, method: Method, source
         residuals=residuals,
         settings=target.mask_settings,
         source=source,
+        patient_ids=tuple(sorted(errors.patient_residuals("infection_ml"))),
     )
 
 
@@ -336,8 +341,8 @@ def cv_plus_coverage(
             predicted = [scans[fold_of[patient]].predicted[name] for patient in residuals]
             if any(map(math.isnan, (*predicted, scans[0].reference[name]))):
                 continue
-            low, high = cv_plus_interval(predicted, list(residuals.values()), level, quantity)
-            covered.append(low <= scans[0].reference[name] <= high)
+            interval = low, high = cv_plus_interval(predicted, list(residuals.values()), level, quantity)
+            covered.append(is_covered(interval, scans[0].reference[name]))
             widths.append(math.sqrt(high) - math.sqrt(low))
         results[name] = {
             "level": level,

@@ -285,15 +285,15 @@ def _check_resumable(workdir: Path, config: Config, split: Split) -> None:
                 f"{workdir}: was begun by resunet_jax 0.6.0 or older, which draws other random numbers; finish "
                 "it with that version, or choose a new `workdir` (its model can be used as it is)"
             )
-        if config.train.epochs < (done := epochs_done(workdir)):
-            raise InputError(
-                f"{workdir}: {done} epochs are done, `epochs` is {config.train.epochs}; choose a new `workdir`"
-            )
         differences = _differences(_comparable(old), _comparable(config))
         if differences:
             raise InputError(f"{workdir} holds another run ({'; '.join(differences)}); choose a new `workdir`")
         if read_split(workdir / "split.json") != split:
             raise InputError(f"{workdir} holds a run on another split; choose a new `workdir`")
+        if config.train.epochs < (done := epochs_done(workdir)):
+            raise InputError(
+                f"{workdir}: {done} epochs are done, `epochs` is {config.train.epochs}; choose a new `workdir`"
+            )
 
 
 def check_data_unchanged(workdir: Path, digests: Mapping[str, str]) -> None:

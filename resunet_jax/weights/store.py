@@ -337,7 +337,7 @@ def load_threshold(path: str | Path) -> float:
             f"{file}: no such file: the training had no validation case to choose a threshold on, or is not done; "
             "leave `validated_threshold` out"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise InputError(
             f"{file}: holds no threshold in (0, 1) ({first_line(error)}); leave `validated_threshold` out"
         ) from error
@@ -367,4 +367,4 @@ def fingerprint(variables: Variables) -> str:
 
 def variable_shapes(model: Any, image_size: int = 64) -> Any:
     """Shapes and types of a model's variables, without making them; for arguments see `init_variables`."""
-    return jax.eval_shape(lambda key: init_variables(model, key, image_size), jax.random.key(0))
+    return jax.eval_shape(lambda: init_variables(model, jax.random.key(0), image_size))

@@ -174,9 +174,10 @@ def to_torch(path: Path, output_file: Path) -> None:
     config = loaded.config
     if config.preprocess != original_preprocess(config.preprocess.image_size) or config.cascade.closing_fraction:
         logger.warning(
-            "%s: the original's code prepares slices otherwise; give this model slices as its config says "
+            "%s: the original's code prepares slices otherwise; give this model %d channel(s) as its config says "
             "(normalization %s, context_mm %g, closing_fraction %g)",
             path,
+            loaded.model.in_channels,
             config.preprocess.normalization,
             config.preprocess.context_mm,
             config.cascade.closing_fraction,
@@ -248,7 +249,8 @@ def _config(path: Path, variables: Mapping[str, Any], target: str, image_size: i
         ("infection", 2): "infection",
     }
     if (target, channels) not in tasks:
-        raise InputError(f"{path}: a model on {channels} channel(s), which is no {target} model; check `target`")
+        remedy = "the original has none with context" if channels > 2 else "check `target`"
+        raise InputError(f"{path}: a model on {channels} channel(s), which is no {target} model; {remedy}")
     convolutions = (
         params["input_conv1"],
         *(params[name]["conv1"] for name in ("residual_conv_1", "residual_conv_2", "bridge")),

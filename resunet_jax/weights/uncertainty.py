@@ -37,6 +37,7 @@ class UncertaintyRecord:
       residuals: by the names of `QUANTITIES`, one for each patient, ascending, see `Quantity.residual`.
       settings: of the masks that the residuals are of, see `Predictor.mask_settings`.
       source: in words, where it comes from.
+      patient_ids: of those with a residual of the infection's volume; before 0.18.4 none were kept.
     """
 
     fingerprints: Mapping[str, str]
@@ -46,6 +47,7 @@ class UncertaintyRecord:
     residuals: Mapping[str, list[float]]
     settings: Mapping[str, Any]
     source: str
+    patient_ids: tuple[str, ...] = ()
 
     @property
     def patients(self) -> int:
@@ -79,6 +81,7 @@ def parse_record(text: str | bytes, where: str) -> UncertaintyRecord:
     """
     try:
         values = json.loads(text)
+        values["patient_ids"] = tuple(values.get("patient_ids", ()))
         record = UncertaintyRecord(
             **{field.name: values[field.name] for field in dataclasses.fields(UncertaintyRecord)}
         )
@@ -91,6 +94,8 @@ def parse_record(text: str | bytes, where: str) -> UncertaintyRecord:
             postprocess.setdefault("keep_lesion_ml", 0.0)
         if not record.patients or record.method not in get_args(Method):
             raise ValueError("no patient, or an unknown method")
+        if not all(isinstance(patient, str) for patient in record.patient_ids):
+            raise ValueError("patient_ids are no names")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise InputError(
             f"{where}: no record of an uncertainty ({first_line(error)}); delete it, then run calibrate to make another"

@@ -124,6 +124,36 @@ def test_multiframe_zip_and_single_file(hu: np.ndarray, tmp_path: Path) -> None:
         assert "approximate" in scan.notes[0]
 
 
+@pytest.mark.parametrize(("slope", "intercept"), [(1, -1024.5), (20, -1024)])
+def test_no_value_is_rounded_or_wraps_around(hu: np.ndarray, tmp_path: Path, slope: float, intercept: float) -> None:
+    def change(dataset: pydicom.Dataset, k: int) -> None:
+        dataset.RescaleSlope, dataset.RescaleIntercept = slope, intercept
+
+    write_series(tmp_path / "scan", hu, change=change)
+    values, _ = read(find_sources(tmp_path / "scan")[0])
+    np.testing.assert_array_equal(values, (hu + 1024).swapaxes(0, 1) * slope + intercept)
+
+
+def test_values_may_fill_sixteen_bits(hu: np.ndarray, tmp_path: Path) -> None:
+    def change(dataset: pydicom.Dataset, k: int) -> None:
+        dataset.BitsStored, dataset.HighBit = 16, 15
+        dataset.PixelData = (hu[..., k] + 50_000).astype("<u2").tobytes()
+
+    write_series(tmp_path / "scan", hu, change=change)
+    values, _ = read(find_sources(tmp_path / "scan")[0])
+    np.testing.assert_array_equal(values, (hu + 50_000 - 1024).swapaxes(0, 1))
+
+
+def test_one_slice_is_as_thick_as_its_spacing_where_no_thickness_is_known(hu: np.ndarray, tmp_path: Path) -> None:
+    def spaced(dataset: pydicom.Dataset, k: int) -> None:
+        del dataset.SliceThickness
+        dataset.SpacingBetweenSlices = 2.5
+
+    (path,) = write_series(tmp_path / "one", hu[..., :1], change=spaced)
+    with READERS["dicom"].open(find_sources(path)[0]) as scan:
+        assert scan.grid.spacing_mm == pytest.approx((0.8, 0.7, 2.5))
+
+
 def test_digest_follows_the_content(hu: np.ndarray, tmp_path: Path) -> None:
     write_series(tmp_path / "a", hu, seed=1)
     first = digest(find_sources(tmp_path / "a")[0])
@@ -175,6 +205,11 @@ def test_a_slice_that_does_not_say_its_rescaling_refuses_the_series(hu: np.ndarr
     (source,) = find_sources(tmp_path / "scan")
     with pytest.raises(InputError, match="RescaleSlope"):
         read(source)
+
+
+def test_a_slope_of_0_refuses_the_series(hu: np.ndarray, tmp_path: Path) -> None:
+    write_series(tmp_path / "scan", hu, change=lambda dataset, k: setattr(dataset, "RescaleSlope", int(k != 3)))
+    refuse(tmp_path / "scan", "a damaged DICOM file")
 
 
 def test_slices_without_a_modality_refuse_their_series(hu: np.ndarray, tmp_path: Path) -> None:
@@ -253,6 +288,15 @@ def test_what_is_no_ct_slice_is_left_out_by_name(
     with caplog.at_level(logging.INFO), pytest.raises(InputError, match="no scan in it"):
         find_sources(tmp_path / "views")
     assert "left out: 2 localizer" in caplog.text
+
+
+def test_a_localizer_may_be_of_one_type(hu: np.ndarray, tmp_path: Path) -> None:
+    write_series(tmp_path / "scan", hu)
+    write_series(
+        tmp_path / "scan", hu[..., :2], number=2, change=lambda dataset, k: setattr(dataset, "ImageType", "LOCALIZER")
+    )
+    (source,) = find_sources(tmp_path / "scan")
+    check(source, hu)
 
 
 def refuse(folder: Path, message: str) -> None:
@@ -562,6 +606,30 @@ def test_dicom_seg_reads_back_as_the_masks(hu: np.ndarray, tmp_path: Path, rng: 
         write_dicom_seg(path, source._replace(format="nifti"), grid, masks)
 
 
+def test_dicom_seg_follows_frames_in_any_order(hu: np.ndarray, tmp_path: Path, rng: np.random.Generator) -> None:
+    pytest.importorskip("highdicom")
+    from resunet_jax.data.readers.dicom_seg import write_dicom_seg
+
+    path, seg = tmp_path / "enhanced.dcm", tmp_path / "seg.dcm"
+    write_multiframe(path, hu)
+    dataset, order = pydicom.dcmread(path), [1, 2, 0, 3, 4, 5]
+    dataset.PixelData = dataset.pixel_array[order].tobytes()
+    groups = dataset.PerFrameFunctionalGroupsSequence
+    dataset.PerFrameFunctionalGroupsSequence = pydicom.Sequence([groups[k] for k in order])
+    dataset.save_as(path)
+    (source,) = find_sources(path)
+    check(source, hu)
+    with READERS["dicom"].open(source) as scan:
+        grid = scan.grid
+    mask = rng.random(grid.oriented_shape) < 0.2
+    write_dicom_seg(seg, source, grid, {"infection": mask})
+    written = pydicom.dcmread(seg)
+    for pixels, frame in zip(written.pixel_array, written.PerFrameFunctionalGroupsSequence, strict=True):
+        z = float(frame.PlanePositionSequence[0].ImagePositionPatient[2])
+        np.testing.assert_array_equal(pixels > 0, grid.from_pls(mask).T[round((z - 100) / 5)])
+    gc.collect()  # as above
+
+
 @pytest.mark.parametrize("suffix", ["nrrd", "mha", "MHD"])
 def test_nrrd_and_metaimage_are_the_same_volume(hu: np.ndarray, tmp_path: Path, suffix: str) -> None:
     sitk = pytest.importorskip("SimpleITK")
@@ -585,6 +653,21 @@ def test_nrrd_and_metaimage_are_the_same_volume(hu: np.ndarray, tmp_path: Path, 
     refuse_file(path)
     path.write_bytes(b"words")
     refuse_file(path)
+
+
+@pytest.mark.parametrize("suffix", ["nrrd", "mha"])
+def test_oblique_volumes_lie_where_simpleitk_has_them(tmp_path: Path, suffix: str) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    cos, sin = np.cos(0.4), np.sin(0.4)
+    image = sitk.GetImageFromArray(np.zeros((4, 5, 6), np.int16))
+    image.SetSpacing((0.7, 0.8, 5.0))
+    image.SetDirection((1, 0, 0, 0, cos, -sin, 0, sin, cos))
+    sitk.WriteImage(image, str(tmp_path / f"scan.{suffix}"))
+    with READERS["itk"].open(find_sources(tmp_path / f"scan.{suffix}")[0]) as scan:
+        affine = scan.grid.affine
+    for index in ((0, 0, 0), (5, 0, 0), (0, 4, 0), (0, 0, 3)):
+        expected = np.array(image.TransformIndexToPhysicalPoint(index)) * (-1, -1, 1)
+        np.testing.assert_allclose((affine @ (*index, 1))[:3], expected, atol=1e-4)
 
 
 def refuse_file(path: Path) -> None:

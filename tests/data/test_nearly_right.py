@@ -167,6 +167,8 @@ def test_a_qform_serves_where_the_sform_is_empty(copy, scan: Path) -> None:
     assert not nib.load(path).affine[:3].any()
     np.testing.assert_allclose(read_grid(path).affine, nib.load(scan).affine, atol=1e-4)
     same(path, scan)
+    (problem,) = [text for _, text in header_problems(read_grid(path))]
+    assert problem == "the sform says nothing; the qform is used, set the sform equal to it"
 
 
 def test_a_qform_that_is_no_rotation_is_a_finding_or_refused(copy) -> None:

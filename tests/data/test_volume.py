@@ -11,7 +11,7 @@ import pytest
 from resunet_jax.data import readers
 from resunet_jax.data.readers import nifti, open_scan, read_mask
 from resunet_jax.data.readers.nifti import nifti_writer, write_nifti
-from resunet_jax.data.volume import HU_WINDOW, Volume
+from resunet_jax.data.volume import HU_WINDOW, Grid, Volume, max_corner_distance_mm
 from resunet_jax.errors import InputError
 
 SPACING = (0.7, 0.8, 5.0)
@@ -51,6 +51,7 @@ def test_any_axes_give_the_same_anatomy(tmp_path: Path, axes, flips) -> None:
     expected, volume = read_volume(tmp_path / "original.nii"), read_volume(tmp_path / "moved.nii.gz")
     np.testing.assert_array_equal(volume.values, expected.values)
     np.testing.assert_allclose(volume.grid.spacing_mm, expected.grid.spacing_mm, rtol=1e-6)
+    assert volume.grid.voxel_ml == pytest.approx(expected.grid.voxel_ml)
     np.testing.assert_array_equal(volume.grid.from_pls(volume.values), np.asarray(moved.dataobj))
 
 
@@ -62,6 +63,19 @@ def test_oblique_scans_take_the_nearest_axes(tmp_path: Path) -> None:
     volume = read_volume(save(tmp_path / "scan.nii", hu(), affine))
     np.testing.assert_array_equal(volume.values, hu().transpose(1, 0, 2))
     np.testing.assert_allclose(volume.grid.spacing_mm, (SPACING[1], SPACING[0], SPACING[2]), rtol=1e-6)
+    assert not volume.grid.is_sheared
+
+
+def test_a_tilt_of_one_degree_is_a_shear_and_what_headers_round_is_none() -> None:
+    affine = LPS.copy()
+    for degrees, is_sheared in ((1, True), (1e-5, False)):
+        affine[1, 2] = SPACING[2] * np.tan(np.deg2rad(degrees))
+        assert Grid((6, 7, 4), affine).is_sheared == is_sheared
+
+
+def test_corners_lie_apart_by_what_grows_along_the_axes() -> None:
+    grid, other = Grid((11, 21, 31), np.eye(4)), Grid((11, 21, 31), np.diag([1.1, 1.2, 0.9, 1]))
+    assert max_corner_distance_mm(grid, other) == pytest.approx(np.sqrt(1 + 16 + 9))
 
 
 def test_a_header_without_orientation_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -69,8 +83,10 @@ def test_a_header_without_orientation_is_reported(tmp_path: Path, caplog: pytest
     image.set_sform(None)
     image.set_qform(None)
     nib.save(image, tmp_path / "scan.nii")
-    with caplog.at_level("WARNING", logger="resunet_jax"), open_scan(tmp_path / "scan.nii", assumed=HU_WINDOW) as scan:
+    with open_scan(tmp_path / "scan.nii", assumed=HU_WINDOW) as scan:
         (warning,) = scan.warnings
+    with caplog.at_level("WARNING", logger="resunet_jax"):
+        read_volume(tmp_path / "scan.nii")
     assert "left and right are a guess (axes taken as LAS); set them" in warning
     assert warning in caplog.text
     caplog.clear()
@@ -102,6 +118,9 @@ def test_slope_and_intercept_are_honoured(tmp_path: Path) -> None:
     raw[112:120] = np.array([2.0, -1024.0], "<f4").tobytes()
     path.write_bytes(raw)
     np.testing.assert_allclose(read_volume(path).values, hu().transpose(1, 0, 2) * 2.0 - 1024)
+    raw[112:120] = np.array([1.0, -24.0], "<f4").tobytes()
+    path.write_bytes(raw)
+    np.testing.assert_array_equal(read_volume(path).values, hu().transpose(1, 0, 2) - 24)
 
 
 def test_minmax_and_constant_slices(tmp_path: Path) -> None:
@@ -352,8 +371,35 @@ def test_bad_masks_are_refused(tmp_path: Path, array, affine, message: str) -> N
         read_mask(mask, scan, read_volume(scan).grid)
 
 
+def test_a_scan_may_be_constant_in_the_chunk_that_is_read_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "_CHUNK_BYTES", 1)
+    array = hu()
+    array[..., 0] = -1000
+    np.testing.assert_array_equal(read_volume(save(tmp_path / "scan.nii", array)).values, array.transpose(1, 0, 2))
+
+
+@pytest.mark.parametrize("value", [1.1, -0.1, 255.4, 256])
+def test_masks_that_are_no_whole_labels_are_refused(tmp_path: Path, value: float) -> None:
+    scan = read_volume(save(tmp_path / "scan.nii", hu()))
+    save(tmp_path / "mask.nii", np.full((6, 7, 4), value, np.float32))
+    with pytest.raises(InputError, match="whole labels"):
+        read_mask(tmp_path / "mask.nii", tmp_path / "scan.nii", scan.grid)
+
+
 def test_masks_may_differ_by_rounding(tmp_path: Path) -> None:
     scan = save(tmp_path / "scan.nii", hu())
     labels = np.array([0, 1, 2], np.float32)[np.random.default_rng(0).integers(0, 3, (6, 7, 4))]
     mask = save(tmp_path / "mask.nii", labels, LPS * (1 + 1e-6))
     np.testing.assert_array_equal(read_mask(mask, scan, read_volume(scan).grid), labels.transpose(1, 0, 2))
+    below = save(tmp_path / "below.nii", labels * np.float32(0.99998))
+    np.testing.assert_array_equal(read_mask(below, scan, read_volume(scan).grid), labels.transpose(1, 0, 2))
+
+
+def test_a_mask_that_lies_a_pixel_aside_is_refused(tmp_path: Path) -> None:
+    scan, aside = save(tmp_path / "scan.nii", hu()), LPS.copy()
+    aside[0, 3] += SPACING[0]
+    mask = save(tmp_path / "mask.nii", np.ones((6, 7, 4), np.uint8), aside)
+    with pytest.raises(InputError, match="affine differs"):
+        read_mask(mask, scan, read_volume(scan).grid)

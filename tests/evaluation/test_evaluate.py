@@ -14,14 +14,15 @@ from resunet_jax.data.cases import find_cases
 from resunet_jax.data.readers import read_mask, read_volume
 from resunet_jax.data.slice_cache import prepare_cases
 from resunet_jax.errors import InputError
-from resunet_jax.evaluation.compare import COLUMNS, Evaluation, evaluate_cases, summarize
+from resunet_jax.evaluation.compare import Evaluation, evaluate_cases, summarize
 from resunet_jax.evaluation.evaluate import evaluate
 from resunet_jax.evaluation.report import best_median_worst, print_table, write_csv, write_report
 from resunet_jax.files import json_text
 from resunet_jax.inference.predictor import load_predictor
 from resunet_jax.inference.scan import segment_scan
-from resunet_jax.metrics import LEGACY_KEYS, METRICS, Metric, with_legacy_keys
+from resunet_jax.metrics import COLUMNS, LEGACY_KEYS, METRICS, Metric, with_legacy_keys
 from resunet_jax.metrics.overlap import soft_metrics
+from resunet_jax.plugins import Tables
 from tests.conftest import WITH_CONTEXT, Trained
 
 
@@ -291,6 +292,8 @@ def test_a_metric_cannot_have_the_name_of_another_column(evaluation: Evaluation,
     for name in COLUMNS:
         with pytest.raises(InputError, match=f"metric '{name}': a row has another column of that name"):
             evaluate_cases(load_predictor(trained.lung), [], metrics=METRICS | {name: METRICS["dice"]})
+        with pytest.raises(InputError, match=f"metric '{name}'"):
+            Tables().extended({"metrics": {name: METRICS["dice"]}}, "a plugin")
 
 
 def test_a_metric_that_is_added_appears_everywhere(

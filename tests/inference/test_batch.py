@@ -73,19 +73,20 @@ def test_segments_again_what_has_changed(predictor: Predictor, scans, tmp_path: 
 
 
 def test_files_of_a_folder_that_is_not_its_own_are_not_replaced(predictor: Predictor, scans, tmp_path: Path) -> None:
-    """Masks by hand, beside the scan."""
-    own = scans[0].path.with_name("a_lung.nii.gz")
+    """Masks by hand, beside the scan, of which another one is segmented first."""
+    folder, good = scans[0].path.parent, [scans[0], scans[2]]
+    own = folder / "c_lung.nii.gz"
     own.write_bytes(b"mine")
-    (result,) = segment_scans(scans[:1], own.parent, predictor)
-    assert f"{own}: would be replaced, though no masks.json there says" in str(result.error)
+    first, refused = segment_scans(good, folder, predictor)
+    assert first.error is None
+    assert f"{own}: would be replaced, though no masks.json there says" in str(refused.error)
     assert own.read_bytes() == b"mine"
-    assert not (own.parent / MANIFEST).exists()
     own.unlink()
-    assert run(scans[:1], own.parent, predictor) == {"a.nii": "now"}
+    assert run(good, folder, predictor) == {"a.nii": "before", "c.nii": "now"}
 
 
 def test_a_first_run_that_was_killed_among_masks_goes_on(
-    predictor: Predictor, scans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    predictor: Predictor, scans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real = module.segment_opened
 
@@ -98,7 +99,9 @@ def test_a_first_run_that_was_killed_among_masks_goes_on(
         run(scans[:1], tmp_path / "masks", predictor)
     monkeypatch.undo()
     assert (tmp_path / "masks" / "a_lung.nii.gz").exists()
+    caplog.set_level("INFO")
     assert run(scans[:1], tmp_path / "masks", predictor) == {"a.nii": "now"}
+    assert "of other models, settings" not in caplog.text
 
 
 def test_an_output_that_is_refused_replaces_nothing(predictor: Predictor, scans, tmp_path: Path) -> None:

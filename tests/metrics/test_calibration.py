@@ -98,6 +98,20 @@ def test_no_patient_decides_for_the_others_and_what_was_removed_does_not_count()
         fit_temperature([outside])
 
 
+@pytest.mark.parametrize("temperature", [0.1, 10.0])
+def test_temperatures_far_from_1_are_found(temperature: float) -> None:
+    p, t = drawn(temperature, 200_000, 5)
+    assert fit_temperature([logit_histogram(p, t)]) == pytest.approx(temperature, rel=0.1)
+
+
+def test_a_logit_counts_as_the_middle_of_its_bin() -> None:
+    """Not as an end of it, which would move every probability the same way."""
+    logits = np.linspace(-4, 4, 100_001)
+    p = (1 / (1 + np.exp(-logits))).astype(np.float32)
+    sums = logit_histogram(p, np.zeros(p.shape, np.uint8)).calibration()
+    assert sums.probability.sum() / p.size == pytest.approx(0.5, abs=1e-5)
+
+
 def test_certain_probabilities_are_bounded() -> None:
     p, t = np.float32([0, 1, 1, 1e-30]), np.uint8([0, 1, 0, 0])
     assert np.isfinite(logit_histogram(p, t).nll(1.0))

@@ -14,6 +14,7 @@ from resunet_jax.metrics.conformal import (
     cv_plus_guarantee,
     cv_plus_interval,
     default_level,
+    is_covered,
     rank_correlation,
     split_interval,
     worst_third_found,
@@ -31,6 +32,15 @@ def test_closed_form() -> None:
     assert split_interval(81, [2.0], 0.5, QUANTITIES["involvement_percent"]) == (49, 100)
     for level, patients in ((0.7, 9), (0.28, 24)):  # the seventh; of floats, 0.28 · 25 is above 7
         assert conformal_quantile([0.1 * k for k in range(patients)], level) == pytest.approx(0.6)
+
+
+def test_a_value_is_covered_by_an_interval_that_ends_at_it() -> None:
+    low, value = 18.003990105114106, 18.003990105114095  # of the same volume, one by its square root
+    assert is_covered((low, 20.0), value)
+    assert is_covered((0.0, value), low)
+    assert is_covered((0.0, 0.0), 0.0)
+    for interval in ((18.1, 20.0), (0.0, 17.9), (math.nan, math.nan)):
+        assert not is_covered(interval, value)
 
 
 def test_a_level_beyond_what_patients_can_promise_is_unbounded() -> None:

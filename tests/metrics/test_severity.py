@@ -23,6 +23,7 @@ def test_involvement_without_lung_is_undefined() -> None:
 
 def test_thirds_are_by_height_between_the_first_and_the_last_slice_with_lung() -> None:
     assert thirds(np.array([0, 0, 5, 1, 0, 1, 1, 7, 0])) == {"upper": (6, 8), "middle": (4, 6), "lower": (2, 4)}
+    assert thirds(np.ones(5, np.int64)) == {"upper": (3, 5), "middle": (2, 3), "lower": (0, 2)}  # by rounding
     assert set(thirds(np.zeros(4, np.int64)).values()) == {(0, 0)}
 
 

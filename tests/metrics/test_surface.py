@@ -1,7 +1,10 @@
 import math
+import warnings
 
 import numpy as np
 import pytest
+import surface_distance
+from scipy import ndimage
 
 from resunet_jax.metrics.surface import surface_metrics
 
@@ -74,6 +77,18 @@ def test_agrees_with_all_pairs_of_surface_points(rng: np.random.Generator) -> No
     assert values["hd95_mm"] <= farthest
     if farthest:
         assert surface_metrics(a, b, tuple(spacing), 0.99 * farthest)["nsd"] < 1
+
+
+def test_agrees_with_the_package_of_its_authors(rng: np.random.Generator) -> None:
+    """Elements weigh by their areas, of which those across thick slices are several times larger than others."""
+    a, b = (np.pad(ndimage.gaussian_filter(rng.normal(size=(24, 20, 9)), (2, 2, 1)) > 0.02, 2) for _ in range(2))
+    spacing = (0.7, 0.9, 3.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        distances = surface_distance.compute_surface_distances(b, a, spacing)
+    values = surface_metrics(a, b, spacing, 1.1)
+    assert values["nsd"] == pytest.approx(surface_distance.compute_surface_dice_at_tolerance(distances, 1.1))
+    assert values["hd95_mm"] == pytest.approx(surface_distance.compute_robust_hausdorff(distances, 95))
 
 
 def test_empty_masks_have_a_stated_answer() -> None:

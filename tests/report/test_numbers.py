@@ -185,6 +185,24 @@ def test_lungs_are_dense_by_the_mean_of_what_is_healthy(level: float, is_dense: 
         assert ("denser than lung" in warnings_of(segmented(infection=infection, hu=hu))) == is_dense
 
 
+@pytest.mark.parametrize(("level", "ml", "is_faint"), [(-670.0, 12, True), (-660.0, 12, False), (-670.0, 8, False)])
+def test_infection_that_is_hardly_denser_than_lung_is_faint(level: float, ml: float, is_faint: bool) -> None:
+    hu = np.where(LUNGS, -900.0, 40.0)
+    hu[LUNGS & box((35, 45), (0, COLUMNS), (0, SLICES))] = -700.0  # a third of the lungs is less aerated
+    infection = box((15, 25), (10, 30), (1, 7))
+    hu[infection] = level
+    scan = segmented(infection=infection | OUTSIDE, hu=hu)
+    assert totals_of(scan).contrast_hu == level + 900
+    assert (
+        "the infection is faint (+230 HU against aerated lung)" in warnings_of(scan, ml / infection.sum())
+    ) == is_faint
+
+
+def test_contrast_is_undefined_without_infection_or_without_anything_else() -> None:
+    for infection in (np.zeros_like(LUNGS), LUNGS, OUTSIDE):
+        assert math.isnan(totals_of(segmented(infection=infection)).contrast_hu)
+
+
 @pytest.mark.parametrize(("slices", "is_noted"), [((0, 9), True), ((2, SLICES), True), ((1, SLICES - 1), False)])
 def test_lungs_that_reach_an_end_of_the_scan_are_noted(slices: tuple[int, int], is_noted: bool) -> None:
     notes = report_of(segmented(box((15, 45), (10, 30), slices)))["notes"]
@@ -206,7 +224,7 @@ def test_infection_outside_the_lungs_is_noted_and_a_trace_is_not_shown_as_0_ml()
 def with_spine(rows: slice, lung: np.ndarray = LUNGS, value: float = 700.0) -> SegmentedScan:
     hu = np.where(lung, -850.0, 40.0)
     hu[rows, 36:44] = value
-    return segmented(lung, hu=hu)
+    return segmented(lung, np.zeros_like(lung), hu)
 
 
 def test_exchanged_front_and_back_are_told_by_the_spine_and_by_the_ends_of_the_lungs() -> None:
@@ -242,7 +260,7 @@ def test_bone_at_the_sides_and_lungs_of_one_row_tell_nothing_of_front_and_back()
 def test_a_little_that_speaks_against_the_header_is_not_warned_of() -> None:
     hu = np.where(LUNGS, -850.0, 40.0)
     hu[46:55, 36:44] = hu[2:12, 36:44] = 700.0
-    scan = segmented(hu=hu)
+    scan = segmented(infection=np.zeros_like(LUNGS), hu=hu)
     assert totals_of(scan).orientation_score == pytest.approx(-1 / 19)
     assert module.warnings_of(scan, totals_of(scan)) == []
 

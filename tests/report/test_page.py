@@ -81,6 +81,9 @@ def test_a_page_holds_the_very_voxels(tmp_path: Path) -> None:
     grid = np.ix_(data["rows"], data["columns"])
     shape = (len(data["rows"]), len(data["columns"]))
     assert len(data["planes"]["ct"]) == 12
+    assert data["start"] == 6  # the first with most infection
+    cut = arrays["infection"].sum(axis=(1, 2))
+    assert cut[data["row"]] == cut[data["rows"]].max() > 0
     for k in (0, 4, 5, 11):
         ct, masks, extra = (
             unpack(from_base85(data["planes"][name][k]), shape) for name in ("ct", "masks", "uncertainty")
@@ -91,6 +94,14 @@ def test_a_page_holds_the_very_voxels(tmp_path: Path) -> None:
         np.testing.assert_array_equal(extra, uncertainty[..., k][grid])
     coronal = unpack(from_base85(data["coronal"]["masks"]), (12, shape[1]))
     np.testing.assert_array_equal(coronal[::-1].T & 3, arrays["lung"][data["row"]][data["columns"]])
+    ct = unpack(from_base85(data["coronal"]["ct"]), (12, shape[1]))  # from the head to the feet
+    assert np.abs(ct[::-1].T * 10.0 - 1350 - arrays["hu"][data["row"]][data["columns"]]).max() <= 5
+
+
+def test_the_head_is_above_and_the_feet_are_below(tmp_path: Path) -> None:
+    html = page(tmp_path)
+    assert "M0 10.1h16.7v.8H0z" in html  # slice 1 of 12, with a sixth of the most infection
+    assert "Axial slices 12, 11, 10" in html
 
 
 def test_the_body_is_cropped_and_no_mask_is_cut() -> None:
@@ -105,6 +116,23 @@ def test_the_body_is_cropped_and_no_mask_is_cut() -> None:
     sampling = choose_sampling(encode(**arrays))
     assert sampling.rows[0] <= 3
     assert sampling.columns[0] <= 11
+
+
+def test_the_box_is_that_of_the_body_and_not_of_a_cushion() -> None:
+    hu = np.full((120, 100, 1), -1000, np.float32)
+    hu[10:40] = -700
+    hu[50:90, 20:70] = 40
+    (one,) = encode(hu=hu, lung=np.zeros(hu.shape, np.uint8), infection=np.zeros(hu.shape, bool))
+    assert one.box == (50, 90, 20, 70)
+
+
+def test_all_that_is_body_in_any_slice_is_shown() -> None:
+    hu = np.full((60, 80, 2), -1000, np.float32)
+    hu[10:20, 5:30, 0] = 40
+    hu[25:50, 20:70, 1] = 40
+    sampling = choose_sampling(encode(hu=hu, lung=np.zeros(hu.shape, np.uint8), infection=np.zeros(hu.shape, bool)))
+    np.testing.assert_array_equal(sampling.rows, range(10, 50))
+    np.testing.assert_array_equal(sampling.columns, range(5, 70))
 
 
 @pytest.mark.parametrize("value", [-1000.0, 3000.0])

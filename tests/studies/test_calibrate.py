@@ -16,7 +16,7 @@ from resunet_jax.data.cases import find_cases
 from resunet_jax.errors import InputError
 from resunet_jax.evaluation.evaluate import evaluate
 from resunet_jax.metrics.calibration import LogitHistogram, fit_temperature, logit_histogram
-from resunet_jax.metrics.conformal import QUANTITIES, split_interval
+from resunet_jax.metrics.conformal import QUANTITIES, is_covered, split_interval
 from resunet_jax.studies import calibrate as module
 from resunet_jax.studies.calibrate import (
     HeldOutErrors,
@@ -135,8 +135,9 @@ def test_folds_are_tested_on_their_own_cases_and_cv_plus_uses_all(
         known = [one for one in own.scans if not math.isnan(one.predicted[name] + one.reference[name])]
         residuals = list(errors.patient_residuals(name).values())
         intervals = [split_interval(one.predicted[name], residuals, 2 / 3, quantity) for one in known]
-        covered = [low <= one.reference[name] <= high for one, (low, high) in zip(known, intervals, strict=True)]
+        covered = [is_covered(interval, one.reference[name]) for one, interval in zip(known, intervals, strict=True)]
         assert (found[name]["covered"], found[name]["scans"]) == (sum(covered), len(known))
+        assert all(covered)  # the largest residual is one of theirs
     with pytest.raises(InputError, match="at least 2"):
         make_record(
             HeldOutErrors(own.scans[:1], dict(list(own.logits.items())[:1])), target, "split_conformal", "one patient"
@@ -163,6 +164,11 @@ def test_masks_of_the_folds_are_made_at_the_targets_thresholds(
 def test_one_model_is_refused(target: Predictor) -> None:
     with pytest.raises(InputError, match="a pair is calibrated"):
         require_pair(dataclasses.replace(target, lung=None))
+
+
+def test_too_few_patients_in_whom_anything_is_found_are_told(target: Predictor) -> None:
+    with pytest.raises(InputError, match=r"0 patient\(s\) in whom the models find lungs and some of the infection"):
+        make_record(HeldOutErrors([], {}), target, "split_conformal", "")
 
 
 def test_models_of_unknown_patients_are_named(target: Predictor, caplog: pytest.LogCaptureFixture) -> None:
@@ -224,6 +230,7 @@ def test_from_patients_left_out_to_the_report_of_a_scan(trained: Trained, tmp_pa
     record = load_record(infection)
     assert record is not None
     assert (record.method, record.patients, record.guarantee) == ("split_conformal", 2, 2 / 3)
+    assert record.patient_ids == ("coronacases_003", "radiopaedia_14")
     assert json.loads((tmp_path / "c" / UNCERTAINTY_FILE).read_text()) == json.loads(record.to_json())
     assert str(tmp_path) not in record.to_json()
     assert {"calibration", "failure_detection", "coverage", "scans"} == set(
@@ -248,7 +255,8 @@ def test_from_patients_left_out_to_the_report_of_a_scan(trained: Trained, tmp_pa
     assert float(row["infection_high_ml"]) == pytest.approx(report["infection"]["volume_interval_ml"][1], abs=1e-4)
     result = run_script("evaluate", *data, *models, f"--output_dir={tmp_path / 'e'}", "--uncertainty")
     assert result.returncode == 0, result.stderr
-    assert "Intervals at 0.67 cover" in result.stdout
+    assert "Intervals at 0.67 cover the infection's volume in 2 of 2" in result.stdout  # as they are made from them
+    assert "the intervals and the temperature come from these patients" in result.stderr.replace("\n", " ")
     assert "with temperature" in result.stdout
     metrics = json.loads((tmp_path / "e" / "metrics.json").read_text())
     assert set(metrics["reported_calibration"]) == {"without_temperature", "with_temperature"}

@@ -285,6 +285,13 @@ def test_threshold_belongs_to_the_checkpoint_that_it_was_chosen_for(workdir: Pat
         load_threshold(folder)
 
 
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, f'{{"threshold": {10**400}}}', '{"threshold": 1.0}', "{}"])
+def test_what_holds_no_threshold_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "threshold.json").write_text(text)
+    with pytest.raises(InputError, match=r"threshold\.json: holds no threshold in \(0, 1\)"):
+        load_threshold(tmp_path)
+
+
 def test_thresholds_of_0_6_0_name_no_checkpoint_and_are_used(tmp_path: Path) -> None:
     (tmp_path / "threshold.json").write_text('{"threshold": 0.4, "mean_dice": 0.9, "chosen_on": ["a"]}')
     assert load_threshold(tmp_path) == 0.4

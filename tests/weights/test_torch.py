@@ -93,8 +93,9 @@ def test_a_model_of_ours_goes_there_and_back(
     to_torch(tmp_path / "back", tmp_path / "again.pt")
     assert not caplog.text  # a model of the original's
     to_torch(trained.infection, tmp_path / "context.pt")
+    assert "give this model 4 channel(s)" in caplog.text.replace("\n", " ")
     assert "context_mm 5" in caplog.text
-    with pytest.raises(InputError, match=r"context\.pt: "):
+    with pytest.raises(InputError, match=r"context\.pt: .*; the original has none with context"):
         from_torch(tmp_path / "context.pt", tmp_path / "context", "infection", image_size=32)
 
 

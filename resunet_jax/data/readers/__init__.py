@@ -125,7 +125,7 @@ def open_scan(
     assumed: tuple[float, float] | None = None,
     physical: bool = True,
 ) -> Iterator[Scan]:
-    """Opens a CT scan and looks at every voxel, a chunk in memory at a time; its warnings are logged.
+    """Opens a CT scan and looks at every voxel, a chunk in memory at a time.
 
     Args:
       scan: a path that holds one scan, or what `find_sources` found.
@@ -138,8 +138,6 @@ def open_scan(
     """
     reader, source = _resolve(scan, readers)
     with reader.open(source) as opened:
-        for warning in opened.warnings:
-            logger.warning("%s: %s", source.path, warning)
         yield with_intensity_scale(opened, source.path, assumed=assumed, physical=physical)
 
 
@@ -195,8 +193,10 @@ def read_volume(
     assumed: tuple[float, float] | None = None,
     physical: bool = True,
 ) -> Volume:
-    """Reads a CT scan as a whole; for arguments and errors see `open_scan`."""
+    """Reads a CT scan as a whole, and logs its warnings; for arguments and errors see `open_scan`."""
     with open_scan(path, readers, assumed=assumed, physical=physical) as scan:
+        for warning in scan.warnings:
+            logger.warning("%s: %s", path, warning)
         return scan.read_slices(0, scan.grid.oriented_shape[-1])
 
 

@@ -439,7 +439,8 @@ def _read_header(container: _Container, member: str) -> _Header | str:
 
 def _header(member: str, dataset: pydicom.Dataset) -> _Header | str:
     modality = str(dataset.get("Modality", "")).strip()
-    kinds = [str(kind).upper() for kind in dataset.get("ImageType") or ()]
+    values = dataset.get("ImageType") or ()
+    kinds = [str(kind).upper() for kind in ([values] if isinstance(values, str) else values)]
     if not modality and "Rows" not in dataset:
         return "unreadable" if member.lower().endswith(_SUFFIXES) else _NO_IMAGE
     is_localizer = any(word in kind for kind in kinds for word in _LOCALIZERS)

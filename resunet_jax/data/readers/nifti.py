@@ -23,7 +23,6 @@ from resunet_jax.data.readers.source import Source
 from resunet_jax.data.volume import Array, Grid, Scan, is_valid_affine, max_corner_distance_mm
 from resunet_jax.errors import InputError, first_line
 from resunet_jax.files import atomic_file
-from resunet_jax.progress import logger
 
 SUFFIXES = (".nii", ".nii.gz")
 
@@ -73,6 +72,9 @@ def header_problems(grid: Grid) -> Iterator[tuple[str, str]]:
         sform, qform = np.asarray(grid.header.get_sform(), np.float64), _qform(grid.header)
         if qform is None:
             yield "affine", "the qform is no rotation; the sform is used, set the qform equal to it"
+            return
+        if not is_valid_affine(sform):
+            yield "affine", "the sform says nothing; the qform is used, set the sform equal to it"
             return
         forms = (_in_mm(form, grid.header) for form in (sform, qform))
         apart = max_corner_distance_mm(*(dataclasses.replace(grid, affine=form) for form in forms))
@@ -233,7 +235,6 @@ def _grid(path: Path, image: Any) -> Grid:
     affine = np.asarray(image.affine, dtype=np.float64)
     if not is_valid_affine(affine) and int(header["qform_code"]) > 0 and (qform := _qform(header)) is not None:
         affine = qform
-        logger.warning("%s: its sform says nothing; taking its qform", path)
     affine = _in_mm(affine, header)
     if not is_valid_affine(affine):
         raise InputError(f"{path}: its affine does not say how the axes lie in space; export it with a valid one")
