@@ -81,7 +81,10 @@ def parse_record(text: str | bytes, where: str) -> UncertaintyRecord:
     """
     try:
         values = json.loads(text)
-        values["patient_ids"] = tuple(values.get("patient_ids", ()))
+        names = values.get("patient_ids", [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("patient_ids are no names")
+        values["patient_ids"] = tuple(names)
         record = UncertaintyRecord(
             **{field.name: values[field.name] for field in dataclasses.fields(UncertaintyRecord)}
         )
@@ -94,8 +97,6 @@ def parse_record(text: str | bytes, where: str) -> UncertaintyRecord:
             postprocess.setdefault("keep_lesion_ml", 0.0)
         if not record.patients or record.method not in get_args(Method):
             raise ValueError("no patient, or an unknown method")
-        if not all(isinstance(patient, str) for patient in record.patient_ids):
-            raise ValueError("patient_ids are no names")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise InputError(
             f"{where}: no record of an uncertainty ({first_line(error)}); delete it, then run calibrate to make another"

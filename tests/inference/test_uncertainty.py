@@ -208,10 +208,10 @@ def test_a_record_of_0_13_0_is_of_masks_that_kept_no_lesion_for_its_volume(predi
     values = json.loads(record.to_json())
     postprocess = values["settings"]["infection_postprocess"]
     assert postprocess.pop("keep_lesion_ml") == 20.0
-    assert parse_record(json.dumps(values), "here").settings["infection_postprocess"] == {
-        **postprocess,
-        "keep_lesion_ml": 0.0,
-    }
+    del values["patient_ids"]  # of 0.18.3 and before
+    found = parse_record(json.dumps(values), "here")
+    assert found.settings["infection_postprocess"] == {**postprocess, "keep_lesion_ml": 0.0}
+    assert found.patient_ids == ()
 
 
 @pytest.mark.parametrize(
@@ -225,6 +225,8 @@ def test_a_record_of_0_13_0_is_of_masks_that_kept_no_lesion_for_its_volume(predi
         {"residuals": {"infection_ml": [1.0]}},
         {"residuals": {name: [-1.0] for name in QUANTITIES}},
         {"method": "guess"},
+        {"patient_ids": "abc"},
+        {"patient_ids": [1]},
     ],
 )
 def test_a_senseless_record_is_named(predictor: Predictor, tmp_path: Path, changes: dict) -> None:
