@@ -3,6 +3,7 @@ import dataclasses
 import shutil
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel as nib
@@ -85,19 +86,25 @@ def test_files_of_a_folder_that_is_not_its_own_are_not_replaced(predictor: Predi
     assert run(good, folder, predictor) == {"a.nii": "before", "c.nii": "now"}
 
 
-def test_a_first_run_that_was_killed_among_masks_goes_on(
-    predictor: Predictor, scans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@contextlib.contextmanager
+def stopped_among_masks() -> Iterator[None]:
+    """Runs are stopped once the masks of a scan are written, before the manifest is."""
     real = module.segment_opened
 
     def segment_and_stop(*args, **options):
         real(*args, **options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "segment_opened", segment_and_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "segment_opened", segment_and_stop)
+        yield
+
+
+def test_a_first_run_that_was_killed_among_masks_goes_on(
+    predictor: Predictor, scans, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with stopped_among_masks():
         run(scans[:1], tmp_path / "masks", predictor)
-    monkeypatch.undo()
     assert (tmp_path / "masks" / "a_lung.nii.gz").exists()
     caplog.set_level("INFO")
     assert run(scans[:1], tmp_path / "masks", predictor) == {"a.nii": "now"}
@@ -138,23 +145,13 @@ def test_stopped_between_two_scans_resumes_with_the_next(predictor: Predictor, s
     assert run(scans, tmp_path / "masks", predictor) == {"a.nii": "before", "b.nii": "error", "c.nii": "now"}
 
 
-def test_masks_being_replaced_are_not_vouched_for(
-    predictor: Predictor, scans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_masks_being_replaced_are_not_vouched_for(predictor: Predictor, scans, tmp_path: Path) -> None:
     """Stopped between masks of another threshold and the manifest: the first threshold is due again."""
     output, good = tmp_path / "masks", [scans[0], scans[2]]
     other = dataclasses.replace(predictor, thresholds={"lung": 0.4})
     run(good, output, predictor)
-    real = module.segment_opened
-
-    def segment_and_stop(*args, **options):
-        real(*args, **options)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "segment_opened", segment_and_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_among_masks():
         run(good, output, other)
-    monkeypatch.undo()
     assert set(run(good, output, predictor).values()) == {"now"}
 
 
