@@ -63,7 +63,7 @@ class Tables:
                     raise InputError(f"{source}: {name!r} in the table {table} is {row!r}; it must be {expected}")
                 tables[table][name] = row
             if table == "metrics":
-                check_names(added)
+                check_names(added, source)
         return Tables(**tables)
 
     @property

@@ -134,11 +134,11 @@ COLUMNS = (
 """What rows hold beside metrics; no metric can have such a name."""
 
 
-def check_names(metrics: Iterable[str]) -> None:
-    """Raises `InputError` where a metric has the name of another column."""
+def check_names(metrics: Iterable[str], source: str = "metrics") -> None:
+    """Raises `InputError`, which begins with the source, where a metric has the name of another column."""
     for name in metrics:
         if name in COLUMNS:
-            raise InputError(f"metric {name!r}: a row has another column of that name; rename the metric")
+            raise InputError(f"{source}: a row has another column of the name {name!r}; rename the metric")
 
 
 def with_legacy_keys(row: Mapping[str, Any]) -> dict[str, Any]:

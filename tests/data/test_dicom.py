@@ -21,6 +21,7 @@ from resunet_jax.data.readers import READERS, decode_worker, digest, find_source
 from resunet_jax.data.readers.dicom import series_datasets
 from resunet_jax.data.readers.itk import open_itk
 from resunet_jax.data.readers.source import Source
+from resunet_jax.data.volume import Grid
 from resunet_jax.errors import InputError
 from tests.conftest import ROOT
 from tests.dicom_files import PATIENT, compress, pack, write_multiframe, write_series
@@ -571,6 +572,19 @@ def test_a_decoder_that_dies_or_hangs_is_one_line(
         refuse(tmp_path / "scan", "the decoder gave up on it")
 
 
+def check_seg_of_frames(seg: Path, source: Source, grid: Grid, rng: np.random.Generator) -> None:
+    """Of an enhanced file: each frame of a mask lies where its part of the mask does."""
+    from resunet_jax.data.readers.dicom_seg import write_dicom_seg
+
+    mask = rng.random(grid.oriented_shape) < 0.2
+    write_dicom_seg(seg, source, grid, {"infection": mask})
+    written = pydicom.dcmread(seg)
+    for pixels, frame in zip(written.pixel_array, written.PerFrameFunctionalGroupsSequence, strict=True):
+        z = float(frame.PlanePositionSequence[0].ImagePositionPatient[2])
+        np.testing.assert_array_equal(pixels > 0, grid.from_pls(mask).T[round((z - 100) / 5)])
+    gc.collect()  # what `write_dicom_seg` leaves open is warned of here, and not in another test
+
+
 def test_dicom_seg_reads_back_as_the_masks(hu: np.ndarray, tmp_path: Path, rng: np.random.Generator) -> None:
     """On a tilted series too; an empty mask is left out."""
     hd = pytest.importorskip("highdicom")
@@ -593,13 +607,7 @@ def test_dicom_seg_reads_back_as_the_masks(hu: np.ndarray, tmp_path: Path, rng: 
         written._db_con.close()
     write_multiframe(tmp_path / "enhanced.dcm", hu)  # its frames from the upper end to the lower
     (source,) = find_sources(tmp_path / "enhanced.dcm")
-    mask = rng.random(grid.oriented_shape) < 0.2
-    write_dicom_seg(path, source, grid, {"infection": mask})
-    written = pydicom.dcmread(path)
-    for pixels, frame in zip(written.pixel_array, written.PerFrameFunctionalGroupsSequence, strict=True):
-        z = float(frame.PlanePositionSequence[0].ImagePositionPatient[2])
-        np.testing.assert_array_equal(pixels > 0, grid.from_pls(mask).T[round((z - 100) / 5)])
-    gc.collect()  # what `write_dicom_seg` leaves open is warned of here, and not in another test
+    check_seg_of_frames(path, source, grid, rng)
     with pytest.raises(InputError, match="nothing was found"):
         write_dicom_seg(path, source, grid, {"infection": np.zeros(grid.oriented_shape, bool)})
     with pytest.raises(InputError, match="refers to a DICOM series"):
@@ -608,8 +616,6 @@ def test_dicom_seg_reads_back_as_the_masks(hu: np.ndarray, tmp_path: Path, rng: 
 
 def test_dicom_seg_follows_frames_in_any_order(hu: np.ndarray, tmp_path: Path, rng: np.random.Generator) -> None:
     pytest.importorskip("highdicom")
-    from resunet_jax.data.readers.dicom_seg import write_dicom_seg
-
     path, seg = tmp_path / "enhanced.dcm", tmp_path / "seg.dcm"
     write_multiframe(path, hu)
     dataset, order = pydicom.dcmread(path), [1, 2, 0, 3, 4, 5]
@@ -621,13 +627,7 @@ def test_dicom_seg_follows_frames_in_any_order(hu: np.ndarray, tmp_path: Path, r
     check(source, hu)
     with READERS["dicom"].open(source) as scan:
         grid = scan.grid
-    mask = rng.random(grid.oriented_shape) < 0.2
-    write_dicom_seg(seg, source, grid, {"infection": mask})
-    written = pydicom.dcmread(seg)
-    for pixels, frame in zip(written.pixel_array, written.PerFrameFunctionalGroupsSequence, strict=True):
-        z = float(frame.PlanePositionSequence[0].ImagePositionPatient[2])
-        np.testing.assert_array_equal(pixels > 0, grid.from_pls(mask).T[round((z - 100) / 5)])
-    gc.collect()  # as above
+    check_seg_of_frames(seg, source, grid, rng)
 
 
 @pytest.mark.parametrize("suffix", ["nrrd", "mha", "MHD"])

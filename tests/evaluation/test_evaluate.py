@@ -290,9 +290,9 @@ def test_a_metric_cannot_have_the_name_of_another_column(evaluation: Evaluation,
     columns = set().union(*evaluation.volumes) - set(METRICS)
     assert columns <= set(COLUMNS)
     for name in COLUMNS:
-        with pytest.raises(InputError, match=f"metric '{name}': a row has another column of that name"):
+        with pytest.raises(InputError, match=f"metrics: a row has another column of the name '{name}'"):
             evaluate_cases(load_predictor(trained.lung), [], metrics=METRICS | {name: METRICS["dice"]})
-        with pytest.raises(InputError, match=f"metric '{name}'"):
+        with pytest.raises(InputError, match=f"a plugin: a row has another column of the name '{name}'"):
             Tables().extended({"metrics": {name: METRICS["dice"]}}, "a plugin")
 
 
