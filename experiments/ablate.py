@@ -16,6 +16,7 @@ from resunet_jax.files import expand_user
 
 FLAGS = flags.FLAGS
 settings.define_training_flags()
+settings.define_initial_pair_flags()
 flags.DEFINE_list("variants", [], "Names from resunet_jax/studies/variants.py, the baseline first; by default all.")
 flags.DEFINE_alias("rows", "variants")  # its name in 0.6.0
 flags.DEFINE_list("seeds", ["0", "1"], "Of the trainings.")

@@ -13,6 +13,7 @@ from resunet_jax.data.splits import FOLD_PROTOCOLS
 
 FLAGS = flags.FLAGS
 settings.define_recipe_flags()
+settings.define_initial_pair_flags()
 flags.DEFINE_enum("protocol", "patient_five_fold", FOLD_PROTOCOLS, "How cases are split into folds.")
 
 

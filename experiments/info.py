@@ -1,15 +1,21 @@
-"""Prints the version and the model card of the models that the package ships.
+"""Prints the version and the model card of the models that the package ships; with --output_dir saves them, too.
 
 python experiments/info.py
+python experiments/info.py --output_dir=models
 """
 
+from common import settings
 from common.run import run
+
+settings.define_path(
+    "output_dir", "Gets the pair as two saved models, lung/ and infection/, to fine-tune; must not exist."
+)
 
 
 def main() -> None:
-    """Prints both."""
+    """Prints both, and saves the models where asked."""
     from resunet_jax import __version__
-    from resunet_jax.weights.pretrained import MODEL_CARD, load_pair, pretrained_folder
+    from resunet_jax.weights.pretrained import MODEL_CARD, load_pair, pretrained_folder, save_as_models
     from resunet_jax.weights.store import fingerprint
 
     print(f"resunet_jax {__version__}")
@@ -17,6 +23,9 @@ def main() -> None:
         print(f"{name} model: {fingerprint(loaded.variables)}, filters {loaded.config.model.filters}")
     print()
     print((pretrained_folder() / MODEL_CARD).read_text(encoding="utf-8"))
+    if folder := settings.optional_path("output_dir"):
+        save_as_models(folder)
+        print(f"models: {folder.resolve()}")
 
 
 if __name__ == "__main__":

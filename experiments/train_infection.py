@@ -12,6 +12,7 @@ from resunet_jax.errors import InputError
 FLAGS = flags.FLAGS
 settings.define_recipe_flags()
 settings.define_split_flags()
+settings.define_initial_checkpoint_flag()
 processes.define_device_flags()
 settings.define_path("lung_checkpoint", "Lung model: a training workdir (its best checkpoint) or a saved model.")
 flags.DEFINE_bool("ct_only", False, "Train on CT alone, without a lung model.")

@@ -8,6 +8,7 @@ from common.run import run
 
 settings.define_recipe_flags()
 settings.define_split_flags()
+settings.define_initial_checkpoint_flag()
 processes.define_device_flags()
 
 

@@ -13,13 +13,14 @@ settings.define_data_flags()
 settings.define_path("workdir", "Folder of both runs; the same command resumes them.", required=True)
 settings.define_path("output_dir", "Gets the pair, as the package has it; by default pretrained/ in --workdir.")
 settings.define_cache_flags()
+settings.define_initial_pair_flags()
 
 CHANGES = {"model.filters": [16, 32, 64, 128], "train.epochs": 15}
 
 
 def main() -> None:
     """Trains the lung model, then the infection model, and saves both; without validation cases the last is kept."""
-    from resunet_jax.config import TaskName, override
+    from resunet_jax.config import Structure, override
     from resunet_jax.data.cases import find_cases, require_infection_masks
     from resunet_jax.data.splits import Split, SplitRequest, write_split
     from resunet_jax.errors import InputError
@@ -40,7 +41,8 @@ def main() -> None:
     make_output_dir(workdir)
     split_file = workdir / "split.json"
     write_split(split_file, Split(train=tuple(case.id for case in cases), val=(), test=()))
-    tasks: tuple[TaskName, ...] = ("lung", "infection")
+    tasks: tuple[Structure, ...] = ("lung", "infection")
+    initial = settings.initial_pair()
     for task in tasks:
         train(
             override(recipe(DEFAULT_RECIPE, task), CHANGES),
@@ -49,6 +51,7 @@ def main() -> None:
             settings.path("cache_dir"),
             split=SplitRequest(split_file),
             lung_checkpoint=workdir / "lung" if task == "infection" else None,
+            initial_checkpoint=initial.get(task),
             should_stop=should_stop,
             assumed=settings.assumption(),
             max_cache_gb=flags.FLAGS.max_cache_gb,

@@ -227,7 +227,8 @@ class Config:
       augment: of training slices.
       train: the training run.
       lung_fingerprint: for task "infection", `fingerprint` of the lung model that fed the training; otherwise empty.
-      train_patients: whose scans trained it; empty where it is not known.
+      initial_fingerprint: of the trained model that the training began with (fine-tuning); otherwise empty.
+      train_patients: whose scans trained it, or the model it began with; empty where it is not known.
       val_patients: whose scans chose its epoch and threshold.
     """
 
@@ -239,6 +240,7 @@ class Config:
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()
     lung_fingerprint: str = ""
+    initial_fingerprint: str = ""
     train_patients: tuple[str, ...] = ()
     val_patients: tuple[str, ...] = ()
 
@@ -419,7 +421,7 @@ def _set(values: dict[str, Any], path: str, value: Any) -> None:
 def non_defaults(config: Config) -> dict[str, Any]:
     """The fields that are not at their default, by path: what `override` needs to make the config from `Config()`."""
     default, values = _plain(Config()), _plain(config)
-    paths = [*SETTINGS, "task", "lung_fingerprint", "train_patients", "val_patients"]
+    paths = [*SETTINGS, "task", "lung_fingerprint", "initial_fingerprint", "train_patients", "val_patients"]
     return {path: _get(values, path) for path in paths if _get(values, path) != _get(default, path)}
 
 

@@ -29,7 +29,8 @@ from resunet_jax import (
 from resunet_jax.config import Config
 from resunet_jax.data.splits import Split, SplitRequest, write_split
 from resunet_jax.inference.predictor import load_predictor
-from tests.conftest import ROOT, TINY, TINY_FLAGS, Trained, run_forked, run_script, store_in_window
+from resunet_jax.weights.store import fingerprint
+from tests.conftest import ROOT, TINY, TINY_FLAGS, Trained, run_forked, run_script, store_in_window, training_flags
 
 TRAINING = (
     "recipe set image_size batch_size filters epochs learning_rate seed loss split_seed split_file normalization "
@@ -37,18 +38,19 @@ TRAINING = (
     "accumulate_steps compilation_cache_dir tensorboard"
 )
 MODELS = "lung_checkpoint infection_checkpoint threshold min_component_fraction smallest_region"
+INITIAL = "initial_lung_checkpoint initial_infection_checkpoint"
 FLAGS_OF = {
-    "train_lung": TRAINING,
-    "train_infection": f"{TRAINING} lung_checkpoint ct_only",
+    "train_lung": f"{TRAINING} initial_checkpoint",
+    "train_infection": f"{TRAINING} initial_checkpoint lung_checkpoint ct_only",
     "evaluate": f"{MODELS} data_dir assume output_dir split split_file cache_dir infection_tolerance_mm uncertainty",
     "calibrate": f"{MODELS} data_dir assume output_dir split_file study_dir variant seed cache_dir pair_dir",
     "predict": f"{MODELS} input output_dir probabilities uncertainty report multilabel lobes gate assume",
     "export": "output lung_checkpoint infection_checkpoint threshold from_hu",
     "export_onnx": "output lung_checkpoint infection_checkpoint threshold",
-    "train_pretrained": "data_dir workdir output_dir cache_dir",
-    "info": "",
-    "cross_validate": "data_dir assume workdir cache_dir protocol allow_missing filters epochs",
-    "ablate": "data_dir assume workdir cache_dir protocol split_files rows seeds set filters epochs",
+    "train_pretrained": f"data_dir workdir output_dir cache_dir {INITIAL}",
+    "info": "output_dir",
+    "cross_validate": f"data_dir assume workdir cache_dir protocol allow_missing filters epochs {INITIAL}",
+    "ablate": f"data_dir assume workdir cache_dir protocol split_files rows seeds set filters epochs {INITIAL}",
     "convert_torch": "task input output_dir output_file",
     "check_data": "data_dir json assume",
     "make_phantom": "output_dir seed small volumes downsample",
@@ -70,6 +72,23 @@ def test_the_pair_is_trained_only_where_it_can_be_saved(phantom: Path, tmp_path:
     result = run_script(*train, f"--data_dir={tmp_path / 'data'}")
     assert (result.returncode, "no infection mask" in result.stderr) == (2, True)
     assert not (tmp_path / "work").exists()
+
+
+def test_the_shipped_pair_is_saved_and_fine_tuned(trained: Trained, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    result = run_script("info", f"--output_dir={models}")
+    assert (result.returncode, f"models: {models}" in result.stdout) == (0, True), result.stderr
+    flags = training_flags("lung", trained, tmp_path / "run", trained.cache, epochs=1)
+    fine_tune = ("train_lung", *flags, f"--initial_checkpoint={models / 'lung'}")
+    result = run_script(*fine_tune)
+    assert (result.returncode, "choose its --architecture and --filters" in result.stderr) == (2, True), result.stderr
+    result = run_script(*fine_tune, "--filters=16,32,64,128")
+    assert result.returncode == 0, result.stderr
+    shipped, tuned = (load_model(folder) for folder in (models / "lung", tmp_path / "run"))
+    assert tuned.config.initial_fingerprint == fingerprint(shipped.variables)
+    kernels = [one.variables["params"]["output_conv"]["kernel"] for one in (shipped, tuned)]
+    np.testing.assert_allclose(*kernels, atol=0.1)
+    assert not np.array_equal(*kernels)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from absl import flags
 
 from common import processes
 from common.run import stop_signals
-from resunet_jax.config import INFECTION_POSTPROCESS, SETTINGS, TaskName, override
+from resunet_jax.config import INFECTION_POSTPROCESS, SETTINGS, Structure, TaskName, override
 from resunet_jax.data.slice_cache import MAX_CACHE_GB
 from resunet_jax.data.splits import NUM_FOLDS, Protocol, SplitRequest
 from resunet_jax.errors import InputError
@@ -164,6 +164,28 @@ def define_split_flags() -> None:
     flags.DEFINE_integer("fold", None, f"Of a protocol with folds, 0 to {NUM_FOLDS - 1}.", lower_bound=0)
 
 
+def define_initial_checkpoint_flag() -> None:
+    """--initial_checkpoint, of both training scripts."""
+    define_path(
+        "initial_checkpoint",
+        "Fine-tuning: a trained model of the same structure to begin with, a training workdir or a saved model.",
+    )
+
+
+def define_initial_pair_flags() -> None:
+    """--initial_lung_checkpoint and --initial_infection_checkpoint, of the scripts that train pairs."""
+    for structure in typing.get_args(Structure):
+        text = f"Fine-tuning: a trained {structure} model that every training of one begins with."
+        define_path(f"initial_{structure}_checkpoint", text)
+
+
+def initial_pair() -> dict[Structure, Path]:
+    """What these flags give, by structure."""
+    structures: tuple[Structure, ...] = typing.get_args(Structure)
+    paths = {structure: optional_path(f"initial_{structure}_checkpoint") for structure in structures}
+    return {structure: path for structure, path in paths.items() if path is not None}
+
+
 def split_request() -> SplitRequest:
     """The split that the flags ask for."""
     values = flags.FLAGS
@@ -233,6 +255,7 @@ def train_from_flags(task: TaskName, lung_checkpoint: Path | None = None) -> Non
             path("cache_dir"),
             split=split_request(),
             lung_checkpoint=lung_checkpoint,
+            initial_checkpoint=optional_path("initial_checkpoint"),
             devices=devices,
             should_stop=stop_signals(),
             on_epoch=on_epoch,
@@ -256,6 +279,7 @@ def study() -> "Study":
         assumed=assumption(),
         max_cache_gb=flags.FLAGS.max_cache_gb,
         tensorboard=flags.FLAGS.tensorboard,
+        initial=initial_pair(),
     )
 
 

@@ -42,7 +42,7 @@ from resunet_jax.training.loop import never_stop
 from resunet_jax.training.step import compile_train_step
 from resunet_jax.training.tensorboard import tensorboard_writer
 from resunet_jax.training.train import check_data_unchanged, check_settings, train, versions, write_data_record
-from resunet_jax.weights.store import require_backend
+from resunet_jax.weights.store import fingerprint, load_model_for, require_backend
 
 _RUNNING = ".running"  # locks of what a process is at
 _MOST_COMPARED = 4  # variants in a picture
@@ -107,6 +107,7 @@ class Study:
       assumed: what the scans' values are, see `open_scan`; by default inferred for each.
       max_cache_gb: see `prepare_cases`.
       tensorboard: see `tensorboard_writer`; in the folder of each model.
+      initial: by structure, the trained model that every training begins with, see `train`.
     """
 
     data_dir: Path
@@ -119,6 +120,7 @@ class Study:
     assumed: tuple[float, float] | None = None
     max_cache_gb: float = MAX_CACHE_GB
     tensorboard: bool = False
+    initial: Mapping[Structure, Path] = dataclasses.field(default_factory=dict)
 
     def model(self, run: Run, task: Structure) -> Path:
         """The folder of a run's model."""
@@ -157,6 +159,10 @@ def begin_study(
         _check_configs(variant, variant.configs(changes, seeds[0]), study.tables)
     cases = find_cases(study.data_dir, study.tables.readers)
     require_infection_masks(cases)
+    begun_with = {
+        task: fingerprint(load_model_for(path, task, study.tables.architectures).variables)
+        for task, path in study.initial.items()
+    }
     requests: dict[Split, SplitRequest] = {}
     for request in splits:
         split = make_split(cases, request)
@@ -166,7 +172,10 @@ def begin_study(
     for seed in dict.fromkeys(seeds):
         for split, request in requests.items():
             for variant in variants:
-                configs = variant.configs(changes, seed)
+                configs = {
+                    task: dataclasses.replace(config, initial_fingerprint=begun_with.get(task, ""))
+                    for task, config in variant.configs(changes, seed).items()
+                }
                 postprocess = override(recipe(variant.recipe, "lung"), changes).postprocess
                 trainings = {**configs, "lung": dataclasses.replace(configs["lung"], postprocess=postprocess)}
                 plan.append(Run(variant, seed, request, split, configs, trainings))
@@ -349,6 +358,7 @@ def _train(study: Study, run: Run, task: Structure) -> dict[str, float]:
                     study.cache_dir,
                     split=run.request,
                     lung_checkpoint=study.model(run, "lung") if task == "infection" else None,
+                    initial_checkpoint=study.initial.get(task),
                     should_stop=study.should_stop,
                     on_epoch=on_epoch,
                     assumed=study.assumed,

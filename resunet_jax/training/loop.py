@@ -89,6 +89,7 @@ def fit(
     workdir: Path,
     lung: LoadedModel | None = None,
     *,
+    initial: LoadedModel | None = None,
     mesh: Mesh | None = None,
     should_stop: Callable[[int], bool] = never_stop,
     on_epoch: Callable[[dict[str, Any]], None] = ignore_epoch,
@@ -105,6 +106,7 @@ def fit(
         last.
       workdir: gets checkpoints/ and metrics.jsonl.
       lung: the frozen lung model, for task "infection".
+      initial: a trained model to begin with, see `create_state`.
       mesh: the devices, see `make_mesh`; by default one.
       should_stop: asked after each step with its number; True saves the state and ends the training.
       on_epoch: called with each epoch's record, those from before a resumption first; of several processes, by one.
@@ -140,7 +142,8 @@ def fit(
         sums = evaluate_sums(eval_step, variables, eval_batches(val, config.train.batch_size, share))
         return {"loss": float(loss.value(sums["loss"])), **hard_metrics(sums)}
 
-    state = create_state(config, optimizer, architectures, lung.variables if lung else None)
+    given = [model.variables if model else None for model in (lung, initial)]
+    state = create_state(config, optimizer, architectures, *given)
     history, totals = [], EpochTotals()
     with Checkpoints(workdir) as checkpoints:
         if saved := checkpoints.restore_latest(state):

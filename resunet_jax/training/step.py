@@ -97,18 +97,22 @@ def create_state(
     optimizer: optax.GradientTransformation,
     architectures: Mapping[str, Architecture] = ARCHITECTURES,
     lung_variables: Variables | None = None,
+    initial_variables: Variables | None = None,
 ) -> TrainState:
-    """The state before the first step, decided by the config's seed.
+    """The state before the first step, decided by the config's seed and the models that are given.
 
     Args:
       config: of the run.
       optimizer: from `make_optimizer`, or any other.
       architectures: the table of models.
       lung_variables: of the lung model, to begin with where the config says so; see `transfer`.
+      initial_variables: of a trained model to begin with instead, whatever the config says.
     """
     key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
     variables = init_variables(build_model(config, architectures=architectures), key, model_image_size(config))
-    if lung_variables is not None and config.cascade.start_from_lung:
+    if initial_variables is not None:
+        variables = transfer(initial_variables, variables)
+    elif lung_variables is not None and config.cascade.start_from_lung:
         variables = transfer(lung_variables, variables)
     # A copy, because the state is donated, and one buffer cannot be donated twice.
     average = jax.tree.map(jnp.copy, variables) if config.train.ema_decay else None

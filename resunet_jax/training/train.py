@@ -56,6 +56,7 @@ def train(
     *,
     split: SplitRequest = DEFAULT_SPLIT,
     lung_checkpoint: str | Path | None = None,
+    initial_checkpoint: str | Path | None = None,
     devices: int | None = 1,
     should_stop: Callable[[int], bool] = never_stop,
     on_epoch: Callable[[dict[str, Any]], None] = ignore_epoch,
@@ -69,13 +70,15 @@ def train(
     """Trains a model, or resumes from the workdir's latest checkpoint.
 
     Args:
-      config: what to train and how; `lung_fingerprint` and the patients are filled in here.
+      config: what to train and how; the fingerprints and the patients are filled in here.
       data_dir: see `find_cases`.
       workdir: gets config.json, split.json, data.json, versions.json, metrics.jsonl, checkpoints/, figures/ and, where
         there are validation cases, threshold.json.
       cache_dir: see `prepare_cases`.
       split: see `make_split`; without validation cases all epochs are trained and the last is kept.
       lung_checkpoint: for task "infection", the lung model that feeds it.
+      initial_checkpoint: a trained model of the same structure to begin with (fine-tuning), for `load_model`; its
+        patients count as this model's too.
       devices: how many share a batch, None for all; see `make_mesh`.
       should_stop: see `fit`.
       on_epoch: see `fit`.
@@ -95,13 +98,23 @@ def train(
     """
     data_dir, workdir, cache_dir = (expand_user(path) for path in (data_dir, workdir, cache_dir))
     lung_checkpoint = None if lung_checkpoint is None else expand_user(lung_checkpoint)
+    initial_checkpoint = None if initial_checkpoint is None else expand_user(initial_checkpoint)
     task = TASKS[config.task]
     check_settings(config, losses, augmentations, architectures)
     check_output_dir(workdir)
     mesh = make_mesh(devices, config.train.batch_size)
     lung, config = _load_lung(config, task, lung_checkpoint, architectures)
-    chosen, train_cases, val_cases = _split_cases(data_dir, split, task, lung_checkpoint, lung, readers)
-    config = dataclasses.replace(config, train_patients=_patients(train_cases), val_patients=_patients(val_cases))
+    initial, config = _load_initial(config, task, initial_checkpoint, architectures)
+    chosen, train_cases, val_cases, held_out = _split_cases(data_dir, split, task, readers)
+    if lung_checkpoint and lung:
+        _warn_of_lung_split(lung_checkpoint, lung, chosen, held_out)
+    if initial_checkpoint and initial:
+        _warn_of_seen(initial_checkpoint, initial, held_out)
+    config = dataclasses.replace(
+        config,
+        train_patients=_patients(train_cases, initial.config.train_patients if initial else ()),
+        val_patients=_patients(val_cases, initial.config.val_patients if initial else ()),
+    )
     with dir_lock(workdir) if is_primary() else contextlib.nullcontext():
         _check_resumable(workdir, config, chosen)
         prepared = prepare_cases(
@@ -126,6 +139,7 @@ def train(
             val_slices,
             workdir,
             lung,
+            initial=initial,
             mesh=mesh,
             should_stop=should_stop,
             on_epoch=on_epoch,
@@ -177,8 +191,8 @@ def check_settings(
         )
 
 
-def _patients(cases: Sequence[Case]) -> tuple[str, ...]:
-    return tuple(sorted({case.patient for case in cases}))
+def _patients(cases: Sequence[Case], others: Sequence[str] = ()) -> tuple[str, ...]:
+    return tuple(sorted({*(case.patient for case in cases), *others}))
 
 
 def versions() -> dict[str, str]:
@@ -223,32 +237,54 @@ def _load_lung(
     return lung, dataclasses.replace(config, lung_fingerprint=fingerprint(lung.variables))
 
 
+def _load_initial(
+    config: Config, task: Task, initial_checkpoint: Path | None, architectures: Mapping[str, Architecture]
+) -> tuple[LoadedModel | None, Config]:
+    if initial_checkpoint is None:
+        return None, config
+    initial = load_model_for(initial_checkpoint, task.target, architectures)
+    shapes = variable_shapes(build_model(config, architectures=architectures), model_image_size(config))
+    if not can_transfer(initial.variables, shapes):
+        raise InputError(
+            f"{initial_checkpoint}: its architecture ({initial.config.model.architecture}), filters "
+            f"({','.join(map(str, initial.config.model.filters))}) or input channels are not this training's; choose "
+            "its `architecture` and `filters`, and its `recipe`"
+        )
+    old, new = (dataclasses.replace(one.preprocess, image_size=8) for one in (initial.config, config))
+    if old != new:
+        raise InputError(
+            f"{initial_checkpoint}: its slices were prepared by {old}, this training asks for {new} (`image_size` may "
+            "differ); use the same `recipe` and `normalization`"
+        )
+    return initial, dataclasses.replace(config, initial_fingerprint=fingerprint(initial.variables))
+
+
 def _split_cases(
-    data_dir: Path,
-    request: SplitRequest,
-    task: Task,
-    lung_checkpoint: Path | None,
-    lung: LoadedModel | None,
-    readers: Mapping[str, Reader],
-) -> tuple[Split, list[Case], list[Case]]:
-    """The split, and its training and validation cases; a warning where the lung model was trained on another."""
+    data_dir: Path, request: SplitRequest, task: Task, readers: Mapping[str, Reader]
+) -> tuple[Split, list[Case], list[Case], list[Case]]:
+    """The split, its training and its validation cases, and those that do not train."""
     cases = find_cases(data_dir, readers)
     split = make_split(cases, request)
     train_cases, val_cases = split.cases("train", cases), split.cases("val", cases) if split.val else []
     if task.target == "infection":
         require_infection_masks([*train_cases, *val_cases])
-    lung_split = lung_checkpoint / "split.json" if lung_checkpoint else None
-    if lung_split and lung_split.is_file() and read_split(lung_split) != split:
+    return split, train_cases, val_cases, [case for case in cases if case.id in (*split.val, *split.test)]
+
+
+def _warn_of_lung_split(lung_checkpoint: Path, lung: LoadedModel, split: Split, held_out: Sequence[Case]) -> None:
+    """Warns of a lung model of another split; a saved model has none, and lists its patients alone."""
+    split_file = lung_checkpoint / "split.json"
+    if not split_file.is_file():
+        _warn_of_seen(lung_checkpoint, lung, held_out)
+    elif read_split(split_file) != split:
         logger.warning(
-            "%s differs from this split: the lung model may have seen this run's validation or test cases", lung_split
+            "%s differs from this split: the lung model may have seen this run's validation or test cases", split_file
         )
-    elif lung_split and lung and not lung_split.is_file():  # a saved model lists its patients alone
-        held_out = _patients([case for case in cases if case.id in (*split.val, *split.test)])
-        if seen := sorted(set(lung.config.train_patients) & set(held_out)):
-            logger.warning(
-                "%s was trained on %s, of this run's validation or test cases", lung_checkpoint, ", ".join(seen)
-            )
-    return split, train_cases, val_cases
+
+
+def _warn_of_seen(path: Path, model: LoadedModel, held_out: Sequence[Case]) -> None:
+    if seen := sorted(set(model.config.train_patients) & set(_patients(held_out))):
+        logger.warning("%s was trained on %s, of this run's validation or test cases", path, ", ".join(seen))
 
 
 def _comparable(config: Config) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from resunet_jax.config import from_dict, to_dict
 from resunet_jax.errors import InputError
 from resunet_jax.files import atomic_dir, json_text, write_json
 from resunet_jax.model.build import build_model
-from resunet_jax.weights.store import CONFIG_FILE, DIGESTS_FILE, LoadedModel, require_backend
+from resunet_jax.weights.store import CONFIG_FILE, DIGESTS_FILE, LoadedModel, require_backend, save_model
 from resunet_jax.weights.uncertainty import UNCERTAINTY_FILE, UncertaintyRecord, parse_record
 
 VARIABLES_FILE = "variables.msgpack"
@@ -103,6 +103,21 @@ def save_pair(folder: Path, pair: ModelPair, record: UncertaintyRecord | None = 
             (partial / name).write_bytes(content)
         digests = {name: _sha256(content) for name, content in contents.items()}
         write_json(partial / DIGESTS_FILE, digests)
+
+
+def save_as_models(folder: Path) -> None:
+    """Writes the shipped pair as two saved models, lung/ and infection/, with what is known of its errors.
+
+    Raises:
+      InputError: the folder exists or cannot be written.
+    """
+    pair, record = load_pair(), load_pair_record()
+    if folder.exists():
+        raise InputError(f"{folder}: exists already; choose a new folder")
+    with atomic_dir(folder) as partial:
+        for name, loaded in pair._asdict().items():
+            files = {UNCERTAINTY_FILE: record.to_json()} if name == "infection" and record else {}
+            save_model(partial / name, loaded.variables, loaded.config, files)
 
 
 def _load(contents: dict[str, bytes], name: str) -> LoadedModel:

@@ -32,7 +32,7 @@ from resunet_jax.studies.runner import Run, Study, ablate, begin_study, cross_va
 from resunet_jax.studies.table import print_ablation, print_cross_validation
 from resunet_jax.studies.variants import Variant
 from resunet_jax.training.losses import LOSSES
-from tests.conftest import KilledError, kill_at
+from tests.conftest import KilledError, Trained, kill_at
 
 CHANGES = {
     "preprocess.image_size": 32,
@@ -379,6 +379,21 @@ def test_a_study_takes_what_is_assumed_of_its_scans(ablation: Ablation, calls: C
     assert calls.arguments["assumed"] == (0.0, 255.0)
     with pytest.raises(InputError, match=r"has changed since this run began, or `assumed` has, .*; restore it"):
         ablation(variants=LUNG_ALIKE[:1])
+
+
+def test_runs_that_begin_with_a_trained_model_are_others(ablation: Ablation, calls: Calls, trained: Trained) -> None:
+    """The lung model is shared where only the infection model begins with one."""
+    variants = [Variant("robust")]
+    ablation(variants=variants)
+    assert calls.arguments["initial_checkpoint"] is None
+    ablation(variants=variants, initial={"infection": trained.infection})
+    assert [folder.parent.name for folder in calls.trained] == ["lung", "infection", "infection"]
+    assert calls.arguments["initial_checkpoint"] == trained.infection
+    ablation(variants=variants, initial={"lung": trained.lung, "infection": trained.infection})
+    assert [folder.parent.name for folder in calls.trained[3:]] == ["lung", "infection"]
+    with pytest.raises(InputError, match="expected a lung model, this one segments infection"):
+        ablation(variants=variants, initial={"lung": trained.infection})
+    assert len(set(calls.trained)) == len(calls.trained) == 5
 
 
 def test_a_study_takes_further_cases_and_guards_them_too(

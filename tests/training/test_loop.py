@@ -488,3 +488,80 @@ def test_versions_of_what_is_not_installed_are_reported_as_such(monkeypatch: pyt
     monkeypatch.setattr(importlib.metadata, "version", version)
     found = versions()
     assert (found["grain"], found["jax"], found["resunet-jax"]) == ("not installed", "1.0", __version__)
+
+
+@pytest.fixture
+def fitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, dict[str, Any]]]:
+    """What `fit` is called with; it ends the training."""
+    calls: list[tuple[Config, dict[str, Any]]] = []
+
+    def fit(config: Config, *_, **arguments) -> None:
+        calls.append((config, arguments))
+        raise StopError
+
+    monkeypatch.setattr(train_module, "fit", fit)
+    monkeypatch.setattr(train_module, "_plot_inputs", lambda *_: None)
+    return calls
+
+
+def fine_tune(trained: Trained, workdir: Path, config: Config, initial: Path, **arguments) -> None:
+    split = arguments.pop("split", SplitRequest(trained.split_file))
+    with contextlib.suppress(StopError):
+        train(config, trained.data, workdir, trained.cache, split=split, initial_checkpoint=initial, **arguments)
+
+
+def test_a_training_begins_with_a_trained_model(trained: Trained, tmp_path: Path, fitted) -> None:
+    """Its patients count as the new model's: an evaluation on them is to be marked."""
+    split = tmp_path / "split.json"
+    split.write_text('{"train": ["coronacases_003"], "val": ["radiopaedia_14_85914_0"], "test": []}')
+    first = load_model(trained.lung)
+    fine_tune(trained, tmp_path / "run", tiny(1), trained.lung, split=SplitRequest(split))
+    ((config, arguments),) = fitted
+    assert config.initial_fingerprint == fingerprint(arguments["initial"].variables) == fingerprint(first.variables)
+    assert set(config.train_patients) == {"coronacases_003", *first.config.train_patients}
+    assert set(config.val_patients) == {"radiopaedia_14", *first.config.val_patients}
+    (tmp_path / "run" / "checkpoints").mkdir()
+    with pytest.raises(InputError, match=f"another run .initial_fingerprint was {config.initial_fingerprint}, is "):
+        train(tiny(1), trained.data, tmp_path / "run", trained.cache, split=SplitRequest(split))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_the_state_begins_with_the_given_model(decay: float) -> None:
+    """Before the lung model, whatever the config says of that."""
+    config = override(tiny(1, ema_decay=decay), {"cascade.start_from_lung": True})
+    optimizer = make_optimizer(config, STEPS)
+    states = [create_state(override(config, {"train.seed": seed}), optimizer).variables for seed in (1, 2)]
+    state = create_state(config, optimizer, lung_variables=states[0], initial_variables=states[1])
+    for variables in (state.variables, state.model_variables):
+        assert fingerprint(variables) == fingerprint(states[1])
+
+
+def test_patients_that_the_initial_model_has_seen_are_reported(
+    trained: Trained, tmp_path: Path, fitted, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = tmp_path / "split.json"
+    other.write_text('{"train": ["coronacases_003"], "val": [], "test": ["coronacases_001", "coronacases_002"]}')
+    for split, expected in ((trained.split_file, ""), (other, "coronacases_001, of this run's validation or test")):
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="resunet_jax"):
+            fine_tune(trained, tmp_path / split.parent.name, tiny(1), trained.lung, split=SplitRequest(split))
+        assert [record.message for record in caplog.records if expected in record.message] == caplog.messages
+        assert bool(caplog.messages) == bool(expected)
+    assert len(fitted) == 2
+
+
+def test_an_unfit_initial_model_is_refused(trained: Trained, tmp_path: Path, fitted) -> None:
+    with pytest.raises(InputError, match="expected a lung model, this one segments infection; give the other folder"):
+        fine_tune(trained, tmp_path / "a", tiny(1), trained.infection)
+    wider = override(tiny(1), {"model.filters": [8, 8, 16, 32]})
+    with pytest.raises(
+        InputError, match=r"lung: its architecture \(resunet\), filters \(4,8,16,32\) or input channels"
+    ):
+        fine_tune(trained, tmp_path / "b", wider, trained.lung)
+    minmax = override(tiny(1), {"preprocess.normalization": "minmax"})
+    with pytest.raises(InputError, match=r"normalization='air'.* asks for .*normalization='minmax'"):
+        fine_tune(trained, tmp_path / "c", minmax, trained.lung)
+    assert not fitted
+    larger = override(tiny(1), {"preprocess.image_size": 48})
+    fine_tune(trained, tmp_path / "d", larger, trained.lung)
+    assert len(fitted) == 1

@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from resunet_jax import load_pretrained, segment_scan, segment_volume
+from resunet_jax import load_predictor, load_pretrained, segment_scan, segment_volume
 from resunet_jax.data.cases import find_cases
 from resunet_jax.data.phantom import PhantomConfig, make_phantom
 from resunet_jax.errors import InputError
@@ -21,6 +21,7 @@ from resunet_jax.weights.pretrained import (
     load_pair,
     load_pair_record,
     pretrained_folder,
+    save_as_models,
     save_pair,
 )
 from tests.conftest import REFERENCE
@@ -141,3 +142,14 @@ def test_a_damaged_or_missing_file_is_named(tmp_path: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(InputError, match="install the package again"):
         load_pair(folder)
+
+
+def test_the_pair_as_saved_models_gives_the_same(tmp_path: Path) -> None:
+    save_as_models(tmp_path / "models")
+    predictor = load_predictor(tmp_path / "models" / "lung", tmp_path / "models" / "infection")
+    shipped = load_pretrained()
+    assert predictor.fingerprints == shipped.fingerprints
+    assert [model.config for model in predictor.models.values()] == [m.config for m in shipped.models.values()]
+    assert predictor.record == shipped.record is not None
+    with pytest.raises(InputError, match="models: exists already; choose a new folder"):
+        save_as_models(tmp_path / "models")
