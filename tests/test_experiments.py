@@ -52,6 +52,7 @@ FLAGS_OF = {
     "cross_validate": f"data_dir assume workdir cache_dir protocol allow_missing filters epochs {INITIAL}",
     "ablate": f"data_dir assume workdir cache_dir protocol split_files rows seeds set filters epochs {INITIAL}",
     "convert_torch": "task input output_dir output_file",
+    "import_slices": "input output_dir flipped",
     "check_data": "data_dir json assume",
     "make_phantom": "output_dir seed small volumes downsample",
     "quickstart": "output_dir epochs small compilation_cache_dir",

@@ -22,6 +22,7 @@ SCRIPTS = (
     "evaluate",
     "export",
     "export_onnx",
+    "import_slices",
     "info",
     "make_phantom",
     "predict",

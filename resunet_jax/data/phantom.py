@@ -146,11 +146,11 @@ def _write_case(root: Path, case_id: str, config: PhantomConfig) -> None:
     combined = np.where(infection > 0, 3, lung).astype(np.uint8)
     axes = _AXES[order % 4] if windowed else "LPS"
     for folder, name, array in zip(FOLDERS, _file_names(case_id), (ct, lung, infection, combined), strict=True):
-        _write(root / folder / name, array, spacing, axes)
+        write_nifti(root / folder / name, array, spacing, axes)
 
 
-def _write(path: Path, array: npt.NDArray[Any], spacing: Floats, axes: str) -> None:
-    """Writes (rows to posterior, columns to left, slices to superior) with its axes in another order."""
+def write_nifti(path: Path, array: npt.NDArray[Any], spacing: Floats, axes: str) -> None:
+    """Writes an array (rows to posterior, columns to left, slices to superior), with its axes in the order `axes`."""
     affine = np.zeros((4, 4))
     affine[1, 0], affine[0, 1], affine[2, 2], affine[3, 3] = -spacing[1], -spacing[0], spacing[2], 1
     shape = np.array(array.shape)

@@ -1,0 +1,116 @@
+"""A data set made of slices that have lost their Hounsfield units, for a model to begin with.
+
+Such slices are stretched over 0..255 each on its own, and perhaps equalised (CLAHE): no window turns them back. Where
+their lungs are known, two levels are: healthy lung and soft tissue. What is made of them is no CT: a model that has
+learned from them is to be trained on scans in Hounsfield units afterwards.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from resunet_jax.data.phantom import FOLDERS, write_nifti
+from resunet_jax.data.splits import Split, write_split
+from resunet_jax.data.volume import Array, FloatArray
+from resunet_jax.errors import InputError, first_line
+from resunet_jax.files import atomic_dir
+
+SPACING_MM = (1.4, 1.4, 5.0)
+"""Of a pixel and between slices, where nobody knows."""
+
+_LUNG_HU = -815.0
+_SOFT_TISSUE_HU = 55.0
+_LOWEST_HU, _HIGHEST_HU = -1250.0, 1000.0
+_BODY_LEVEL = 110  # between lung and soft tissue
+_LEAST_CONTRAST = 20  # of these two; less would make noise of the rest
+_LEAST_HEALTHY = 200  # pixels; where there are fewer, all of the lung is taken
+
+Bools = npt.NDArray[np.bool_]
+
+
+def estimate_hu(image: npt.NDArray[np.uint8], lung: Bools, infection: Bools) -> FloatArray:
+    """Puts the median of the healthy lung of a slice at -815 HU and that of its soft tissue at 55 HU.
+
+    Args:
+      image: uint8 (rows, columns), stretched over 0..255.
+      lung: of the same shape, with a pixel at least.
+      infection: of the same shape.
+
+    Returns:
+      float32 of the same shape, in [-1250, 1000].
+
+    Example:
+      >>> image = np.full((32, 32), 160, np.uint8)
+      >>> image[:16] = 60
+      >>> estimate_hu(image, image == 60, image == 0)[[0, 31], 0].tolist()
+      [-815.0, 55.0]
+    """
+    healthy = lung & ~infection
+    low = float(np.median(image[healthy if np.count_nonzero(healthy) > _LEAST_HEALTHY else lung]))
+    body = image[(image > _BODY_LEVEL) & ~lung]
+    contrast = max(float(np.median(body)) - low, _LEAST_CONTRAST) if body.size else 255 - low
+    hu = _LUNG_HU + (image.astype(np.float32) - low) * ((_SOFT_TISSUE_HU - _LUNG_HU) / contrast)
+    return np.clip(hu, _LOWEST_HU, _HIGHEST_HU).astype(np.float32)
+
+
+def import_grey_slices(file: Path, output_dir: Path, flipped: Sequence[str] = ()) -> list[str]:
+    """Writes ct_scans/, lung_mask/, infection_mask/ and split.json (all cases train); the folder appears when whole.
+
+    Args:
+      file: .npz with "image" uint8 (slices, rows from front to back, columns from the patient's right to left), "lung"
+        and "infection" of the same shape or as bits packed along the columns (`np.packbits`), and "case" (slices,).
+      output_dir: must not exist.
+      flipped: cases whose rows run from back to front.
+
+    Returns:
+      the names of the cases.
+
+    Raises:
+      InputError: the file is not like that, a slice has no lung, or the folder exists or cannot be written.
+    """
+    if output_dir.exists():
+        raise InputError(f"{output_dir}: exists already; choose a new `output_dir`")
+    image, lung, infection, case = _read(file)
+    names = [str(name) for name in dict.fromkeys(case)]
+    if unknown := sorted(set(flipped) - set(names)):
+        raise InputError(f"`flipped`: {file} has no case {', '.join(unknown)}; it has {', '.join(names)}")
+    if empty := [f"{case[k]} ({k})" for k in range(len(image)) if not lung[k].any()]:
+        raise InputError(f"{file}: no lung in {', '.join(empty)}; leave these slices out")
+    with atomic_dir(output_dir.absolute()) as partial:
+        for folder in FOLDERS[:3]:
+            (partial / folder).mkdir()
+        for name in names:
+            own = np.flatnonzero(case == name)
+            hu = np.stack([np.rint(estimate_hu(image[k], lung[k], infection[k])) for k in own])
+            arrays: list[Array] = [hu.astype(np.int16), *(mask[own].astype(np.uint8) for mask in (lung, infection))]
+            for folder, slices in zip(FOLDERS, arrays, strict=False):
+                pls = np.moveaxis(slices[:, ::-1] if name in flipped else slices, 0, -1)
+                write_nifti(partial / folder / f"{name}.nii.gz", pls, np.array(SPACING_MM), "LPS")
+        write_split(partial / "split.json", Split(train=tuple(names), val=(), test=()))
+    return names
+
+
+def _read(file: Path) -> tuple[npt.NDArray[np.uint8], Bools, Bools, npt.NDArray[np.str_]]:
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            image, case = arrays["image"], arrays["case"]
+            masks = [arrays[name] for name in ("lung", "infection")]
+    except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
+        raise InputError(f"{file}: no .npz of image, lung, infection and case ({first_line(error)})") from error
+    if image.ndim == 3 and image.shape[2] % 8 == 0:
+        packed = (*image.shape[:2], image.shape[2] // 8)
+        masks = [np.unpackbits(m, axis=-1) if m.dtype == np.uint8 and m.shape == packed else m for m in masks]
+    if image.dtype != np.uint8 or image.ndim != 3 or case.shape != image.shape[:1] or case.dtype.kind != "U":
+        raise InputError(
+            f"{file}: image is {image.dtype} {image.shape} and case {case.dtype} {case.shape}; they must be uint8 "
+            "(slices, rows, columns) and a name for each slice"
+        )
+    for name, mask in zip(("lung", "infection"), masks, strict=True):
+        if mask.shape != image.shape:
+            raise InputError(
+                f"{file}: {name} is {mask.dtype} {mask.shape}; it must be of the shape of image, or packed"
+            )
+    lung, infection = (mask > 0 for mask in masks)
+    return image, lung, infection, case
