@@ -27,7 +27,7 @@ def main() -> None:
     from resunet_jax.files import make_output_dir
     from resunet_jax.plugins import load_plugins
     from resunet_jax.recipes import DEFAULT_RECIPE, recipe
-    from resunet_jax.training.train import train
+    from resunet_jax.training.train import load_initial, train
     from resunet_jax.weights.pretrained import ModelPair, save_pair
     from resunet_jax.weights.store import load_model
 
@@ -38,14 +38,17 @@ def main() -> None:
         raise InputError(f"{folder}: exists already; choose another `output_dir`")
     cases = find_cases(data_dir, tables.readers)
     require_infection_masks(cases)
+    tasks: tuple[Structure, ...] = ("lung", "infection")
+    configs = {task: override(recipe(DEFAULT_RECIPE, task), CHANGES) for task in tasks}
+    initial = settings.initial_pair()
+    for task, path in initial.items():
+        load_initial(configs[task], path)  # refused here, not after the first training
     make_output_dir(workdir)
     split_file = workdir / "split.json"
     write_split(split_file, Split(train=tuple(case.id for case in cases), val=(), test=()))
-    tasks: tuple[Structure, ...] = ("lung", "infection")
-    initial = settings.initial_pair()
     for task in tasks:
         train(
-            override(recipe(DEFAULT_RECIPE, task), CHANGES),
+            configs[task],
             data_dir,
             workdir / task,
             settings.path("cache_dir"),

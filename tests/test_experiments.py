@@ -60,7 +60,7 @@ FLAGS_OF = {
 }
 
 
-def test_the_pair_is_trained_only_where_it_can_be_saved(phantom: Path, tmp_path: Path) -> None:
+def test_the_pair_is_trained_only_where_it_can_be_saved(phantom: Path, trained: Trained, tmp_path: Path) -> None:
     train = ("train_pretrained", f"--workdir={tmp_path / 'work'}", f"--cache_dir={tmp_path / 'cache'}")
     (tmp_path / "pair").mkdir()
     result = run_script(*train, f"--data_dir={phantom}", f"--output_dir={tmp_path / 'pair'}")
@@ -72,6 +72,8 @@ def test_the_pair_is_trained_only_where_it_can_be_saved(phantom: Path, tmp_path:
     (tmp_path / "data" / "metadata.csv").write_text("\n".join([rows[0], ",".join(first), *rows[2:]]), encoding="utf-8")
     result = run_script(*train, f"--data_dir={tmp_path / 'data'}")
     assert (result.returncode, "no infection mask" in result.stderr) == (2, True)
+    result = run_script(*train, f"--data_dir={phantom}", f"--initial_infection_checkpoint={trained.infection}")
+    assert (result.returncode, "filters (4,8,16,32)" in result.stderr) == (2, True), result.stderr
     assert not (tmp_path / "work").exists()
 
 

@@ -41,8 +41,15 @@ from resunet_jax.studies.variants import Variant
 from resunet_jax.training.loop import never_stop
 from resunet_jax.training.step import compile_train_step
 from resunet_jax.training.tensorboard import tensorboard_writer
-from resunet_jax.training.train import check_data_unchanged, check_settings, train, versions, write_data_record
-from resunet_jax.weights.store import fingerprint, load_model_for, require_backend
+from resunet_jax.training.train import (
+    check_data_unchanged,
+    check_settings,
+    load_initial,
+    train,
+    versions,
+    write_data_record,
+)
+from resunet_jax.weights.store import fingerprint, require_backend
 
 _RUNNING = ".running"  # locks of what a process is at
 _MOST_COMPARED = 4  # variants in a picture
@@ -155,14 +162,11 @@ def begin_study(
     if len({variant.name for variant in variants}) < len(variants):
         raise InputError(f"two of these variants have one name: {', '.join(variant.name for variant in variants)}")
     check_output_dir(study.workdir)
-    for variant in variants:
-        _check_configs(variant, variant.configs(changes, seeds[0]), study.tables)
+    begun_with = {
+        variant.name: _check_configs(variant, variant.configs(changes, seeds[0]), study) for variant in variants
+    }
     cases = find_cases(study.data_dir, study.tables.readers)
     require_infection_masks(cases)
-    begun_with = {
-        task: fingerprint(load_model_for(path, task, study.tables.architectures).variables)
-        for task, path in study.initial.items()
-    }
     requests: dict[Split, SplitRequest] = {}
     for request in splits:
         split = make_split(cases, request)
@@ -173,7 +177,7 @@ def begin_study(
         for split, request in requests.items():
             for variant in variants:
                 configs = {
-                    task: dataclasses.replace(config, initial_fingerprint=begun_with.get(task, ""))
+                    task: dataclasses.replace(config, initial_fingerprint=begun_with[variant.name][task])
                     for task, config in variant.configs(changes, seed).items()
                 }
                 postprocess = override(recipe(variant.recipe, "lung"), changes).postprocess
@@ -187,11 +191,15 @@ def begin_study(
     return plan
 
 
-def _check_configs(variant: Variant, configs: Mapping[Structure, Config], tables: Tables) -> None:
-    """Refuses what a training would, before the first one begins."""
-    for config in configs.values():
+def _check_configs(variant: Variant, configs: Mapping[Structure, Config], study: Study) -> dict[Structure, str]:
+    """Refuses what a training would, before the first one begins; fingerprints of the models to begin with, or ""."""
+    tables, begun_with = study.tables, dict.fromkeys(configs, "")
+    for structure, config in configs.items():
         try:
             check_settings(config, tables.losses, tables.augmentations, tables.architectures)
+            if structure in study.initial:
+                initial = load_initial(config, study.initial[structure], tables.architectures)
+                begun_with[structure] = fingerprint(initial.variables)
         except InputError as error:
             raise InputError(f"{variant.name}, {config.task}: {error}") from error
     lung, infection = configs["lung"], configs.get("infection")
@@ -200,6 +208,7 @@ def _check_configs(variant: Variant, configs: Mapping[Structure, Config], tables
             f"{variant.name}: slices of the lung model are prepared by {lung.preprocess}, those of the infection model "
             f"by {infection.preprocess}; they may differ in context_mm alone"
         )
+    return begun_with
 
 
 def _check_data(study: Study, cases: Sequence[Case], splits: Iterable[Split]) -> None:

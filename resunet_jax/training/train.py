@@ -104,7 +104,7 @@ def train(
     check_output_dir(workdir)
     mesh = make_mesh(devices, config.train.batch_size)
     lung, config = _load_lung(config, task, lung_checkpoint, architectures)
-    initial, config = _load_initial(config, task, initial_checkpoint, architectures)
+    initial = load_initial(config, initial_checkpoint, architectures) if initial_checkpoint else None
     chosen, train_cases, val_cases, held_out = _split_cases(data_dir, split, task, readers)
     if lung_checkpoint and lung:
         _warn_of_lung_split(lung_checkpoint, lung, chosen, held_out)
@@ -112,6 +112,7 @@ def train(
         _warn_of_seen(initial_checkpoint, initial, held_out)
     config = dataclasses.replace(
         config,
+        initial_fingerprint=fingerprint(initial.variables) if initial else "",
         train_patients=_patients(train_cases, initial.config.train_patients if initial else ()),
         val_patients=_patients(val_cases, initial.config.val_patients if initial else ()),
     )
@@ -237,12 +238,15 @@ def _load_lung(
     return lung, dataclasses.replace(config, lung_fingerprint=fingerprint(lung.variables))
 
 
-def _load_initial(
-    config: Config, task: Task, initial_checkpoint: Path | None, architectures: Mapping[str, Architecture]
-) -> tuple[LoadedModel | None, Config]:
-    if initial_checkpoint is None:
-        return None, config
-    initial = load_model_for(initial_checkpoint, task.target, architectures)
+def load_initial(
+    config: Config, initial_checkpoint: str | Path, architectures: Mapping[str, Architecture] = ARCHITECTURES
+) -> LoadedModel:
+    """A trained model that a training by this config can begin with.
+
+    Raises:
+      InputError: there is none, or it is of another structure, architecture, width or preparation of slices.
+    """
+    initial = load_model_for(initial_checkpoint, TASKS[config.task].target, architectures)
     shapes = variable_shapes(build_model(config, architectures=architectures), model_image_size(config))
     if not can_transfer(initial.variables, shapes):
         raise InputError(
@@ -256,7 +260,7 @@ def _load_initial(
             f"{initial_checkpoint}: its slices were prepared by {old}, this training asks for {new} (`image_size` may "
             "differ); use the same `recipe` and `normalization`"
         )
-    return initial, dataclasses.replace(config, initial_fingerprint=fingerprint(initial.variables))
+    return initial
 
 
 def _split_cases(

@@ -393,6 +393,8 @@ def test_runs_that_begin_with_a_trained_model_are_others(ablation: Ablation, cal
     assert [folder.parent.name for folder in calls.trained[3:]] == ["lung", "infection"]
     with pytest.raises(InputError, match="expected a lung model, this one segments infection"):
         ablation(variants=variants, initial={"lung": trained.infection})
+    with pytest.raises(InputError, match=r"robust, infection: .*filters \(4,8,16,32\) or input channels"):
+        ablation(variants=variants, initial={"infection": trained.infection}, changes={"train.epochs": 1})
     assert len(set(calls.trained)) == len(calls.trained) == 5
 
 
