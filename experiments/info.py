@@ -18,13 +18,15 @@ def main() -> None:
     from resunet_jax.weights.pretrained import MODEL_CARD, load_pair, pretrained_folder, save_as_models
     from resunet_jax.weights.store import fingerprint
 
+    folder = settings.optional_path("output_dir")
+    if folder:
+        save_as_models(folder)
     print(f"resunet_jax {__version__}")
     for name, loaded in load_pair()._asdict().items():
         print(f"{name} model: {fingerprint(loaded.variables)}, filters {loaded.config.model.filters}")
     print()
     print((pretrained_folder() / MODEL_CARD).read_text(encoding="utf-8"))
-    if folder := settings.optional_path("output_dir"):
-        save_as_models(folder)
+    if folder:
         print(f"models: {folder.resolve()}")
 
 

@@ -42,7 +42,7 @@ def main() -> None:
     configs = {task: override(recipe(DEFAULT_RECIPE, task), CHANGES) for task in tasks}
     initial = settings.initial_pair()
     for task, path in initial.items():
-        load_initial(configs[task], path)  # refused here, not after the first training
+        load_initial(configs[task], path, tables.architectures)  # refused here, not after the first training
     make_output_dir(workdir)
     split_file = workdir / "split.json"
     write_split(split_file, Split(train=tuple(case.id for case in cases), val=(), test=()))

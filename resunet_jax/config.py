@@ -228,7 +228,7 @@ class Config:
       train: the training run.
       lung_fingerprint: for task "infection", `fingerprint` of the lung model that fed the training; otherwise empty.
       initial_fingerprint: of the trained model that the training began with (fine-tuning); otherwise empty.
-      train_patients: whose scans trained it, or the model it began with; empty where it is not known.
+      train_patients: whose scans trained it and the model it began with; empty where it is not known.
       val_patients: whose scans chose its epoch and threshold.
     """
 

@@ -5,12 +5,17 @@ their lungs are known, two levels are: healthy lung and soft tissue. What is mad
 learned from them is to be trained on scans in Hounsfield units afterwards.
 """
 
+import re
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from scipy.ndimage import binary_dilation
 
+from resunet_jax.data.cases import identify
 from resunet_jax.data.phantom import FOLDERS, write_nifti
 from resunet_jax.data.splits import Split, write_split
 from resunet_jax.data.volume import Array, FloatArray
@@ -25,6 +30,7 @@ _SOFT_TISSUE_HU = 55.0
 _LOWEST_HU, _HIGHEST_HU = -1250.0, 1000.0
 _BODY_LEVEL = 110  # between lung and soft tissue
 _LEAST_CONTRAST = 20  # of these two; less would make noise of the rest
+_WALL_PIXELS = 3
 _LEAST_HEALTHY = 200  # pixels; where there are fewer, all of the lung is taken
 
 Bools = npt.NDArray[np.bool_]
@@ -50,17 +56,19 @@ def estimate_hu(image: npt.NDArray[np.uint8], lung: Bools, infection: Bools) -> 
     healthy = lung & ~infection
     low = float(np.median(image[healthy if np.count_nonzero(healthy) > _LEAST_HEALTHY else lung]))
     body = image[(image > _BODY_LEVEL) & ~lung]
-    contrast = max(float(np.median(body)) - low, _LEAST_CONTRAST) if body.size else 255 - low
+    contrast = max(float(np.median(body)) - low if body.size else 255 - low, _LEAST_CONTRAST)
     hu = _LUNG_HU + (image.astype(np.float32) - low) * ((_SOFT_TISSUE_HU - _LUNG_HU) / contrast)
-    return np.clip(hu, _LOWEST_HU, _HIGHEST_HU).astype(np.float32)
+    clipped: FloatArray = np.clip(hu, _LOWEST_HU, _HIGHEST_HU)
+    return clipped
 
 
 def import_grey_slices(file: Path, output_dir: Path, flipped: Sequence[str] = ()) -> list[str]:
     """Writes ct_scans/, lung_mask/, infection_mask/ and split.json (all cases train); the folder appears when whole.
 
     Args:
-      file: .npz with "image" uint8 (slices, rows from front to back, columns from the patient's right to left), "lung"
-        and "infection" of the same shape or as bits packed along the columns (`np.packbits`), and "case" (slices,).
+      file: .npz with "image" uint8 (slices from feet to head, rows from front to back, columns from the patient's right
+        to left), "lung" and "infection" of the same shape, or as bits packed along the columns (`np.packbits`), and
+        "case" (slices,), the name of each slice's scan.
       output_dir: must not exist.
       flipped: cases whose rows run from back to front.
 
@@ -68,17 +76,21 @@ def import_grey_slices(file: Path, output_dir: Path, flipped: Sequence[str] = ()
       the names of the cases.
 
     Raises:
-      InputError: the file is not like that, a slice has no lung, or the folder exists or cannot be written.
+      InputError: the file is not like that, a slice has no lung or one lighter than the chest wall, or the folder
+        exists or cannot be written.
     """
     if output_dir.exists():
         raise InputError(f"{output_dir}: exists already; choose a new `output_dir`")
     image, lung, infection, case = _read(file)
     names = [str(name) for name in dict.fromkeys(case)]
+    _check_names(file, names)
     if unknown := sorted(set(flipped) - set(names)):
         raise InputError(f"`flipped`: {file} has no case {', '.join(unknown)}; it has {', '.join(names)}")
     if empty := [f"{case[k]} ({k})" for k in range(len(image)) if not lung[k].any()]:
         raise InputError(f"{file}: no lung in {', '.join(empty)}; leave these slices out")
-    with atomic_dir(output_dir.absolute()) as partial:
+    if light := [f"{case[k]} ({k})" for k in range(len(image)) if _is_inverted(image[k], lung[k])]:
+        raise InputError(f"{file}: the lung is lighter than the chest wall in {', '.join(light)}; invert them")
+    with atomic_dir(output_dir) as partial:
         for folder in FOLDERS[:3]:
             (partial / folder).mkdir()
         for name in names:
@@ -92,25 +104,43 @@ def import_grey_slices(file: Path, output_dir: Path, flipped: Sequence[str] = ()
     return names
 
 
+def _is_inverted(image: npt.NDArray[np.uint8], lung: Bools) -> bool:
+    """Whether the chest wall, which lies around the lung, is no lighter than it."""
+    wall = binary_dilation(lung, iterations=_WALL_PIXELS) & ~lung
+    return bool(wall.any() and np.median(image[wall]) <= np.median(image[lung]))
+
+
+def _check_names(file: Path, names: Sequence[str]) -> None:
+    """Refuses names that are no file names, or under which `find_cases` would not find their scans."""
+    if not names:
+        raise InputError(f"{file}: no slice in it")
+    if odd := [name for name in names if not re.fullmatch(r"\w[\w.-]*", name) or identify(name)[0] != name]:
+        raise InputError(
+            f"{file}: case {', '.join(map(repr, odd))}: a name has letters, digits and . _ - alone, no suffix, and "
+            "three digits as in coronacases_001"
+        )
+
+
 def _read(file: Path) -> tuple[npt.NDArray[np.uint8], Bools, Bools, npt.NDArray[np.str_]]:
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             image, case = arrays["image"], arrays["case"]
-            masks = [arrays[name] for name in ("lung", "infection")]
-    except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
+            masks = {name: arrays[name] for name in ("lung", "infection")}
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{file}: no .npz of image, lung, infection and case ({first_line(error)})") from error
-    if image.ndim == 3 and image.shape[2] % 8 == 0:
-        packed = (*image.shape[:2], image.shape[2] // 8)
-        masks = [np.unpackbits(m, axis=-1) if m.dtype == np.uint8 and m.shape == packed else m for m in masks]
     if image.dtype != np.uint8 or image.ndim != 3 or case.shape != image.shape[:1] or case.dtype.kind != "U":
         raise InputError(
             f"{file}: image is {image.dtype} {image.shape} and case {case.dtype} {case.shape}; they must be uint8 "
             "(slices, rows, columns) and a name for each slice"
         )
-    for name, mask in zip(("lung", "infection"), masks, strict=True):
-        if mask.shape != image.shape:
-            raise InputError(
-                f"{file}: {name} is {mask.dtype} {mask.shape}; it must be of the shape of image, or packed"
-            )
-    lung, infection = (mask > 0 for mask in masks)
+    lung, infection = (_unpack(file, name, mask, image.shape) for name, mask in masks.items())
     return image, lung, infection, case
+
+
+def _unpack(file: Path, name: str, mask: Array, shape: tuple[int, ...]) -> Bools:
+    packed = (*shape[:2], -(-shape[2] // 8))
+    if mask.dtype == np.uint8 and mask.shape == packed != shape:
+        mask = np.unpackbits(mask, axis=-1, count=shape[2])
+    if mask.shape != shape or mask.dtype.kind not in "buif":
+        raise InputError(f"{file}: {name} is {mask.dtype} {mask.shape}; it must be of the shape of image, or packed")
+    return np.asarray(mask != 0)

@@ -162,6 +162,7 @@ def begin_study(
     if len({variant.name for variant in variants}) < len(variants):
         raise InputError(f"two of these variants have one name: {', '.join(variant.name for variant in variants)}")
     check_output_dir(study.workdir)
+    _check_initial(study, variants)
     begun_with = {
         variant.name: _check_configs(variant, variant.configs(changes, seeds[0]), study) for variant in variants
     }
@@ -189,6 +190,18 @@ def begin_study(
             raise InputError(f"{study.workdir}: holds a study by another script; choose a new `workdir`")
     _check_data(study, cases, requests)
     return plan
+
+
+def _check_initial(study: Study, variants: Sequence[Variant]) -> None:
+    """Refuses models to begin with that nothing would begin with, or not what a variant's name says."""
+    if "infection" in study.initial and all(variant.infection is None for variant in variants):
+        raise InputError("`initial_infection_checkpoint`: no variant has an infection model; leave it out")
+    for variant in variants:
+        if "infection" in study.initial and "cascade.start_from_lung" in (variant.infection or {}):
+            raise InputError(
+                f"variant {variant.name!r}: its infection models would all begin with `initial_infection_checkpoint`; "
+                "leave one of the two out"
+            )
 
 
 def _check_configs(variant: Variant, configs: Mapping[Structure, Config], study: Study) -> dict[Structure, str]:
@@ -406,7 +419,7 @@ def ablate(
     worst volume, by the first seed); the last two show the first four variants.
 
     Returns:
-      what summary.json holds: "rows" (see `summarize_runs`), "seeds", "splits".
+      what summary.json holds: "rows" (see `summarize_runs`), "seeds", "splits", "seen_patients" (see there).
 
     Raises:
       InputError: variants, data or workdir are not fit for it; the first variant has both models unless none does.
@@ -422,6 +435,7 @@ def ablate(
         "rows": [with_legacy_keys(row) for row in rows],
         "seeds": list(dict.fromkeys(seeds)),
         "splits": [s.protocol or f"test {', '.join(s.test)}" for s in dict.fromkeys(run.split for run in plan)],
+        "seen_patients": table.seen_patients([records[run.key] for run in plan]),
     }
     write_json(study.workdir / "summary.json", summary)
     write_text(study.workdir / "table.md", table.to_markdown(summary))

@@ -121,8 +121,8 @@ def summarize_folds(records: Sequence[Record], metrics: Mapping[str, Metric]) ->
       metrics: the table of metrics.
 
     Returns:
-      "protocol", "cases" (how many), "full_set" (whether they are those of the data set), "settings", "volumes" (one
-      row per case and structure, with its fold), "summary" (see `summarize`) and "published".
+      "protocol", "cases" (how many), "full_set" (whether they are those of the data set), "settings", "seen_patients"
+      (see there), "volumes" (a row per case and structure, with its fold), "summary" (see `summarize`) and "published".
     """
     split = records[0]["split"]
     cases = {case for subset in ("train", "val", "test") for case in split[subset]}
@@ -134,10 +134,21 @@ def summarize_folds(records: Sequence[Record], metrics: Mapping[str, Metric]) ->
         "cases": len(cases),
         "full_set": full_set,
         "settings": {setting: records[-1]["settings"][setting] for setting in ("threshold", "tolerance_mm")},
+        "seen_patients": seen_patients(records),
         "volumes": volumes,
         "summary": summarize(volumes, metrics),
         "published": [{**row._asdict(), "remark": row.remarks(name, full_set)} for row in published],
     }
+
+
+def seen_patients(records: Sequence[Record]) -> list[str]:
+    """Test patients whom a model had seen before, as one that it began with: they tell nothing of new patients."""
+    return sorted({patient for record in records for patient in record["settings"].get("seen_patients", [])})
+
+
+def _seen_note(results: Mapping[str, Any]) -> tuple[str, ...]:
+    seen = ", ".join(results.get("seen_patients", []))
+    return (f"Seen before by the models, so no test of new patients: {seen}",) if seen else ()
 
 
 _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -179,7 +190,7 @@ def to_markdown(summary: Mapping[str, Any]) -> str:
         rows = [[case, *(_number(volumes.get(case)) for volumes in variants.values())] for case in cases]
         if rows:
             tables.append(_markdown([[structure, *variants], *rows]))
-    return "\n".join(tables)
+    return "\n".join([*tables, *(f"{note}\n" for note in _seen_note(summary))])
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -192,6 +203,7 @@ def print_ablation(summary: Mapping[str, Any]) -> None:
         f"Seeds: {', '.join(map(str, summary['seeds']))}; {'; '.join(summary['splits'])}",
         "Dice on the native grid; change against the first variant; in brackets 95 % CI, Student's t over patients "
         "with seeds averaged",
+        *_seen_note(summary),
     )
     _print(notes, list(_COLUMNS), [[[cell(row) for cell in _COLUMNS.values()] for row in summary["rows"]]])
 
@@ -203,6 +215,7 @@ def print_cross_validation(results: Mapping[str, Any]) -> None:
         f"Protocol: {results['protocol']}; {results['cases']} cases",
         f"Means over volumes; surface Dice (NSD) at {tolerance['lung']:g} mm, infection {tolerance['infection']:g} mm",
         "In brackets 95 % CI, Student's t over patients",
+        *_seen_note(results),
     )
     for structure, metrics in results["summary"].items():
         dice, nsd, name = metrics["dice"], metrics["nsd"], results["protocol"].partition(",")[0]

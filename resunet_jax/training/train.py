@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from resunet_jax import __version__, plots
-from resunet_jax.config import Config, from_dict, to_dict
+from resunet_jax.config import Config, PreprocessConfig, from_dict, to_dict
 from resunet_jax.data.batches import SliceSource
 from resunet_jax.data.cases import Case, find_cases, require_infection_masks
 from resunet_jax.data.readers import READERS, Reader, read_grid, read_mask, read_volume
@@ -108,14 +108,10 @@ def train(
     chosen, train_cases, val_cases, held_out = _split_cases(data_dir, split, task, readers)
     if lung_checkpoint and lung:
         _warn_of_lung_split(lung_checkpoint, lung, chosen, held_out)
+    config = dataclasses.replace(config, train_patients=_patients(train_cases), val_patients=_patients(val_cases))
     if initial_checkpoint and initial:
-        _warn_of_seen(initial_checkpoint, initial, held_out)
-    config = dataclasses.replace(
-        config,
-        initial_fingerprint=fingerprint(initial.variables) if initial else "",
-        train_patients=_patients(train_cases, initial.config.train_patients if initial else ()),
-        val_patients=_patients(val_cases, initial.config.val_patients if initial else ()),
-    )
+        _warn_of_seen(initial_checkpoint, initial, chosen, held_out)
+        config = _begun_with(initial, config)
     with dir_lock(workdir) if is_primary() else contextlib.nullcontext():
         _check_resumable(workdir, config, chosen)
         prepared = prepare_cases(
@@ -192,8 +188,8 @@ def check_settings(
         )
 
 
-def _patients(cases: Sequence[Case], others: Sequence[str] = ()) -> tuple[str, ...]:
-    return tuple(sorted({*(case.patient for case in cases), *others}))
+def _patients(cases: Sequence[Case]) -> tuple[str, ...]:
+    return tuple(sorted({case.patient for case in cases}))
 
 
 def versions() -> dict[str, str]:
@@ -247,48 +243,70 @@ def load_initial(
       InputError: there is none, or it is of another structure, architecture, width or preparation of slices.
     """
     initial = load_model_for(initial_checkpoint, TASKS[config.task].target, architectures)
-    shapes = variable_shapes(build_model(config, architectures=architectures), model_image_size(config))
-    if not can_transfer(initial.variables, shapes):
+    model = build_model(config, architectures=architectures)
+    compared = {
+        "architecture": (initial.config.model.architecture, config.model.architecture),
+        "filters": (initial.config.model.filters, config.model.filters),
+        "input channels": (initial.model.in_channels, model.in_channels),
+    }
+    for field in dataclasses.fields(PreprocessConfig):
+        if field.name != "image_size":  # a model takes slices of any size
+            compared[field.name] = (
+                getattr(initial.config.preprocess, field.name),
+                getattr(config.preprocess, field.name),
+            )
+    differing = [f"{name} {old}, not {new}" for name, (old, new) in compared.items() if old != new]
+    if differing or not can_transfer(initial.variables, variable_shapes(model, model_image_size(config))):
+        what = "; ".join(differing) or "other layers"
         raise InputError(
-            f"{initial_checkpoint}: its architecture ({initial.config.model.architecture}), filters "
-            f"({','.join(map(str, initial.config.model.filters))}) or input channels are not this training's; choose "
-            "its `architecture` and `filters`, and its `recipe`"
-        )
-    old, new = (dataclasses.replace(one.preprocess, image_size=8) for one in (initial.config, config))
-    if old != new:
-        raise InputError(
-            f"{initial_checkpoint}: its slices were prepared by {old}, this training asks for {new} (`image_size` may "
-            "differ); use the same `recipe` and `normalization`"
+            f"{initial_checkpoint}: the training cannot begin with it, which has {what}; train with its settings, or "
+            "begin with another model"
         )
     return initial
+
+
+def _begun_with(initial: LoadedModel, config: Config) -> Config:
+    """The config of a training that begins with a model; where that one's patients are not known, its own are not."""
+    seen = initial.config
+    return dataclasses.replace(
+        config,
+        initial_fingerprint=fingerprint(initial.variables),
+        train_patients=tuple(sorted({*seen.train_patients, *config.train_patients})) if seen.train_patients else (),
+        val_patients=tuple(sorted({*seen.val_patients, *config.val_patients})),
+    )
 
 
 def _split_cases(
     data_dir: Path, request: SplitRequest, task: Task, readers: Mapping[str, Reader]
 ) -> tuple[Split, list[Case], list[Case], list[Case]]:
-    """The split, its training and its validation cases, and those that do not train."""
+    """The split, its training and its validation cases, and those of patients that do not train."""
     cases = find_cases(data_dir, readers)
     split = make_split(cases, request)
     train_cases, val_cases = split.cases("train", cases), split.cases("val", cases) if split.val else []
     if task.target == "infection":
         require_infection_masks([*train_cases, *val_cases])
-    return split, train_cases, val_cases, [case for case in cases if case.id in (*split.val, *split.test)]
+    train_patients = _patients(train_cases)
+    held_out = [c for c in cases if c.id in (*split.val, *split.test) and c.patient not in train_patients]
+    return split, train_cases, val_cases, held_out
 
 
 def _warn_of_lung_split(lung_checkpoint: Path, lung: LoadedModel, split: Split, held_out: Sequence[Case]) -> None:
-    """Warns of a lung model of another split; a saved model has none, and lists its patients alone."""
+    """Warns of a lung model of another split, or that has seen more than this one trains on."""
     split_file = lung_checkpoint / "split.json"
-    if not split_file.is_file():
-        _warn_of_seen(lung_checkpoint, lung, held_out)
-    elif read_split(split_file) != split:
+    if split_file.is_file() and read_split(split_file) != split:
         logger.warning(
             "%s differs from this split: the lung model may have seen this run's validation or test cases", split_file
         )
+    else:
+        _warn_of_seen(lung_checkpoint, lung, split, held_out)
 
 
-def _warn_of_seen(path: Path, model: LoadedModel, held_out: Sequence[Case]) -> None:
-    if seen := sorted(set(model.config.train_patients) & set(_patients(held_out))):
-        logger.warning("%s was trained on %s, of this run's validation or test cases", path, ", ".join(seen))
+def _warn_of_seen(path: Path, model: LoadedModel, split: Split, held_out: Sequence[Case]) -> None:
+    """Warns of a model that was trained on held-out cases, or whose epoch was chosen on test cases."""
+    tested = _patients([case for case in held_out if case.id in split.test])
+    seen = set(model.config.train_patients) & set(_patients(held_out)) | set(model.config.val_patients) & set(tested)
+    if seen:
+        logger.warning("%s has seen %s, of this run's validation or test cases", path, ", ".join(sorted(seen)))
 
 
 def _comparable(config: Config) -> dict[str, Any]:
@@ -307,7 +325,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         if isinstance(value, dict):
             found += _differences(old[name], value, f"{prefix}{name}.")
         elif old[name] != value:
-            found.append(f"{prefix}{name} was {old[name]}, is {value}")
+            was, now = ("none" if one == "" else one for one in (old[name], value))
+            found.append(f"{prefix}{name} was {was}, is {now}")
     return found
 
 

@@ -55,9 +55,37 @@ def test_little_contrast_is_not_stretched_and_nothing_leaves_the_scale() -> None
     hu = estimate_hu(image, lung, lung & False)
     np.testing.assert_allclose(hu[8], -815 + 4 * 870 / 20)
     assert (hu[15] == 1000).all()
+    white = np.where(lung, 255, 0).astype(np.uint8)
+    np.testing.assert_allclose(estimate_hu(white, lung, lung & False)[:4], -815)
     nothing_else = estimate_hu(np.where(lung, 55, 0).astype(np.uint8), lung, lung & False)
     np.testing.assert_allclose(nothing_else[:4], -815)
     np.testing.assert_allclose(nothing_else[8], -815 - 55 * 870 / 200)
+
+
+def test_lesions_and_bone_do_not_move_the_scale() -> None:
+    image, lung = np.full((40, 60), 160, np.uint8), np.zeros((40, 60), bool)
+    lung[5:35, 5:50] = True
+    infection = np.zeros_like(lung)
+    infection[5:35, 5:40] = True
+    image[lung], image[infection], image[36:], image[0] = 60, 130, 250, 0
+    hu = estimate_hu(image, lung, infection)
+    np.testing.assert_allclose(hu[20, 45], -815, atol=0.01)
+    np.testing.assert_allclose(hu[2, 30], 55, atol=0.01)
+    few = lung & (np.arange(60) >= 46)
+    np.testing.assert_allclose(estimate_hu(image, lung, lung & ~few)[20, 20], -815, atol=0.01)
+    dark = np.where(image == 0, 0, np.maximum(image, 120)).astype(np.uint8)
+    assert estimate_hu(dark, lung, infection)[0, 0] == -1250
+
+
+def test_masks_may_be_labels_of_any_width(tmp_path: Path) -> None:
+    given = {name: array if name == "case" else array[..., :36] for name, array in arrays().items()}
+    labels = {"lung": -given["lung"].astype(np.int8), "infection": given["infection"] * 2.0}
+    bits = {name: np.packbits(given[name], axis=-1) for name in labels}
+    for number, masks in enumerate((labels, bits)):
+        import_grey_slices(saved(tmp_path, **{**given, **masks}), tmp_path / str(number))
+        for folder, name in (("lung_mask", "lung"), ("infection_mask", "infection")):
+            found = np.asarray(nib.load(tmp_path / str(number) / folder / "a.nii.gz").dataobj)
+            np.testing.assert_array_equal(found.transpose(2, 1, 0), given[name][:2])
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -96,6 +124,14 @@ def test_slices_become_a_data_set(tmp_path: Path, packed: bool) -> None:
         ({"case": np.array(["a"])}, "they must be uint8 (slices, rows, columns) and a name for each slice"),
         ({"lung": arrays()["lung"][:, :4]}, "lung is bool (5, 4, 40); it must be of the shape of image, or packed"),
         ({"infection": arrays()["lung"][..., :5]}, "infection is bool (5, 32, 5)"),
+        ({"lung": np.full((5, 32, 40), "yes")}, "lung is <U3 (5, 32, 40)"),
+        ({"image": 255 - arrays()["image"]}, "the lung is lighter than the chest wall in a (0), a (1), b (2)"),
+        ({name: array[:0] for name, array in arrays().items()}, "no slice in it"),
+        ({"case": np.array(["a", "a", "../b", "/b", "b/c"])}, "case '../b', '/b', 'b/c': a name has letters, digits"),
+        (
+            {"case": np.array(["", ".a", "a ", "a.nii", "Coronacases_1"])},
+            "case '', '.a', 'a ', 'a.nii', 'Coronacases_1'",
+        ),
         ({"lung": arrays()["lung"] & np.eye(5, dtype=bool)[0][:, None, None]}, "no lung in a (1), b (2), b (3), b (4)"),
     ],
 )
@@ -108,7 +144,13 @@ def test_other_files_are_refused(tmp_path: Path, changes: dict[str, Any], messag
 def test_what_is_no_npz_or_is_there_already_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("no numbers")
     np.save(tmp_path / "one.npy", np.zeros(3))
-    for name in ("text.npz", "one.npy", "none.npz"):
+    whole = saved(tmp_path).read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    np.savez_compressed(tmp_path / "damaged.npz", **arrays())
+    content = bytearray((tmp_path / "damaged.npz").read_bytes())
+    content[80:90] = bytes(10)
+    (tmp_path / "damaged.npz").write_bytes(content)
+    for name in ("text.npz", "one.npy", "none.npz", "cut.npz", "damaged.npz"):
         with pytest.raises(InputError, match=f"{name}: no .npz of image"):
             import_grey_slices(tmp_path / name, tmp_path / "data")
     with pytest.raises(InputError, match=r"`flipped`: .*slices\.npz has no case c; it has a, b"):

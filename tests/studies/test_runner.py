@@ -30,7 +30,7 @@ from resunet_jax.studies import runner as module
 from resunet_jax.studies.published import PUBLISHED
 from resunet_jax.studies.runner import Run, Study, ablate, begin_study, cross_validate
 from resunet_jax.studies.table import print_ablation, print_cross_validation
-from resunet_jax.studies.variants import Variant
+from resunet_jax.studies.variants import Variant, find_variants
 from resunet_jax.training.losses import LOSSES
 from tests.conftest import KilledError, Trained, kill_at
 
@@ -393,8 +393,12 @@ def test_runs_that_begin_with_a_trained_model_are_others(ablation: Ablation, cal
     assert [folder.parent.name for folder in calls.trained[3:]] == ["lung", "infection"]
     with pytest.raises(InputError, match="expected a lung model, this one segments infection"):
         ablation(variants=variants, initial={"lung": trained.infection})
-    with pytest.raises(InputError, match=r"robust, infection: .*filters \(4,8,16,32\) or input channels"):
+    with pytest.raises(InputError, match=r"robust, infection: .*filters \(4, 8, 16, 32\), not \(64, "):
         ablation(variants=variants, initial={"infection": trained.infection}, changes={"train.epochs": 1})
+    with pytest.raises(InputError, match="`initial_infection_checkpoint`: no variant has an infection model"):
+        ablation(variants=LUNG_ALIKE[2:], initial={"infection": trained.infection})
+    with pytest.raises(InputError, match=r"variant 'infection: random beginning': .*; leave one of the two out"):
+        ablation(variants=find_variants(["infection: random beginning"]), initial={"infection": trained.infection})
     assert len(set(calls.trained)) == len(calls.trained) == 5
 
 

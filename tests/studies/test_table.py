@@ -219,3 +219,19 @@ def test_slices_come_back_as_they_were(tmp_path: Path, rng: np.random.Generator)
     (tmp_path / "slices.npz").write_bytes(b"PK")
     with pytest.raises(InputError, match=r"slices\.npz: damaged .* the run is tested again"):
         load_slices(tmp_path / "slices.npz", rows)
+
+
+def test_patients_that_a_model_had_seen_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [record(0, {"a_1": 0.1, "b_1": 0.9}), record(1, {"a_1": 0.2, "b_1": 0.8})]
+    for run, seen in zip(runs, (["b"], ["b", "a"]), strict=True):
+        run["settings"]["seen_patients"] = seen
+    note = "Seen before by the models, so no test of new patients: "
+    results = summarize_folds(runs, METRICS)
+    print_cross_validation(results)
+    assert f"{note}a, b\n" in capsys.readouterr().out
+    summary = {"rows": summarize_runs({"one": runs}), "seeds": [0, 1], "splits": ["x"], "seen_patients": ["b"]}
+    print_ablation(summary)
+    assert f"{note}b\n" in capsys.readouterr().out
+    assert to_markdown(summary).endswith(f"{note}b\n")
+    for told in ({**summary, "seen_patients": []}, {k: v for k, v in summary.items() if k != "seen_patients"}):
+        assert note not in to_markdown(told)

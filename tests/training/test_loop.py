@@ -32,7 +32,7 @@ from resunet_jax.training.losses import LOSSES, make_loss, mean_over_examples
 from resunet_jax.training.step import create_state, make_eval_step, make_optimizer
 from resunet_jax.training.train import train, versions
 from resunet_jax.weights.store import fingerprint, load_model, load_model_for, save_model
-from tests.conftest import TINY, Trained
+from tests.conftest import TINY, WITH_CONTEXT, Trained
 
 
 def tiny(epochs: int, **train_changes) -> Config:
@@ -504,7 +504,7 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, dict[str, Any]
     return calls
 
 
-def fine_tune(trained: Trained, workdir: Path, config: Config, initial: Path, **arguments) -> None:
+def fine_tune(trained: Trained, workdir: Path, config: Config, initial: str | Path, **arguments) -> None:
     split = arguments.pop("split", SplitRequest(trained.split_file))
     with contextlib.suppress(StopError):
         train(config, trained.data, workdir, trained.cache, split=split, initial_checkpoint=initial, **arguments)
@@ -541,7 +541,7 @@ def test_patients_that_the_initial_model_has_seen_are_reported(
 ) -> None:
     other = tmp_path / "split.json"
     other.write_text('{"train": ["coronacases_003"], "val": [], "test": ["coronacases_001", "coronacases_002"]}')
-    for split, expected in ((trained.split_file, ""), (other, "coronacases_001, of this run's validation or test")):
+    for split, expected in ((trained.split_file, ""), (other, "has seen coronacases_001, coronacases_002, of this")):
         caplog.clear()
         with caplog.at_level("WARNING", logger="resunet_jax"):
             fine_tune(trained, tmp_path / split.parent.name, tiny(1), trained.lung, split=SplitRequest(split))
@@ -555,13 +555,69 @@ def test_an_unfit_initial_model_is_refused(trained: Trained, tmp_path: Path, fit
         fine_tune(trained, tmp_path / "a", tiny(1), trained.infection)
     wider = override(tiny(1), {"model.filters": [8, 8, 16, 32]})
     with pytest.raises(
-        InputError, match=r"lung: its architecture \(resunet\), filters \(4,8,16,32\) or input channels"
+        InputError, match=r"lung: the training .* which has filters \(4, 8, 16, 32\), not \(8, 8, 16, 32\);"
     ):
         fine_tune(trained, tmp_path / "b", wider, trained.lung)
     minmax = override(tiny(1), {"preprocess.normalization": "minmax"})
-    with pytest.raises(InputError, match=r"normalization='air'.* asks for .*normalization='minmax'"):
+    with pytest.raises(InputError, match="which has normalization air, not minmax;"):
         fine_tune(trained, tmp_path / "c", minmax, trained.lung)
+    other = override(tiny(1), {"model.architecture": "mine"})
+    with pytest.raises(InputError, match="which has architecture resunet, not mine;"):
+        tables = {"mine": ARCHITECTURES["resunet"], **ARCHITECTURES}
+        fine_tune(trained, tmp_path / "e", other, trained.lung, architectures=tables)
+    ct_only = dataclasses.replace(tiny(1), task="infection_ct", preprocess=WITH_CONTEXT)
+    with pytest.raises(InputError, match="which has input channels 4, not 3;"):
+        fine_tune(trained, tmp_path / "f", ct_only, trained.infection)
     assert not fitted
     larger = override(tiny(1), {"preprocess.image_size": 48})
     fine_tune(trained, tmp_path / "d", larger, trained.lung)
     assert len(fitted) == 1
+
+
+def test_of_a_model_that_began_with_unknown_patients_they_are_unknown(trained: Trained, tmp_path: Path, fitted) -> None:
+    loaded = load_model(trained.lung)
+    save_model(tmp_path / "model", loaded.variables, dataclasses.replace(loaded.config, train_patients=()))
+    fine_tune(trained, tmp_path / "run", tiny(1), tmp_path / "model")
+    assert fitted[0][0].train_patients == ()
+
+
+def test_fit_begins_with_the_initial_model(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = []
+
+    def create(*arguments) -> None:
+        states.append(create_state(*arguments))
+        raise StopError
+
+    monkeypatch.setattr(module, "create_state", create)
+    monkeypatch.setattr(train_module, "_plot_inputs", lambda *_: None)
+    fine_tune(trained, tmp_path / "run", tiny(1), trained.lung)
+    assert fingerprint(states[0].variables) == fingerprint(load_model(trained.lung).variables)
+
+
+def test_an_initial_model_of_a_plugin_below_the_home_folder(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fitted
+) -> None:
+    config = override(tiny(1), {"model.architecture": "mine"})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    save_model(tmp_path / "mine", load_model(trained.lung).variables, config)
+    tables = {**ARCHITECTURES, "mine": ARCHITECTURES["resunet"]}
+    fine_tune(trained, tmp_path / "run", config, "~/mine", architectures=tables)
+    assert fitted[0][0].initial_fingerprint
+
+
+@pytest.mark.parametrize(("subset", "seen"), [("val", "coronacases_001"), ("test", "coronacases_001, coronacases_002")])
+def test_a_lung_model_that_began_with_held_out_patients_is_reported(
+    trained: Trained, tmp_path: Path, fitted, caplog: pytest.LogCaptureFixture, subset: str, seen: str
+) -> None:
+    """Though its own split is this one; on the validation cases of both an epoch may be chosen."""
+    cases = {"train": ["coronacases_003"], "val": [], "test": [], subset: ["coronacases_001", "coronacases_002"]}
+    (tmp_path / "split.json").write_text(json.dumps(cases))
+    shutil.copytree(trained.lung, tmp_path / "lung")
+    shutil.copy(tmp_path / "split.json", tmp_path / "lung")
+    config = dataclasses.replace(tiny(1), task="infection", preprocess=WITH_CONTEXT)
+    split = SplitRequest(tmp_path / "split.json")
+    with contextlib.suppress(StopError), caplog.at_level("WARNING", logger="resunet_jax"):
+        train(config, trained.data, tmp_path / "run", trained.cache, split=split, lung_checkpoint=tmp_path / "lung")
+    assert caplog.messages == [f"{tmp_path / 'lung'} has seen {seen}, of this run's validation or test cases"]
+    assert fitted
