@@ -37,7 +37,7 @@ TRAINING = (
     "patience patch_grid patch_factor data_dir assume workdir cache_dir protocol fold allow_missing dtype remat "
     "accumulate_steps compilation_cache_dir tensorboard"
 )
-MODELS = "lung_checkpoint infection_checkpoint threshold min_component_fraction smallest_region"
+MODELS = "lung_checkpoint infection_checkpoint threshold infection_threshold min_component_fraction smallest_region"
 INITIAL = "initial_lung_checkpoint initial_infection_checkpoint"
 FLAGS_OF = {
     "train_lung": f"{TRAINING} initial_checkpoint",
@@ -45,8 +45,8 @@ FLAGS_OF = {
     "evaluate": f"{MODELS} data_dir assume output_dir split split_file cache_dir infection_tolerance_mm uncertainty",
     "calibrate": f"{MODELS} data_dir assume output_dir split_file study_dir variant seed cache_dir pair_dir",
     "predict": f"{MODELS} input output_dir probabilities uncertainty report multilabel lobes gate assume",
-    "export": "output lung_checkpoint infection_checkpoint threshold from_hu",
-    "export_onnx": "output lung_checkpoint infection_checkpoint threshold",
+    "export": "output lung_checkpoint infection_checkpoint threshold infection_threshold from_hu",
+    "export_onnx": "output lung_checkpoint infection_checkpoint threshold infection_threshold",
     "train_pretrained": f"data_dir workdir output_dir cache_dir {INITIAL}",
     "info": "output_dir",
     "cross_validate": f"data_dir assume workdir cache_dir protocol allow_missing filters epochs {INITIAL}",
@@ -447,6 +447,12 @@ def bad_flags(root: Path, trained: Trained) -> list[Bad]:
             "expected a infection model, this one segments lung",
         ),
         Bad("evaluate", [*evaluation, f"--output_dir={root / 'file' / 'out'}"], "out: cannot be written"),
+        Bad(
+            "evaluate",
+            [*evaluation, f"--output_dir={root / 'run'}", "--infection_threshold=0.1"],
+            "there is no infection; give --infection_checkpoint, or leave it out",
+        ),
+        Bad("export", [f"--output={root / 'run'}", "--infection_threshold=1"], "it must lie between 0 and 1"),
         Bad("evaluate", [f"--data_dir={data}", f"--output_dir={root / 'run'}"], "Give --split_file, or --split=all"),
         Bad(
             "evaluate",
@@ -500,6 +506,17 @@ def test_bad_flags_give_one_clear_line(trained: Trained, tmp_path: Path) -> None
         assert len(errors) == 1, result.stderr
         assert re.search(bad.message, errors[0]), (bad, errors[0])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--threshold=0.5"]])
+def test_the_infection_may_have_a_threshold_of_its_own(trained: Trained, tmp_path: Path, flags: list[str]) -> None:
+    models = (f"--lung_checkpoint={trained.lung}", f"--infection_checkpoint={trained.infection}")
+    scan = min((trained.data / "ct_scans").iterdir())
+    written = (f"--input={scan}", f"--output_dir={tmp_path}", "--noreport", "--infection_threshold=0.05")
+    result = run_script("predict", *written, *models, *flags)
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "masks.json").read_text(encoding="utf-8"))
+    assert record["settings"]["thresholds"] == {"lung": 0.5, "infection": 0.05}
 
 
 def test_bad_scans_are_named_one_by_one(trained: Trained, tmp_path: Path) -> None:

@@ -211,14 +211,29 @@ def define_checkpoint_flags() -> None:
         ["0.5", "validated"],
         "Of the masks: 0.5, or what each training chose on validation cases; by default as each model's recipe says.",
     )
+    text = (
+        "Infection is where its probability is above this, whatever --threshold is; lower finds more, true and false."
+    )
+    flags.DEFINE_float("infection_threshold", None, text)
+    flags.register_validator(
+        "infection_threshold", lambda value: value is None or 0 < value < 1, "it must lie between 0 and 1"
+    )
 
 
 def checkpoint_arguments() -> dict[str, Any]:
     """What the checkpoint flags ask for, as keywords of `load_predictor` and `evaluate`."""
+    lung, infection = optional_path("lung_checkpoint"), optional_path("infection_checkpoint")
+    thresholds = {"lung": 0.5, "infection": 0.5} if flags.FLAGS.threshold == "0.5" else {}
+    if flags.FLAGS.infection_threshold is not None:
+        if lung and not infection:
+            raise InputError(
+                "--infection_threshold: there is no infection; give --infection_checkpoint, or leave it out"
+            )
+        thresholds["infection"] = flags.FLAGS.infection_threshold
     return {
-        "lung_checkpoint": optional_path("lung_checkpoint"),
-        "infection_checkpoint": optional_path("infection_checkpoint"),
-        "thresholds": {"lung": 0.5, "infection": 0.5} if flags.FLAGS.threshold == "0.5" else None,
+        "lung_checkpoint": lung,
+        "infection_checkpoint": infection,
+        "thresholds": thresholds or None,
         "validated_threshold": flags.FLAGS.threshold == "validated",
     }
 
