@@ -26,9 +26,11 @@ from resunet_jax import (
     segment_scans,
     train,
 )
-from resunet_jax.config import Config
+from resunet_jax.config import Config, override, to_dict
 from resunet_jax.data.splits import Split, SplitRequest, write_split
 from resunet_jax.inference.predictor import load_predictor
+from resunet_jax.recipes import recipe
+from resunet_jax.weights.pretrained import load_pair
 from resunet_jax.weights.store import fingerprint
 from tests.conftest import ROOT, TINY, TINY_FLAGS, Trained, run_forked, run_script, store_in_window, training_flags
 
@@ -75,6 +77,19 @@ def test_the_pair_is_trained_only_where_it_can_be_saved(phantom: Path, trained: 
     result = run_script(*train, f"--data_dir={phantom}", f"--initial_infection_checkpoint={trained.infection}")
     assert (result.returncode, "filters (4, 8, 16, 32), not (16, 32" in result.stderr) == (2, True), result.stderr
     assert not (tmp_path / "work").exists()
+
+
+def test_the_pair_begins_with_the_models_that_are_given(phantom: Path, tmp_path: Path) -> None:
+    """A run that did not is another one."""
+    lung, run = load_pair().lung, tmp_path / "work" / "lung"
+    save_model(tmp_path / "model", lung.variables, lung.config)
+    (run / "checkpoints").mkdir(parents=True)
+    config = override(recipe("robust", "lung"), {"model.filters": [16, 32, 64, 128], "train.epochs": 15})
+    (run / "config.json").write_text(json.dumps(to_dict(config)))
+    folders = (f"--data_dir={phantom}", f"--workdir={tmp_path / 'work'}", f"--cache_dir={tmp_path / 'cache'}")
+    result = run_script("train_pretrained", *folders, f"--initial_lung_checkpoint={tmp_path / 'model'}")
+    assert result.returncode == 2, result.stderr
+    assert f"another run (initial_fingerprint was none, is {fingerprint(lung.variables)});" in result.stderr
 
 
 def test_the_shipped_pair_is_saved_to_begin_with(trained: Trained, tmp_path: Path) -> None:
