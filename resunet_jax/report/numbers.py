@@ -35,7 +35,7 @@ _EXCHANGED = -0.1  # of `Totals.orientation_score`: 0.58 to 1.3 in nine real sca
 _LEAST_LUNG_ML_PER_CM = 2.0  # of a scan that may be a part of one, as a mean over its slices
 _LEAST_OUTSIDE_ML = 1.0  # of infection that lies outside the lung mask, to be told
 _LEVELS_HU = np.arange(-1020.0, 300.0, 10.0)  # centres of the bins in which densities are counted
-_FAINT_HU = 240.0  # of `Totals.contrast_hu`: up to 220 in a lung dense as a whole, from 270 on in six infected ones
+_FAINT_HU = 250.0  # of `Totals.contrast_hu`: up to 240 in a lung dense as a whole, from 270 on in six infected ones
 _LEAST_FAINT_ML = 10.0  # of infection, to be told that it is faint
 
 Mask = npt.NDArray[np.bool_]
