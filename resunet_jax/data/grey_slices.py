@@ -30,7 +30,7 @@ _SOFT_TISSUE_HU = 55.0
 _LOWEST_HU, _HIGHEST_HU = -1250.0, 1000.0
 _BODY_LEVEL = 110  # between lung and soft tissue
 _LEAST_CONTRAST = 20  # of these two; less would make noise of the rest
-_WALL_PIXELS = 3
+_WALL_PIXELS = 3  # around the lung
 _LEAST_HEALTHY = 200  # pixels; where there are fewer, all of the lung is taken
 
 Bools = npt.NDArray[np.bool_]
