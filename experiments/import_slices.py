@@ -1,4 +1,4 @@
-"""Makes a data set of grey slices that have lost their Hounsfield units, for a model to begin with.
+"""Makes a data set for pretraining of slices that have lost their Hounsfield units.
 
 python experiments/import_slices.py --input=slices.npz --output_dir=SLICES
 """

@@ -15,14 +15,20 @@ settings.define_path(
 def main() -> None:
     """Prints both, and saves the models where asked."""
     from resunet_jax import __version__
-    from resunet_jax.weights.pretrained import MODEL_CARD, load_pair, pretrained_folder, save_as_models
+    from resunet_jax.weights.pretrained import (
+        MODEL_CARD,
+        load_pair,
+        load_pair_record,
+        pretrained_folder,
+        save_as_models,
+    )
     from resunet_jax.weights.store import fingerprint
 
-    folder = settings.optional_path("output_dir")
+    folder, pair = settings.optional_path("output_dir"), load_pair()
     if folder:
-        save_as_models(folder)
+        save_as_models(folder, pair, load_pair_record())
     print(f"resunet_jax {__version__}")
-    for name, loaded in load_pair()._asdict().items():
+    for name, loaded in pair._asdict().items():
         print(f"{name} model: {fingerprint(loaded.variables)}, filters {loaded.config.model.filters}")
     print()
     print((pretrained_folder() / MODEL_CARD).read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-"""A data set made of slices that have lost their Hounsfield units, for a model to begin with.
+"""A data set for pretraining, made of slices that have lost their Hounsfield units.
 
 Such slices are stretched over 0..255 each on its own, and perhaps equalised (CLAHE): no window turns them back. Where
-their lungs are known, two levels are: healthy lung and soft tissue. What is made of them is no CT: a model that has
-learned from them is to be trained on scans in Hounsfield units afterwards.
+their lungs are known, two levels are: healthy lung and soft tissue. What is made of them is no CT: a model that is
+trained on them is to be fine-tuned on scans in Hounsfield units.
 """
 
 import re

@@ -155,15 +155,15 @@ def begin_study(
       splits: each is tested on its test cases; without validation cases the model of the last epoch is.
 
     Raises:
-      InputError: data, configs or splits are not fit for it, or the workdir was begun by an older version, by another
-        script, or before a scan or mask of it was changed.
+      InputError: data, configs, initial models or splits are not fit for it, or the workdir was begun by an older
+        version, by another script, or before a scan or mask of it was changed.
     """
     require_backend()
     if len({variant.name for variant in variants}) < len(variants):
         raise InputError(f"two of these variants have one name: {', '.join(variant.name for variant in variants)}")
     check_output_dir(study.workdir)
     _check_initial(study, variants)
-    begun_with = {
+    initial_fingerprints = {
         variant.name: _check_configs(variant, variant.configs(changes, seeds[0]), study) for variant in variants
     }
     cases = find_cases(study.data_dir, study.tables.readers)
@@ -178,7 +178,7 @@ def begin_study(
         for split, request in requests.items():
             for variant in variants:
                 configs = {
-                    task: dataclasses.replace(config, initial_fingerprint=begun_with[variant.name][task])
+                    task: dataclasses.replace(config, initial_fingerprint=initial_fingerprints[variant.name][task])
                     for task, config in variant.configs(changes, seed).items()
                 }
                 postprocess = override(recipe(variant.recipe, "lung"), changes).postprocess
@@ -206,13 +206,13 @@ def _check_initial(study: Study, variants: Sequence[Variant]) -> None:
 
 def _check_configs(variant: Variant, configs: Mapping[Structure, Config], study: Study) -> dict[Structure, str]:
     """Refuses what a training would, before the first one begins; fingerprints of the models to begin with, or ""."""
-    tables, begun_with = study.tables, dict.fromkeys(configs, "")
+    tables, initial_fingerprints = study.tables, dict.fromkeys(configs, "")
     for structure, config in configs.items():
         try:
             check_settings(config, tables.losses, tables.augmentations, tables.architectures)
             if structure in study.initial:
                 initial = load_initial(config, study.initial[structure], tables.architectures)
-                begun_with[structure] = fingerprint(initial.variables)
+                initial_fingerprints[structure] = fingerprint(initial.variables)
         except InputError as error:
             raise InputError(f"{variant.name}, {config.task}: {error}") from error
     lung, infection = configs["lung"], configs.get("infection")
@@ -221,7 +221,7 @@ def _check_configs(variant: Variant, configs: Mapping[Structure, Config], study:
             f"{variant.name}: slices of the lung model are prepared by {lung.preprocess}, those of the infection model "
             f"by {infection.preprocess}; they may differ in context_mm alone"
         )
-    return begun_with
+    return initial_fingerprints
 
 
 def _check_data(study: Study, cases: Sequence[Case], splits: Iterable[Split]) -> None:

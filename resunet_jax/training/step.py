@@ -107,10 +107,15 @@ def create_state(
       architectures: the table of models.
       lung_variables: of the lung model, to begin with where the config says so; see `transfer`.
       initial_variables: of a trained model to begin with instead, whatever the config says.
+
+    Raises:
+      ValueError: these are of another architecture or width.
     """
     key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
     variables = init_variables(build_model(config, architectures=architectures), key, model_image_size(config))
     if initial_variables is not None:
+        if not can_transfer(initial_variables, variables):
+            raise ValueError("initial_variables are of another architecture or width than the config's model")
         variables = transfer(initial_variables, variables)
     elif lung_variables is not None and config.cascade.start_from_lung:
         variables = transfer(lung_variables, variables)

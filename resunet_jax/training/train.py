@@ -111,7 +111,7 @@ def train(
     config = dataclasses.replace(config, train_patients=_patients(train_cases), val_patients=_patients(val_cases))
     if initial_checkpoint and initial:
         _warn_of_seen(initial_checkpoint, initial, chosen, held_out)
-        config = _begun_with(initial, config)
+        config = _fine_tuned(initial, config)
     with dir_lock(workdir) if is_primary() else contextlib.nullcontext():
         _check_resumable(workdir, config, chosen)
         prepared = prepare_cases(
@@ -265,8 +265,8 @@ def load_initial(
     return initial
 
 
-def _begun_with(initial: LoadedModel, config: Config) -> Config:
-    """The config of a training that begins with a model; where that one's patients are not known, its own are not."""
+def _fine_tuned(initial: LoadedModel, config: Config) -> Config:
+    """The config of a training that begins with a model; where that one's patients are unknown, its own are, too."""
     seen = initial.config
     return dataclasses.replace(
         config,

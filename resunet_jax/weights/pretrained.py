@@ -105,13 +105,12 @@ def save_pair(folder: Path, pair: ModelPair, record: UncertaintyRecord | None = 
         write_json(partial / DIGESTS_FILE, digests)
 
 
-def save_as_models(folder: Path) -> None:
-    """Writes the shipped pair as two saved models, lung/ and infection/, with what is known of its errors.
+def save_as_models(folder: Path, pair: ModelPair, record: UncertaintyRecord | None = None) -> None:
+    """Writes a pair as two saved models, lung/ and infection/, and what is known of its errors with the latter.
 
     Raises:
       InputError: the folder exists or cannot be written.
     """
-    pair, record = load_pair(), load_pair_record()
     if folder.exists():
         raise InputError(f"{folder}: exists already; choose a new folder")
     with atomic_dir(folder) as partial:

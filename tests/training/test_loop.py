@@ -534,6 +534,9 @@ def test_the_state_begins_with_the_given_model(decay: float) -> None:
     state = create_state(config, optimizer, lung_variables=states[0], initial_variables=states[1])
     for variables in (state.variables, state.model_variables):
         assert fingerprint(variables) == fingerprint(states[1])
+    wider = override(config, {"model.filters": [8, 8, 16, 32]})
+    with pytest.raises(ValueError, match="of another architecture or width"):
+        create_state(wider, optimizer, initial_variables=states[1])
 
 
 def test_patients_that_the_initial_model_has_seen_are_reported(

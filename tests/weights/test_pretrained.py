@@ -145,11 +145,11 @@ def test_a_damaged_or_missing_file_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_the_pair_as_saved_models_gives_the_same(tmp_path: Path) -> None:
-    save_as_models(tmp_path / "models")
+    save_as_models(tmp_path / "models", load_pair(), load_pair_record())
     predictor = load_predictor(tmp_path / "models" / "lung", tmp_path / "models" / "infection")
     shipped = load_pretrained()
     assert predictor.fingerprints == shipped.fingerprints
     assert [model.config for model in predictor.models.values()] == [m.config for m in shipped.models.values()]
     assert predictor.record == shipped.record is not None
     with pytest.raises(InputError, match="models: exists already; choose a new folder"):
-        save_as_models(tmp_path / "models")
+        save_as_models(tmp_path / "models", load_pair())
