@@ -32,7 +32,7 @@ settings.define_cache_flags()
 
 def main() -> None:
     """Calibrates by the flags."""
-    from resunet_jax.files import check_output_dir, make_output_dir, write_json, write_text
+    from resunet_jax.files import check_output_dir, make_output_dir, require_absent, write_json, write_text
     from resunet_jax.inference.predictor import load_predictor
     from resunet_jax.plugins import load_plugins
     from resunet_jax.studies import calibrate
@@ -47,8 +47,8 @@ def main() -> None:
         raise InputError(
             "--pair_dir is for the shipped pair; drop --infection_checkpoint, next to which its record goes"
         )
-    if pair_dir is not None and pair_dir.exists():
-        raise InputError(f"--pair_dir={pair_dir}: exists already; choose a new folder")
+    if pair_dir is not None:
+        require_absent(pair_dir, "`pair_dir`")
     if study_dir is None and (FLAGS.variant is not None or FLAGS.seed is not None):
         raise InputError("--variant and --seed choose models of a study; give --study_dir too, or leave them out")
     if checkpoint is not None:

@@ -23,8 +23,7 @@ def main() -> None:
     from resunet_jax.config import Structure, override
     from resunet_jax.data.cases import find_cases, require_infection_masks
     from resunet_jax.data.splits import Split, SplitRequest, write_split
-    from resunet_jax.errors import InputError
-    from resunet_jax.files import make_output_dir
+    from resunet_jax.files import make_output_dir, require_absent
     from resunet_jax.plugins import load_plugins
     from resunet_jax.recipes import DEFAULT_RECIPE, recipe
     from resunet_jax.training.train import load_initial, train
@@ -34,8 +33,7 @@ def main() -> None:
     should_stop, tables = stop_signals(), load_plugins()
     data_dir, workdir = settings.path("data_dir"), settings.path("workdir")
     folder = settings.optional_path("output_dir") or workdir / "pretrained"
-    if folder.exists():
-        raise InputError(f"{folder}: exists already; choose another `output_dir`")
+    require_absent(folder, "`output_dir`")
     cases = find_cases(data_dir, tables.readers)
     require_infection_masks(cases)
     tasks: tuple[Structure, ...] = ("lung", "infection")

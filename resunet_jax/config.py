@@ -9,6 +9,7 @@ lacks takes the default of the version that wrote the file.
 import dataclasses
 import json
 import math
+import sys
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -214,6 +215,10 @@ class TrainConfig:
     seed: int = setting(0, "of initial parameters, order of slices and augmentation", low=0, high=2**31 - 1)
 
 
+UNKNOWN = "(unknown)"
+"""Stands among a model's patients for those that are not known."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """All that made a model, and all that is needed to use it; the defaults are the default recipe for the lungs.
@@ -228,7 +233,8 @@ class Config:
       train: the training run.
       lung_fingerprint: for task "infection", `fingerprint` of the lung model that fed the training; otherwise empty.
       initial_fingerprint: of the trained model that the training began with (fine-tuning); otherwise empty.
-      train_patients: whose scans trained it and the model it began with; empty where it is not known.
+      train_patients: whose scans trained it and the model that it began with, and `UNKNOWN` for those of a model that
+        lists none; empty where it is not known.
       val_patients: whose scans chose its epoch and threshold.
     """
 
@@ -246,6 +252,11 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def lists_patients(self) -> bool:
+        """Whether `train_patients` are all."""
+        return bool(self.train_patients) and UNKNOWN not in self.train_patients
 
 
 ALIASES = {
@@ -379,18 +390,10 @@ def _check_setting(name: str, value: Any, entry: Setting) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     low, high, above = entry.low, entry.high, entry.above
-    _require(_is_finite(value), name, value, "a finite number")
+    _require(abs(value) <= sys.float_info.max, name, value, "a finite number")
     _require(low is None or value >= low, name, value, f"at least {low}")
     _require(high is None or value <= high, name, value, f"at most {high}")
     _require(above is None or value > above, name, value, f"more than {above}")
-
-
-def _is_finite(value: float) -> bool:
-    """As a float: a whole number may be too large for one."""
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -402,8 +405,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def _plain(config: Config) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    return plain
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def _get(values: Mapping[str, Any], path: str, default: Any = None) -> Any:
@@ -418,11 +420,17 @@ def _set(values: dict[str, Any], path: str, value: Any) -> None:
     (values.setdefault(section, {}) if section else values)[field] = value
 
 
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two configs differ, by path, with the JSON value of each config."""
+    values = _plain(old), _plain(new)
+    paths = [*SETTINGS, "task", "lung_fingerprint", "initial_fingerprint", "train_patients", "val_patients"]
+    pairs = {path: (_get(values[0], path), _get(values[1], path)) for path in paths}
+    return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
+
+
 def non_defaults(config: Config) -> dict[str, Any]:
     """The fields that are not at their default, by path: what `override` needs to make the config from `Config()`."""
-    default, values = _plain(Config()), _plain(config)
-    paths = [*SETTINGS, "task", "lung_fingerprint", "initial_fingerprint", "train_patients", "val_patients"]
-    return {path: _get(values, path) for path in paths if _get(values, path) != _get(default, path)}
+    return {path: value for path, (_, value) in differences(Config(), config).items()}
 
 
 def override(config: Config, changes: Mapping[str, Any], source: str = "config") -> Config:

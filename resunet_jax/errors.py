@@ -17,5 +17,8 @@ class StoppedError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error, at most 200 characters, to quote in an `InputError`."""
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    """The first line of another library's error, at most 200 characters, to quote in an `InputError`.
+
+    Of an `OSError` the reason alone, as the message names the file.
+    """
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0][:200]

@@ -1,6 +1,7 @@
 """Atomic files and folders, folders that one process holds, and room on disk; on Linux, macOS and Windows."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -15,10 +16,11 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from resunet_jax.errors import InputError, LockedError
+from resunet_jax.errors import InputError, LockedError, first_line
 
 _LOCK = ".lock"
 _HOLDER = ".lock-holder"
+_PARTIAL = ".partial-"
 _ZEROS = bytes(2**20)
 
 
@@ -96,7 +98,7 @@ def _sync(path: Path) -> None:
 
 def _partial(path: Path) -> Path:
     """Where `path` is written first: next to it, under a unique name. Removes what killed processes left there."""
-    ours = f".partial-{_machine()}-"
+    ours = f"{_PARTIAL}{_machine()}-"
     for leftover in path.parent.iterdir() if path.parent.is_dir() else ():
         match = re.fullmatch(rf"{re.escape(ours)}(\d+)-[0-9a-f]+-{re.escape(path.name)}", leftover.name)
         if match and not _is_alive(int(match[1])):
@@ -104,6 +106,11 @@ def _partial(path: Path) -> Path:
             with contextlib.suppress(OSError):
                 leftover.unlink()
     return path.with_name(f"{ours}{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}")
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a killed process left it, in a folder in which no other one writes."""
+    return path.name.startswith(_PARTIAL)
 
 
 def _machine() -> str:
@@ -198,6 +205,39 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json_text(value))
 
 
+def read_json(path: Path, remedy: str, *keys: str) -> dict[str, Any]:
+    """A JSON object that has at least these keys.
+
+    Raises:
+      InputError: it cannot be read, or is no such object; with the remedy.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return {**values, **{key: values[key] for key in keys}}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({first_line(error)}); {remedy}") from error
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_absent(path: Path, what: str = "folder") -> None:
+    """Refuses to write over what is there.
+
+    Args:
+      path: of what is to be made.
+      what: of it the user has to choose a new one, for the message.
+
+    Raises:
+      InputError: it exists.
+    """
+    if path.exists():
+        raise InputError(f"{path}: exists already; choose a new {what}")
+
+
 def check_output_dir(path: Path) -> None:
     """Checks, before long work and without making anything, that a folder can be made and written.
 
@@ -230,7 +270,7 @@ def make_output_dir(path: Path, argument: str = "") -> None:
 
 def _cannot_write(path: Path, error: OSError, argument: str = "") -> InputError:
     remedy = f"choose another folder with `{argument}`" if argument else "choose another folder"
-    return InputError(f"{path}: cannot be written ({error.strerror or error}); {remedy}")
+    return InputError(f"{path}: cannot be written ({first_line(error)}); {remedy}")
 
 
 def expand_user(path: str | Path) -> Path:

@@ -66,7 +66,7 @@ def test_the_pair_is_trained_only_where_it_can_be_saved(phantom: Path, trained: 
     train = ("train_pretrained", f"--workdir={tmp_path / 'work'}", f"--cache_dir={tmp_path / 'cache'}")
     (tmp_path / "pair").mkdir()
     result = run_script(*train, f"--data_dir={phantom}", f"--output_dir={tmp_path / 'pair'}")
-    assert (result.returncode, "exists already; choose another --output_dir" in result.stderr) == (2, True)
+    assert (result.returncode, "exists already; choose a new --output_dir" in result.stderr) == (2, True)
     shutil.copytree(phantom, tmp_path / "data")
     rows = (tmp_path / "data" / "metadata.csv").read_text(encoding="utf-8").splitlines()
     columns = rows[0].split(",")

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from resunet_jax.data.readers import READERS, Reader, list_sources
-from resunet_jax.errors import InputError
+from resunet_jax.errors import InputError, first_line
 
 Source = Literal["coronacases", "radiopaedia", "other"]
 
@@ -179,7 +179,7 @@ def _from_csv(metadata: Path, problems: list[InputError], readers: Mapping[str, 
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{metadata}: not a CSV file ({error}); export it as UTF-8 CSV") from error
     except OSError as error:
-        raise InputError(f"{metadata}: cannot be read ({error.strerror or error}); change its permissions") from error
+        raise InputError(f"{metadata}: cannot be read ({first_line(error)}); change its permissions") from error
     missing = [column for column in COLUMNS if column not in columns]
     if missing:
         raise InputError(f"{metadata}: no column {missing[0]}; it must have {', '.join(COLUMNS)}")

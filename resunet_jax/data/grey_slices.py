@@ -1,6 +1,6 @@
 """A data set for pretraining, made of slices that have lost their Hounsfield units.
 
-Such slices are stretched over 0..255 each on its own, and perhaps equalised (CLAHE): no window turns them back. Where
+Such slices are stretched over 0..255 each on its own, and mostly equalised (CLAHE): no window turns them back. Where
 their lungs are known, two levels are: healthy lung and soft tissue. What is made of them is no CT: a model that is
 trained on them is to be fine-tuned on scans in Hounsfield units.
 """
@@ -20,7 +20,7 @@ from resunet_jax.data.phantom import FOLDERS, write_nifti
 from resunet_jax.data.splits import Split, write_split
 from resunet_jax.data.volume import Array, FloatArray
 from resunet_jax.errors import InputError, first_line
-from resunet_jax.files import atomic_dir
+from resunet_jax.files import atomic_dir, require_absent
 
 SPACING_MM = (1.4, 1.4, 5.0)
 """Of a pixel and between slices, where nobody knows."""
@@ -28,7 +28,7 @@ SPACING_MM = (1.4, 1.4, 5.0)
 _LUNG_HU = -815.0
 _SOFT_TISSUE_HU = 55.0
 _LOWEST_HU, _HIGHEST_HU = -1250.0, 1000.0
-_BODY_LEVEL = 110  # between lung and soft tissue
+_BODY_LEVEL = 110  # between lung and soft tissue of an equalised slice
 _LEAST_CONTRAST = 20  # of these two; less would make noise of the rest
 _WALL_PIXELS = 3  # around the lung
 _LEAST_HEALTHY = 200  # pixels; where there are fewer, all of the lung is taken
@@ -55,11 +55,12 @@ def estimate_hu(image: npt.NDArray[np.uint8], lung: Bools, infection: Bools) -> 
     """
     healthy = lung & ~infection
     low = float(np.median(image[healthy if np.count_nonzero(healthy) > _LEAST_HEALTHY else lung]))
-    body = image[(image > _BODY_LEVEL) & ~lung]
+    wall = _wall_level(image, lung)
+    # A slice that is stretched alone, over its bones, has its soft tissue below that level.
+    body = image[(image > (_BODY_LEVEL if wall > _BODY_LEVEL else (low + wall) / 2)) & ~lung]
     contrast = max(float(np.median(body)) - low if body.size else 255 - low, _LEAST_CONTRAST)
     hu = _LUNG_HU + (image.astype(np.float32) - low) * ((_SOFT_TISSUE_HU - _LUNG_HU) / contrast)
-    clipped: FloatArray = np.clip(hu, _LOWEST_HU, _HIGHEST_HU)
-    return clipped
+    return np.clip(hu, _LOWEST_HU, _HIGHEST_HU)
 
 
 def import_grey_slices(file: Path, output_dir: Path, flipped: Sequence[str] = ()) -> list[str]:
@@ -79,8 +80,7 @@ def import_grey_slices(file: Path, output_dir: Path, flipped: Sequence[str] = ()
       InputError: the file is not like that, a slice has no lung or one lighter than the chest wall, or the folder
         exists or cannot be written.
     """
-    if output_dir.exists():
-        raise InputError(f"{output_dir}: exists already; choose a new `output_dir`")
+    require_absent(output_dir, "`output_dir`")
     image, lung, infection, case = _read(file)
     names = [str(name) for name in dict.fromkeys(case)]
     _check_names(file, names)
@@ -104,10 +104,15 @@ def import_grey_slices(file: Path, output_dir: Path, flipped: Sequence[str] = ()
     return names
 
 
-def _is_inverted(image: npt.NDArray[np.uint8], lung: Bools) -> bool:
-    """Whether the chest wall, which lies around the lung, is no lighter than it."""
+def _wall_level(image: npt.NDArray[np.uint8], lung: Bools) -> float:
+    """Median of the chest wall, which lies around the lung; 255 where there is none."""
     wall = binary_dilation(lung, iterations=_WALL_PIXELS) & ~lung
-    return bool(wall.any() and np.median(image[wall]) <= np.median(image[lung]))
+    return float(np.median(image[wall])) if wall.any() else 255.0
+
+
+def _is_inverted(image: npt.NDArray[np.uint8], lung: Bools) -> bool:
+    """Whether the chest wall is no lighter than the lung."""
+    return bool(_wall_level(image, lung) <= np.median(image[lung]))
 
 
 def _check_names(file: Path, names: Sequence[str]) -> None:
@@ -126,7 +131,7 @@ def _read(file: Path) -> tuple[npt.NDArray[np.uint8], Bools, Bools, npt.NDArray[
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             image, case = arrays["image"], arrays["case"]
             masks = {name: arrays[name] for name in ("lung", "infection")}
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{file}: no .npz of image, lung, infection and case ({first_line(error)})") from error
     if image.dtype != np.uint8 or image.ndim != 3 or case.shape != image.shape[:1] or case.dtype.kind != "U":
         raise InputError(

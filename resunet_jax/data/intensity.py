@@ -162,8 +162,7 @@ def _touches_border(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """The components of a slice that reach its border."""
     labels, _ = ndimage.label(mask)
     edge = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
-    touching: npt.NDArray[np.bool_] = np.isin(labels, edge[edge > 0])
-    return touching
+    return np.isin(labels, edge[edge > 0])
 
 
 def _mode(values: npt.NDArray[np.float32], bin_width: float) -> float:

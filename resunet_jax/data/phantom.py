@@ -20,7 +20,7 @@ from scipy import ndimage
 from resunet_jax.data.cases import KNOWN_CASES, identify
 from resunet_jax.data.volume import HU_WINDOW, FloatArray
 from resunet_jax.errors import InputError
-from resunet_jax.files import atomic_dir
+from resunet_jax.files import atomic_dir, require_absent
 from resunet_jax.progress import parallel_map
 
 Floats = npt.NDArray[np.float64]
@@ -97,8 +97,7 @@ def make_phantom(output_dir: Path, config: PhantomConfig) -> None:
         raise InputError(
             f"{config}: expected 2 to {len(CASE_IDS)} volumes, downsample 1 to {_MAX_DOWNSAMPLE}, slices ≥ 4"
         )
-    if output_dir.exists():
-        raise InputError(f"{output_dir}: exists already; choose a new `output_dir`")
+    require_absent(output_dir, "`output_dir`")
     half = config.volumes // 2
     sources = ("coronacases", config.volumes - half), ("radiopaedia", half)
     ids = [case_id for source, count in sources for case_id in [c for c in CASE_IDS if c.startswith(source)][:count]]
@@ -197,8 +196,7 @@ def _draw_anatomy(person: np.random.Generator, scan: np.random.Generator, *, nea
 
 def _smooth_noise(rng: np.random.Generator, scale: float) -> FloatArray:
     noise = ndimage.gaussian_filter(rng.standard_normal((40, 56, 56)), scale, mode="wrap")
-    normed: FloatArray = (noise / noise.std()).astype(np.float32)
-    return normed
+    return (noise / noise.std()).astype(np.float32)
 
 
 def _tube(rng: np.random.Generator, start: Floats, goal: Floats) -> Floats:
@@ -305,8 +303,7 @@ def _render_slice(
 
 def _ellipse(x: Floats, y: Floats, centre: Floats, axes: Floats) -> Floats:
     """Distance from the centre; 1 on the border."""
-    distance: Floats = np.sqrt(((x - centre[0]) / axes[0]) ** 2 + ((y - centre[1]) / axes[1]) ** 2)
-    return distance
+    return np.sqrt(((x - centre[0]) / axes[0]) ** 2 + ((y - centre[1]) / axes[1]) ** 2)
 
 
 def _draw_body(anatomy: _Anatomy, x: Floats, y: Floats, z: float, texture: Floats) -> Floats:
@@ -338,16 +335,14 @@ def _lung_mask(anatomy: _Anatomy, x: Floats, y: Floats, z: float, wobble: Floats
     taper = np.sqrt(1 - max(0.0, (height - 0.35) / 0.65) ** 2)
     distance = _ellipse(np.abs(x), y, anatomy.lung_centre, anatomy.lung_axes * taper)
     floor = anatomy.base + anatomy.dome * (1 - distance**2) - 12 * (y - anatomy.lung_centre[1]) / anatomy.lung_axes[1]
-    mask: npt.NDArray[np.bool_] = (distance + 0.03 * wobble < 1) & (z > floor)
-    return mask
+    return (distance + 0.03 * wobble < 1) & (z > floor)
 
 
 def _sample(field: FloatArray, x: Floats, y: Floats, z: float) -> Floats:
     """Smooth noise at a slice, repeating in space."""
     step = 8.0
     coordinates = np.stack([np.full(x.shape, z / step), y / step, x / step])
-    sampled: Floats = ndimage.map_coordinates(field, coordinates, order=1, mode="grid-wrap", output=np.float64)
-    return sampled
+    return ndimage.map_coordinates(field, coordinates, order=1, mode="grid-wrap", output=np.float64)
 
 
 def _stamp(tube: Floats, shape: tuple[int, int], z: float, spacing: Floats) -> Floats:

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from resunet_jax.data.cases import KNOWN_CASES, Case
-from resunet_jax.errors import InputError
+from resunet_jax.errors import InputError, first_line
 from resunet_jax.files import expand_user, write_json
 from resunet_jax.progress import logger
 
@@ -257,7 +257,7 @@ def read_split(path: Path, cases: Sequence[Case] | None = None) -> Split:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: cannot read the split ({error.strerror}); check `split_file`") from error
+        raise InputError(f"{path}: cannot read the split ({first_line(error)}); check `split_file`") from error
     except (ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: not JSON ({error}); expected {{'train': [ids], 'val': [ids], 'test': [ids]}}"

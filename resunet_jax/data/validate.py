@@ -17,6 +17,7 @@ from resunet_jax.data.readers import READERS, Reader, list_sources, nifti, open_
 from resunet_jax.data.splits import NUM_FOLDS
 from resunet_jax.data.volume import HU_WINDOW, Grid, Volume
 from resunet_jax.errors import InputError
+from resunet_jax.metrics.lung_sides import LEFT, RIGHT, labels_are_exchanged
 from resunet_jax.progress import parallel_map
 
 Severity = Literal["error", "warning"]
@@ -341,13 +342,10 @@ def _check_lung(
     if outside:
         text = f"{case.lung_mask}: {outside:,} of {total:,} lung voxels lie outside the body in {case.ct}; fix the mask"
         add_finding("error" if outside > 0.01 * total else "warning", "lung outside body", text)
-    if set(labels["lung"]) == {1, 2}:
-        columns = np.arange(lung.shape[1])
-        left, right = (((lung == label).sum(axis=(0, 2)) * columns).sum() / (lung == label).sum() for label in (1, 2))
-        if left < right:
-            add_finding(
-                "warning", "sides", f"{case.lung_mask}: label 1 (left) lies on the right by its affine; swap 1 and 2"
-            )
+    if set(labels["lung"]) == {LEFT, RIGHT} and labels_are_exchanged(lung):
+        add_finding(
+            "warning", "sides", f"{case.lung_mask}: label 1 (left) lies on the right by its affine; swap 1 and 2"
+        )
     return median, outside
 
 

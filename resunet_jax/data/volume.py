@@ -48,18 +48,15 @@ class Grid:
 
     def to_pls(self, array: Array) -> Array:
         """From the file's axes to (posterior, left, superior); a view."""
-        oriented: Array = apply_orientation(array, self._transform)
-        return oriented
+        return apply_orientation(array, self._transform)
 
     def from_pls(self, array: Array) -> Array:
         """From (posterior, left, superior) to the file's axes; the exact inverse of `to_pls`."""
-        restored: Array = apply_orientation(array, ornt_transform(_ORIENTATION, io_orientation(self.affine)))
-        return restored
+        return apply_orientation(array, ornt_transform(_ORIENTATION, io_orientation(self.affine)))
 
     @functools.cached_property
     def _transform(self) -> Array:
-        transform: Array = ornt_transform(io_orientation(self.affine), _ORIENTATION)
-        return transform
+        return ornt_transform(io_orientation(self.affine), _ORIENTATION)
 
     @property
     def oriented_shape(self) -> tuple[int, int, int]:
@@ -154,8 +151,7 @@ class Volume:
         low, high = values.min(), values.max()
         if low == high:
             return np.zeros_like(values)
-        scaled: FloatArray = (values - low) / (high - low)
-        return scaled
+        return (values - low) / (high - low)
 
     def sample_slices(self, count: int) -> "Volume":
         """Up to `count` slices, evenly spread, the first and the last among them."""

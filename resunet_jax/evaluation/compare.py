@@ -20,7 +20,7 @@ from resunet_jax.metrics import METRICS, Comparison, Metric, check_names, with_l
 from resunet_jax.metrics.calibration import LOGIT_BINS, Calibration, LogitHistogram, calibration_sums, logit_histogram
 from resunet_jax.metrics.intervals import summary_statistics
 from resunet_jax.metrics.lesions import dice_by_burden
-from resunet_jax.metrics.lung_sides import LEFT, RIGHT, split_lungs
+from resunet_jax.metrics.lung_sides import LEFT, RIGHT, labels_are_exchanged, split_lungs
 from resunet_jax.metrics.overlap import (
     COUNTS,
     SOFT_METRICS,
@@ -169,6 +169,8 @@ def evaluate_cases(
             "patients (column seen_in)",
             ", ".join(leaked),
         )
+    if not all(model.config.lists_patients for model in predictor.models.values()):
+        logger.warning("the models do not list all of their training patients: some of these may be among them")
     record = predictor.record
     calibrated = sorted({row["patient"] for row in volumes} & set(record.patient_ids if record else ()))
     if calibrated:
@@ -235,7 +237,8 @@ def _settings(predictor: Predictor) -> dict[str, Any]:
 def _pairwise_dice(predictor: Predictor, prepared: PreparedCase, volume: Volume) -> float:
     if predictor.infection is None:
         return math.nan
-    return compare_members(predictor, prepared.images, prepared.boxes, volume.grid).pairwise_dice
+    _, dice = compare_members(predictor, prepared.images, prepared.boxes, volume.grid)
+    return dice
 
 
 def _uncertainty(predictor: Predictor, row: Mapping[str, Any], pairwise_dice: float | None) -> dict[str, float]:
@@ -302,14 +305,12 @@ def _has_sides(labels: npt.NDArray[np.uint8], path: Path) -> bool:
     """Whether the labels (rows, columns, slices) of a lung mask are those of the left and the right lung."""
     if set(np.flatnonzero(np.bincount(labels.ravel()))) - {0} != {LEFT, RIGHT}:
         return False
-    left, right = (
-        np.average(np.arange(labels.shape[1]), weights=(labels == side).sum(axis=(0, 2))) for side in (LEFT, RIGHT)
-    )
-    if left < right:
+    exchanged = labels_are_exchanged(labels)
+    if exchanged:
         logger.warning(
             "%s: label %d, the left lung's, lies on the right; the lungs are not compared by side", path, LEFT
         )
-    return bool(left > right)
+    return not exchanged
 
 
 def _row(comparison: Comparison, metrics: Mapping[str, Metric]) -> dict[str, Any]:

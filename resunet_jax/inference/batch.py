@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import threading
 import time
@@ -16,7 +15,7 @@ from resunet_jax.config import to_dict
 from resunet_jax.data.readers import READERS, Reader, Source, digest, open_scan
 from resunet_jax.data.volume import Grid, Scan
 from resunet_jax.errors import InputError, first_line
-from resunet_jax.files import expand_user, make_output_dir, write_json
+from resunet_jax.files import expand_user, make_output_dir, sha256, write_json
 from resunet_jax.inference.predictor import Predictor
 from resunet_jax.inference.scan import SegmentedScan, mask_paths, prefetch, segment_opened
 from resunet_jax.progress import logger
@@ -328,8 +327,8 @@ def _digests(files: Sequence[Path]) -> dict[str, str]:
     """SHA-256 by name, of the files that can be read."""
     digests = {}
     for path in files:
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        with contextlib.suppress(OSError):
+            digests[path.name] = sha256(path)
     return digests
 
 

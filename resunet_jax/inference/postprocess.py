@@ -40,8 +40,7 @@ def large_components(mask: npt.NDArray[np.bool_], min_fraction: float) -> npt.ND
     sizes[0] = 0
     stays = sizes >= min_fraction * sizes.max()
     stays[0] = False
-    kept: npt.NDArray[np.bool_] = mask & stays[components].repeat(block, axis=1).repeat(block, axis=2)
-    return kept
+    return mask & stays[components].repeat(block, axis=1).repeat(block, axis=2)
 
 
 def _label(mask: npt.NDArray[np.bool_], structure: npt.NDArray[np.bool_] | None = None) -> tuple[Array, int, int]:

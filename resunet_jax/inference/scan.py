@@ -228,10 +228,8 @@ def segment_opened(
         mean, agreed = None, None
         if images is not None:
             show = functools.partial(advance, "")
-            mean, dice, members = compare_members(
-                predictor, images, all_boxes, scan.grid, new_array=new_array, advance=show
-            )
-            agreed = ScanUncertainty(members, dice)
+            mean, dice = compare_members(predictor, images, all_boxes, scan.grid, new_array=new_array, advance=show)
+            agreed = ScanUncertainty(len(MEMBERS), dice)
         packed: dict[str, list[npt.NDArray[np.uint8]]] = {structure: [] for structure in found}
         profiles = {structure: np.zeros(scan.grid.oriented_shape[1], np.int64) for structure in found}
         segmented = SegmentedScan(scan, predictor, packed, profiles, all_boxes, offset, agreed)

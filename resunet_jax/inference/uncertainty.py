@@ -59,21 +59,6 @@ def _shift(slices: FloatArray, rows: int, columns: int) -> FloatArray:
     return slices[:, down[:, None], right]
 
 
-class Agreement(NamedTuple):
-    """What members say of a scan.
-
-    Attributes:
-      mean: float32 (slices, S, S), mean of the members' infection probabilities after `postprocess`.
-      pairwise_dice: mean over pairs of members of the Dice of their infection masks, on the model grid; NaN where all
-        masks are empty.
-      members: how many there are.
-    """
-
-    mean: FloatArray
-    pairwise_dice: float
-    members: int
-
-
 def compare_members(
     predictor: Predictor,
     images: FloatArray,
@@ -83,7 +68,7 @@ def compare_members(
     members: Sequence[Member] = MEMBERS,
     new_array: Callable[[tuple[int, ...]], FloatArray] = lambda shape: np.zeros(shape, np.float32),
     advance: Callable[[], object] = lambda: None,
-) -> Agreement:
+) -> tuple[FloatArray, float]:
     """Runs the members one after another, a chunk of slices at a time, without averaging within one.
 
     Args:
@@ -94,6 +79,10 @@ def compare_members(
       members: how each sees the slices.
       new_array: makes an array of zeros, float32; called for each structure and for the mean.
       advance: called after each chunk.
+
+    Returns:
+      float32 (slices, S, S), mean of the members' infection probabilities after `postprocess`; and the mean over pairs
+      of members of the Dice of their infection masks, on the model grid, NaN where all masks are empty.
     """
     shape = images.shape[:-1]
     found = {structure: new_array(shape) for structure in predictor.structures}
@@ -115,7 +104,7 @@ def compare_members(
         predictor.postprocess(found, boxes, grid)
         masks.append(add(found["infection"]))
     areas = boxes[:, 2].astype(np.float64) * boxes[:, 3]
-    return Agreement(mean, mean_pairwise_dice(masks, areas), len(masks))
+    return mean, mean_pairwise_dice(masks, areas)
 
 
 def mean_pairwise_dice(masks: Sequence[npt.NDArray[np.uint8]], areas: npt.NDArray[np.float64]) -> float:
@@ -163,7 +152,7 @@ class ScanUncertainty:
 
     Attributes:
       members: how many there are.
-      pairwise_dice: see `Agreement`.
+      pairwise_dice: see `compare_members`.
       packed: for each native slice its map, uint8 (rows, columns), compressed by zlib.
     """
 

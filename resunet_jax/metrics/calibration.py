@@ -203,5 +203,4 @@ def apply_temperature(probability: npt.NDArray[np.float32], temperature: float) 
     """
     p = np.asarray(probability, np.float64)
     inside, outside = p ** (1 / temperature), (1 - p) ** (1 / temperature)
-    scaled: npt.NDArray[np.float32] = (inside / (inside + outside)).astype(np.float32)
-    return scaled
+    return (inside / (inside + outside)).astype(np.float32)

@@ -16,7 +16,7 @@ from scipy import stats
 Floats = npt.NDArray[np.floating[Any]]
 
 
-def summary_statistics(values: Sequence[float], patients: Sequence[str]) -> dict[str, float]:
+def summary_statistics(values: Sequence[float] | Floats, patients: Sequence[str]) -> dict[str, float]:
     """Mean, SD, median and the mean's 95 % interval of one metric.
 
     Args:

@@ -12,6 +12,17 @@ LEFT, RIGHT = 1, 2
 """Labels of the data set's lung masks."""
 
 
+def labels_are_exchanged(labels: npt.NDArray[np.uint8]) -> bool:
+    """Whether the left lung's label lies to the right of the right lung's.
+
+    Args:
+      labels: uint8 (rows, columns, slices), oriented (posterior, left, superior); both labels are in it.
+    """
+    columns = np.arange(labels.shape[1])
+    left, right = (np.average(columns, weights=(labels == side).sum(axis=(0, 2))) for side in (LEFT, RIGHT))
+    return bool(left < right)
+
+
 def split_lungs(mask: npt.NDArray[np.bool_], body_columns: tuple[int, int]) -> dict[str, npt.NDArray[np.bool_]]:
     """Splits a lung mask by position alone, as one has to with a prediction.
 

@@ -20,6 +20,7 @@ import numpy as np
 from resunet_jax.data.slice_cache import MAX_CACHE_GB
 from resunet_jax.errors import InputError, first_line
 from resunet_jax.evaluation.evaluate import evaluate
+from resunet_jax.files import read_json
 from resunet_jax.inference.predictor import Predictor
 from resunet_jax.metrics import METRICS
 from resunet_jax.metrics.calibration import LogitHistogram, fit_temperature
@@ -177,8 +178,7 @@ def study_folds(study_dir: Path, variant: str | None = None, seed: int | None = 
         ]
         kinds = sorted({(run["variant"], run["seed"]) for run in runs})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise InputError(f"{file}: no study ({reason}); run cross_validate or ablate") from error
+        raise InputError(f"{file}: no study ({first_line(error)}); run cross_validate or ablate") from error
     if not found:
         raise InputError(f"{file}: no pair of models of `variant={variant}` and `seed={seed}` in it")
     planned = _planned_keys(study_dir / "cross_validation.json")
@@ -197,10 +197,7 @@ def study_folds(study_dir: Path, variant: str | None = None, seed: int | None = 
 
 def _planned_keys(file: Path) -> set[str]:
     """Of the runs of a cross-validation; none where the file is not there, as in an ablation."""
-    try:
-        return set(json.loads(file.read_text(encoding="utf-8"))["keys"]) if file.is_file() else set()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: damaged ({first_line(error)}); run cross_validate again") from error
+    return set(read_json(file, "run cross_validate again", "keys")["keys"]) if file.is_file() else set()
 
 
 def fold_errors(evaluator: HeldOutEvaluator, folds: Sequence[Fold], target: Predictor) -> HeldOutErrors:
@@ -247,7 +244,7 @@ def make_record(errors: HeldOutErrors, target: Predictor, method: Method, source
             f"{least} patient(s) in whom the models find lungs and some of the infection; at least {_LEAST_PATIENTS} "
             "are needed: add patients with infection, or train longer"
         )
-    if method == "split_conformal" and not all(one.config.train_patients for one in target.models.values()):
+    if method == "split_conformal" and not all(one.config.lists_patients for one in target.models.values()):
         logger.warning(
             "the models do not list their training patients: intervals are valid only if none of these is one"
         )

@@ -27,6 +27,7 @@ from resunet_jax.files import (
     check_output_dir,
     dir_lock,
     make_output_dir,
+    read_json,
     remove_dir,
     write_json,
     write_text,
@@ -244,7 +245,7 @@ def _check_version(file: Path) -> None:
     if not file.is_file():
         make_output_dir(file.parent)
         write_json(file, versions())
-    begun_by = _read(file, "choose a new `workdir`", "resunet-jax")["resunet-jax"]
+    begun_by = read_json(file, "choose a new `workdir`", "resunet-jax")["resunet-jax"]
     if [int(number) for number in re.findall(r"\d+", begun_by)] < _SAME_RESULTS_SINCE:
         raise InputError(
             f"{file.parent}: was begun by resunet_jax {begun_by}, whose results differ; finish it with that "
@@ -299,18 +300,9 @@ def run_study(study: Study, plan: Sequence[Run]) -> dict[str, table.Record]:
     return {run.key: _read_record(study.report(run)) for run in plan}
 
 
-def _read(file: Path, remedy: str, *keys: str) -> dict[str, Any]:
-    """A JSON object with at least these keys."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        return {**values, **{key: values[key] for key in keys}}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: damaged ({error}); {remedy}") from error
-
-
 def _read_record(report: Path) -> dict[str, Any]:
     remedy = f"delete {report}, the run is tested again"
-    return _read(report / "run.json", remedy, "key", "seed", "split", "volumes", "settings", "cost", "slices")
+    return read_json(report / "run.json", remedy, "key", "seed", "split", "volumes", "settings", "cost", "slices")
 
 
 def _write_runs(study: Study) -> None:
@@ -389,7 +381,7 @@ def _train(study: Study, run: Run, task: Structure) -> dict[str, float]:
                 )
             seconds = float(np.median([1 / record["steps_per_second"] for record in history]))
             write_json(file, dict(zip(names, (history[-1]["step"], seconds, *_size(study, run, task)), strict=True)))
-    return _read(file, "delete it", *names)
+    return read_json(file, "delete it", *names)
 
 
 def _size(study: Study, run: Run, task: Structure) -> tuple[int, float]:
@@ -494,5 +486,5 @@ def _check_plan(file: Path, plan: Sequence[Run]) -> None:
     with _begin_alone(file.parent):
         if not file.is_file():
             write_json(file, {**configs, "splits": [dataclasses.asdict(run.split) for run in plan], "keys": keys})
-    if _read(file, "choose a new `workdir`", "keys")["keys"] != keys:
+    if read_json(file, "choose a new `workdir`", "keys")["keys"] != keys:
         raise InputError(f"{file}: is of other settings or cases; choose a new `workdir`")

@@ -17,7 +17,7 @@ from resunet_jax.errors import InputError
 from resunet_jax.evaluation.compare import STRUCTURES, summarize
 from resunet_jax.evaluation.report import wide_console
 from resunet_jax.metrics import METRICS, Metric
-from resunet_jax.metrics.intervals import patient_interval
+from resunet_jax.metrics.intervals import summary_statistics
 from resunet_jax.plots import Overlay
 from resunet_jax.studies.published import PUBLISHED
 
@@ -72,24 +72,15 @@ def _compare(own: _Dice, first: _Dice) -> dict[str, Any]:
     values, cases, patients = own
     dice, change = _over_seeds(values), _over_seeds(values - first[0])
     volumes = {case: _mean(dice[np.array(cases) == case]) for case in dict.fromkeys(cases)}
-    low, high = _interval(dice, patients)
-    change_low, change_high = _interval(change, patients)
+    own_statistics, changes = summary_statistics(dice, patients), summary_statistics(change, patients)
     return {
-        "mean": _mean(dice),
-        "ci_low": low,
-        "ci_high": high,
+        **{name: own_statistics[name] for name in ("mean", "ci_low", "ci_high")},
         "volumes": volumes,
         "lowest": min((mean for mean in volumes.values() if not math.isnan(mean)), default=math.nan),
-        "difference": _mean(change),
-        "difference_low": change_low,
-        "difference_high": change_high,
+        "difference": changes["mean"],
+        "difference_low": changes["ci_low"],
+        "difference_high": changes["ci_high"],
     }
-
-
-def _interval(values: npt.NDArray[np.float64], patients: Sequence[str]) -> tuple[float, float]:
-    """Of the columns that are defined, whose mean `_mean` is."""
-    defined = ~np.isnan(values)
-    return patient_interval(values[defined], np.array(patients)[defined].tolist())
 
 
 def _over_seeds(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from resunet_jax.config import Config, to_dict
 from resunet_jax.errors import InputError, first_line
-from resunet_jax.files import make_output_dir
+from resunet_jax.files import is_leftover, make_output_dir
 from resunet_jax.progress import logger
 from resunet_jax.training.devices import barrier, is_primary
 from resunet_jax.training.step import TrainState
@@ -65,7 +65,7 @@ class Checkpoints:
         if is_primary():
             make_output_dir(self._folder)
             for path in self._folder.iterdir():
-                if not path.name.isdecimal():
+                if path.name == _DELETED or is_leftover(path):
                     shutil.rmtree(path, ignore_errors=True)
         barrier("folder of checkpoints")
 

@@ -51,8 +51,7 @@ def process_shard(mesh: Mesh) -> ProcessShard:
     sharding = NamedSharding(mesh, PartitionSpec(_AXIS))
 
     def to_devices(batch: Batch) -> Batch:
-        placed: Batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
-        return placed
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
     return ProcessShard(to_devices, jax.process_index(), jax.process_count())
 

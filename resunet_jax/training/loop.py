@@ -333,8 +333,7 @@ def evaluate_sums(step: Callable[[Variables, Batch], Any], variables: Variables,
         if len(sums) > _EVAL_STEPS_AHEAD:
             jax.block_until_ready(sums[-1 - _EVAL_STEPS_AHEAD])
     fetched = jax.device_get(sums)
-    total: dict[str, Any] = jax.tree.map(lambda *values: float(sum(map(np.float64, values))), *fetched)
-    return total
+    return jax.tree.map(lambda *values: float(sum(map(np.float64, values))), *fetched)
 
 
 def _summary(config: Config, record: dict[str, Any]) -> str:

@@ -66,8 +66,7 @@ def dice(logits: jax.Array, mask: jax.Array) -> jax.Array:
       >>> print(dice(sure, mask), dice(-sure, mask) > 0.95)  # 0, and 1 - 2 / 66
       [0.] [ True]
     """
-    loss: jax.Array = optax.losses.binary_dice_loss(logits, mask)
-    return loss
+    return optax.losses.binary_dice_loss(logits, mask)
 
 
 def pooled_dice(logits: jax.Array, mask: jax.Array) -> jax.Array:

@@ -77,12 +77,15 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransf
     return optimizer
 
 
+_MOST_UPDATES = np.iinfo(np.int32).max  # what counts them
+
+
 def make_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
     """The learning rate by the number of updates."""
     train = config.train
 
     def updates(epochs: int) -> int:
-        return max(1, round(epochs * steps_per_epoch / train.accumulate_steps))
+        return min(max(1, round(epochs * steps_per_epoch / train.accumulate_steps)), _MOST_UPDATES)
 
     if train.schedule == "one_cycle":
         return optax.schedules.cosine_onecycle_schedule(

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 
 from resunet_jax import __version__, plots
-from resunet_jax.config import Config, PreprocessConfig, from_dict, to_dict
+from resunet_jax.config import UNKNOWN, Config, PreprocessConfig, differences, from_dict, to_dict
 from resunet_jax.data.batches import SliceSource
 from resunet_jax.data.cases import Case, find_cases, require_infection_masks
 from resunet_jax.data.readers import READERS, Reader, read_grid, read_mask, read_volume
@@ -22,7 +21,7 @@ from resunet_jax.data.slice_cache import MAX_CACHE_GB, PreparedCase, prepare_cas
 from resunet_jax.data.splits import DEFAULT_SPLIT, Split, SplitRequest, make_split, read_split, write_split
 from resunet_jax.data.volume import Array, Grid
 from resunet_jax.errors import InputError
-from resunet_jax.files import check_output_dir, dir_lock, expand_user, make_output_dir, write_json
+from resunet_jax.files import check_output_dir, dir_lock, expand_user, make_output_dir, read_json, write_json
 from resunet_jax.inference.predictor import Predictor, choose_threshold
 from resunet_jax.model.build import ARCHITECTURES, TASKS, Architecture, Task, build_model, model_image_size
 from resunet_jax.progress import logger
@@ -33,6 +32,8 @@ from resunet_jax.training.losses import LOSSES, Loss, make_loss
 from resunet_jax.training.step import can_transfer
 from resunet_jax.weights.store import (
     CHECKPOINTS,
+    CONFIG_FILE,
+    DIGESTS_FILE,
     History,
     LoadedModel,
     checkpoint_steps,
@@ -46,6 +47,8 @@ from resunet_jax.weights.store import (
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "nibabel", "scipy")
 _MAX_OVERLAYS = 6
 _DATA_FILE = "data.json"  # digests of the cases
+# When a run resumes; the split tells the patients. The number of epochs may where the learning rate is not set by it.
+_MAY_CHANGE = ("train.patience", "train_patients", "val_patients")
 
 
 def train(
@@ -103,17 +106,16 @@ def train(
     check_settings(config, losses, augmentations, architectures)
     check_output_dir(workdir)
     mesh = make_mesh(devices, config.train.batch_size)
-    lung, config = _load_lung(config, task, lung_checkpoint, architectures)
+    lung = _load_lung(config, task, lung_checkpoint, architectures)
     initial = load_initial(config, initial_checkpoint, architectures) if initial_checkpoint else None
     chosen, train_cases, val_cases, held_out = _split_cases(data_dir, split, task, readers)
     if lung_checkpoint and lung:
         _warn_of_lung_split(lung_checkpoint, lung, chosen, held_out)
-    config = dataclasses.replace(config, train_patients=_patients(train_cases), val_patients=_patients(val_cases))
     if initial_checkpoint and initial:
         _warn_of_seen(initial_checkpoint, initial, chosen, held_out)
-        config = _fine_tuned(initial, config)
+    config = _filled_in(config, lung, initial, train_cases, val_cases, architectures)
     with dir_lock(workdir) if is_primary() else contextlib.nullcontext():
-        _check_resumable(workdir, config, chosen)
+        is_begun = _check_resumable(workdir, config, chosen)
         prepared = prepare_cases(
             [*train_cases, *val_cases],
             config.preprocess,
@@ -123,12 +125,14 @@ def train(
             max_cache_gb=max_cache_gb,
         )
         digests = {one.case.id: one.digest for one in prepared}
-        check_data_unchanged(workdir, digests)
+        if is_begun:
+            check_data_unchanged(workdir, digests)
         train_set, val_set = prepared[: len(train_cases)], prepared[len(train_cases) :]
         train_slices, val_slices = _slice_sources(config, train_set, val_set)
         barrier("settings checked")
         if is_primary():
-            _write_settings(workdir, config, chosen, digests)
+            _write_settings(workdir, config, chosen)
+            write_data_record(workdir, digests, anew=not is_begun)
             _plot_inputs(workdir, config, train_set, train_slices, task, augmentations, readers)
         history = fit(
             config,
@@ -213,9 +217,9 @@ def _version(package: str) -> str:
 
 def _load_lung(
     config: Config, task: Task, lung_checkpoint: Path | None, architectures: Mapping[str, Architecture]
-) -> tuple[LoadedModel | None, Config]:
+) -> LoadedModel | None:
     if not task.uses_lung:
-        return None, config
+        return None
     if lung_checkpoint is None:
         raise InputError(
             "infection training needs the lung model: give its workdir with `lung_checkpoint`, or train on CT alone "
@@ -227,11 +231,14 @@ def _load_lung(
             f"{lung_checkpoint}: its slices were prepared by {lung.config.preprocess}, this training asks for "
             f"{config.preprocess}; use the same `recipe`, `image_size` and `normalization`, and no other context_mm"
         )
-    model = build_model(config, architectures=architectures)
-    shapes = variable_shapes(model, model_image_size(config))
-    if config.cascade.start_from_lung and not can_transfer(lung.variables, shapes):
+    if config.cascade.start_from_lung and not _can_begin_with(lung, config, architectures):
         logger.info("%s: its filters or architecture are others; the infection model begins at random", lung_checkpoint)
-    return lung, dataclasses.replace(config, lung_fingerprint=fingerprint(lung.variables))
+    return lung
+
+
+def _can_begin_with(loaded: LoadedModel, config: Config, architectures: Mapping[str, Architecture]) -> bool:
+    model = build_model(config, architectures=architectures)
+    return can_transfer(loaded.variables, variable_shapes(model, model_image_size(config)))
 
 
 def load_initial(
@@ -256,7 +263,7 @@ def load_initial(
                 getattr(config.preprocess, field.name),
             )
     differing = [f"{name} {old}, not {new}" for name, (old, new) in compared.items() if old != new]
-    if differing or not can_transfer(initial.variables, variable_shapes(model, model_image_size(config))):
+    if differing or not _can_begin_with(initial, config, architectures):
         what = "; ".join(differing) or "other layers"
         raise InputError(
             f"{initial_checkpoint}: the training cannot begin with it, which has {what}; train with its settings, or "
@@ -265,14 +272,27 @@ def load_initial(
     return initial
 
 
-def _fine_tuned(initial: LoadedModel, config: Config) -> Config:
-    """The config of a training that begins with a model; where that one's patients are unknown, its own are, too."""
-    seen = initial.config
+def _filled_in(
+    config: Config,
+    lung: LoadedModel | None,
+    initial: LoadedModel | None,
+    train_cases: Sequence[Case],
+    val_cases: Sequence[Case],
+    architectures: Mapping[str, Architecture],
+) -> Config:
+    """The config with the fingerprints of the models that it builds on, and all patients that the model has seen."""
+    from_lung = lung and config.cascade.start_from_lung and _can_begin_with(lung, config, architectures)
+    begun_with = initial or (lung if from_lung else None)
+    train_patients, val_patients = set(_patients(train_cases)), set(_patients(val_cases))
+    if begun_with:
+        train_patients |= set(begun_with.config.train_patients or (UNKNOWN,))
+        val_patients |= set(begun_with.config.val_patients)
     return dataclasses.replace(
         config,
-        initial_fingerprint=fingerprint(initial.variables),
-        train_patients=tuple(sorted({*seen.train_patients, *config.train_patients})) if seen.train_patients else (),
-        val_patients=tuple(sorted({*seen.val_patients, *config.val_patients})),
+        lung_fingerprint=fingerprint(lung.variables) if lung else config.lung_fingerprint,
+        initial_fingerprint=fingerprint(initial.variables) if initial else config.initial_fingerprint,
+        train_patients=tuple(sorted(train_patients)),
+        val_patients=tuple(sorted(val_patients)),
     )
 
 
@@ -309,50 +329,43 @@ def _warn_of_seen(path: Path, model: LoadedModel, split: Split, held_out: Sequen
         logger.warning("%s has seen %s, of this run's validation or test cases", path, ", ".join(sorted(seen)))
 
 
-def _comparable(config: Config) -> dict[str, Any]:
-    """What may not change when a run resumes: its length only where the learning rate does not depend on it."""
-    values = to_dict(config)
-    for name in ("version", "train_patients", "val_patients"):  # the split and the digests tell them
-        del values[name]
-    for name in ("patience", *(["epochs"] if config.train.schedule == "step" else [])):
-        del values["train"][name]
-    return values
+def _check_resumable(workdir: Path, config: Config, split: Split) -> bool:
+    """Refuses a workdir that holds something else than this run; whether the run is begun."""
+    file, split_file = workdir / CONFIG_FILE, workdir / "split.json"
+    if (workdir / DIGESTS_FILE).exists():
+        raise InputError(f"{workdir}: is a saved model; choose a new `workdir`, and begin with it if it shall be tuned")
+    has_checkpoints = (workdir / CHECKPOINTS).is_dir() and (file.is_file() or checkpoint_steps(workdir / CHECKPOINTS))
+    if not (has_checkpoints or file.exists()):
+        return False
+    values = read_json(file, "choose a new `workdir`")
+    old = from_dict(values, str(file))
+    if not has_checkpoints:  # ended before the first one
+        return False
+    if "version" not in values:
+        raise InputError(
+            f"{workdir}: was begun by resunet_jax 0.6.0 or older, which draws other random numbers; finish "
+            "it with that version, or choose a new `workdir` (its model can be used as it is)"
+        )
+    changed = [
+        f"{path} was {_or_none(was)}, is {_or_none(now)}"
+        for path, (was, now) in differences(old, config).items()
+        if path not in _MAY_CHANGE and (path != "train.epochs" or config.train.schedule != "step")
+    ]
+    if changed:
+        raise InputError(f"{workdir} holds another run ({'; '.join(changed)}); choose a new `workdir`")
+    if not split_file.is_file():
+        raise InputError(f"{split_file}: is missing, so that the run cannot be resumed; choose a new `workdir`")
+    if read_split(split_file) != split:
+        raise InputError(f"{workdir} holds a run on another split; choose a new `workdir`")
+    if config.train.epochs < (done := epochs_done(workdir)):
+        raise InputError(
+            f"{workdir}: {done} epochs are done, `epochs` is {config.train.epochs}; choose a new `workdir`"
+        )
+    return True
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for name, value in new.items():
-        if isinstance(value, dict):
-            found += _differences(old[name], value, f"{prefix}{name}.")
-        elif old[name] != value:
-            was, now = ("none" if one == "" else one for one in (old[name], value))
-            found.append(f"{prefix}{name} was {was}, is {now}")
-    return found
-
-
-def _check_resumable(workdir: Path, config: Config, split: Split) -> None:
-    """Refuses a workdir that holds another run."""
-    file = workdir / "config.json"
-    if (workdir / CHECKPOINTS).is_dir() and (file.is_file() or checkpoint_steps(workdir / CHECKPOINTS)):
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-            old = from_dict(values, str(file))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file}: cannot be read ({error}); choose a new `workdir`") from error
-        if "version" not in values:
-            raise InputError(
-                f"{workdir}: was begun by resunet_jax 0.6.0 or older, which draws other random numbers; finish "
-                "it with that version, or choose a new `workdir` (its model can be used as it is)"
-            )
-        differences = _differences(_comparable(old), _comparable(config))
-        if differences:
-            raise InputError(f"{workdir} holds another run ({'; '.join(differences)}); choose a new `workdir`")
-        if read_split(workdir / "split.json") != split:
-            raise InputError(f"{workdir} holds a run on another split; choose a new `workdir`")
-        if config.train.epochs < (done := epochs_done(workdir)):
-            raise InputError(
-                f"{workdir}: {done} epochs are done, `epochs` is {config.train.epochs}; choose a new `workdir`"
-            )
+def _or_none(value: Any) -> Any:
+    return "none" if value == "" else value
 
 
 def check_data_unchanged(workdir: Path, digests: Mapping[str, str]) -> None:
@@ -374,26 +387,21 @@ def check_data_unchanged(workdir: Path, digests: Mapping[str, str]) -> None:
         )
 
 
-def write_data_record(workdir: Path, digests: Mapping[str, str]) -> None:
-    """Adds digests to data.json, for `check_data_unchanged`; a study may get further cases."""
-    record = {**_read_data_record(workdir), **digests}
-    write_json(workdir / _DATA_FILE, record)
+def write_data_record(workdir: Path, digests: Mapping[str, str], *, anew: bool = False) -> None:
+    """Adds digests to data.json, for `check_data_unchanged`, as a study may get further cases; or begins it anew."""
+    before = {} if anew else _read_data_record(workdir)
+    write_json(workdir / _DATA_FILE, {**before, **digests})
 
 
 def _read_data_record(workdir: Path) -> dict[str, str]:
     file = workdir / _DATA_FILE
-    try:
-        record: dict[str, str] = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{file}: cannot be read ({error}); choose a new `workdir`") from error
-    return record
+    return read_json(file, "choose a new `workdir`") if file.is_file() else {}
 
 
-def _write_settings(workdir: Path, config: Config, split: Split, digests: Mapping[str, str]) -> None:
+def _write_settings(workdir: Path, config: Config, split: Split) -> None:
     make_output_dir(workdir / "figures")
-    write_json(workdir / "config.json", to_dict(config))
+    write_json(workdir / CONFIG_FILE, to_dict(config))
     write_json(workdir / "versions.json", versions())
-    write_data_record(workdir, digests)
     write_split(workdir / "split.json", split)
 
 
@@ -450,4 +458,4 @@ def _use_validation(
             overlays.append(plots.Overlay(f"{case.id} slice {k}", prepared.images[k, ..., 0], *masks))
     plots.save_overlays(workdir / "figures" / "validation_samples.png", overlays)
     if chosen := choose_threshold(predictor, task.target, references):
-        save_threshold(workdir, *chosen, [prepared.case.id for prepared in val_set])
+        save_threshold(workdir, *chosen, [one.case.id for one, reference, _ in references if reference.any()])

@@ -35,7 +35,7 @@ from resunet_jax import __version__
 from resunet_jax.config import INFECTION_POSTPROCESS
 from resunet_jax.data.volume import HU_WINDOW
 from resunet_jax.errors import InputError
-from resunet_jax.files import atomic_file, expand_user, make_output_dir, write_json
+from resunet_jax.files import atomic_file, expand_user, make_output_dir, require_absent, write_json
 from resunet_jax.model.build import TASKS, averaging_of
 from resunet_jax.model.cascade import cascade
 from resunet_jax.weights.store import LoadedModel, fingerprint
@@ -326,8 +326,7 @@ def check_new_files(path: str | Path) -> None:
     """Raises `InputError` where `path` or `<path>.json` exists."""
     path = expand_user(path)
     for file in (path, _metadata_path(path)):
-        if file.exists():
-            raise InputError(f"{file}: exists already; choose a new file")
+        require_absent(file, "file")
 
 
 def write_files(path: str | Path, content: bytes, description: Mapping[str, Any]) -> dict[str, Any]:

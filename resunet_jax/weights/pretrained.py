@@ -16,7 +16,7 @@ from flax import serialization
 
 from resunet_jax.config import from_dict, to_dict
 from resunet_jax.errors import InputError
-from resunet_jax.files import atomic_dir, json_text, write_json
+from resunet_jax.files import atomic_dir, json_text, require_absent, write_json
 from resunet_jax.model.build import build_model
 from resunet_jax.weights.store import CONFIG_FILE, DIGESTS_FILE, LoadedModel, require_backend, save_model
 from resunet_jax.weights.uncertainty import UNCERTAINTY_FILE, UncertaintyRecord, parse_record
@@ -88,8 +88,7 @@ def save_pair(folder: Path, pair: ModelPair, record: UncertaintyRecord | None = 
     Raises:
       InputError: the folder exists or cannot be written.
     """
-    if folder.exists():
-        raise InputError(f"{folder}: exists already; choose a new folder")
+    require_absent(folder)
     contents = {}
     for name, loaded in pair._asdict().items():
         variables = jax.tree.map(np.asarray, loaded.variables)
@@ -111,8 +110,7 @@ def save_as_models(folder: Path, pair: ModelPair, record: UncertaintyRecord | No
     Raises:
       InputError: the folder exists or cannot be written.
     """
-    if folder.exists():
-        raise InputError(f"{folder}: exists already; choose a new folder")
+    require_absent(folder)
     with atomic_dir(folder) as partial:
         for name, loaded in pair._asdict().items():
             files = {UNCERTAINTY_FILE: record.to_json()} if name == "infection" and record else {}

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 
 from resunet_jax.config import Config, Structure, from_dict, to_dict
 from resunet_jax.errors import InputError, first_line
-from resunet_jax.files import atomic_dir, expand_user, reserve, write_json, write_text
+from resunet_jax.files import atomic_dir, expand_user, require_absent, reserve, sha256, write_json, write_text
 from resunet_jax.model.build import ARCHITECTURES, TASKS, Architecture, build_model, model_image_size
 from resunet_jax.model.resunet import Variables, init_variables
 from resunet_jax.progress import logger
@@ -124,12 +124,8 @@ def verify_folder(folder: Path) -> None:
 
 def _digests(folder: Path) -> dict[str, str]:
     """SHA-256 of each file in a folder, by its path there."""
-    digests = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != DIGESTS_FILE:
-            with path.open("rb") as file:
-                digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != DIGESTS_FILE)
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
 
 def read_values(folder: Path, name: str) -> dict[str, Any]:
@@ -261,8 +257,7 @@ def save_model(path: str | Path, variables: Variables, config: Config, files: Ma
       InputError: the folder exists or cannot be written.
     """
     path = expand_user(path).absolute()
-    if path.exists():
-        raise InputError(f"{path}: exists already; choose a new folder")
+    require_absent(path)
     write_folder(path, {VARIABLES: variables}, {CONFIG_FILE: to_dict(config)}, files)
 
 

@@ -19,7 +19,7 @@ from flax.traverse_util import unflatten_dict
 
 from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TaskName
 from resunet_jax.errors import InputError, first_line
-from resunet_jax.files import atomic_file, json_text, make_output_dir
+from resunet_jax.files import atomic_file, json_text, make_output_dir, require_absent
 from resunet_jax.model.build import build_model
 from resunet_jax.model.resunet import Variables
 from resunet_jax.progress import logger
@@ -141,8 +141,7 @@ def from_torch(path: Path, output_dir: Path, target: Literal["lung", "infection"
       InputError: PyTorch is not installed, the file is no such checkpoint, or the folder exists or cannot be written.
     """
     torch = _import_torch()
-    if output_dir.exists():
-        raise InputError(f"{output_dir}: exists already; choose a new folder")
+    require_absent(output_dir)
     arrays, counters = _read(torch, path)
     variables = params_from_state_dict(arrays)
     config = _config(path, variables, target, image_size)
@@ -168,8 +167,7 @@ def to_torch(path: Path, output_file: Path) -> None:
       InputError: PyTorch is not installed, there is no model, or the file exists or cannot be written.
     """
     torch = _import_torch()
-    if output_file.exists():
-        raise InputError(f"{output_file}: exists already; choose a new file")
+    require_absent(output_file, "file")
     loaded = load_model(path)
     config = loaded.config
     if config.preprocess != original_preprocess(config.preprocess.image_size) or config.cascade.closing_fraction:
@@ -202,8 +200,7 @@ def _import_torch() -> ModuleType:
         import torch  # noqa: PLC0415 (an optional extra)
     except ImportError as error:
         raise InputError("this needs PyTorch; install it with: pip install 'resunet-jax[torch]'") from error
-    module: ModuleType = torch
-    return module
+    return torch
 
 
 def _read(torch: ModuleType, path: Path) -> tuple[dict[str, np.ndarray], dict[str, int]]:
@@ -213,7 +210,7 @@ def _read(torch: ModuleType, path: Path) -> tuple[dict[str, np.ndarray], dict[st
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; check `path`") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check `path`") from error
+        raise InputError(f"{path}: cannot be read ({first_line(error)}); check `path`") from error
     except Exception as error:  # torch has no common base for what a wrong or hostile file makes it raise
         raise InputError(
             f"{path}: refused, not a plain PyTorch checkpoint; give one of the original project, with arrays alone"

@@ -42,6 +42,15 @@ def test_lung_and_soft_tissue_get_their_hounsfield_units() -> None:
         np.testing.assert_allclose(found, expected, atol=0.01)
 
 
+def test_soft_tissue_of_a_slice_that_is_stretched_over_its_bones() -> None:
+    """Muscle is darker than in an equalised one, and bone may be the larger part of what is bright."""
+    one = {name: array[0] for name, array in arrays().items() if name != "case"}
+    image = np.select([one["image"] == level for level in (LUNG, BODY, LESION)], [10, 95, 50], 0).astype(np.uint8)
+    image[4:6, 4:36] = 200
+    hu = estimate_hu(**{**one, "image": image})
+    np.testing.assert_allclose([hu[image == level][0] for level in (10, 95)], [-815, 55], atol=0.01)
+
+
 def test_a_lung_that_is_infected_throughout_is_taken_as_a_whole() -> None:
     one = {name: array[0] for name, array in arrays().items() if name != "case"}
     everywhere = {**one, "infection": one["lung"]}
@@ -150,7 +159,12 @@ def test_what_is_no_npz_or_is_there_already_is_refused(tmp_path: Path) -> None:
     content = bytearray((tmp_path / "damaged.npz").read_bytes())
     content[80:90] = bytes(10)
     (tmp_path / "damaged.npz").write_bytes(content)
-    for name in ("text.npz", "one.npy", "none.npz", "cut.npz", "damaged.npz"):
+    encrypted = bytearray(whole)  # by the flag of each entry, in its own header and in the directory
+    for header, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        for match in re.finditer(re.escape(header), whole):
+            encrypted[match.start() + flags] |= 1
+    (tmp_path / "encrypted.npz").write_bytes(encrypted)
+    for name in ("text.npz", "one.npy", "none.npz", "cut.npz", "damaged.npz", "encrypted.npz"):
         with pytest.raises(InputError, match=f"{name}: no .npz of image"):
             import_grey_slices(tmp_path / name, tmp_path / "data")
     with pytest.raises(InputError, match=r"`flipped`: .*slices\.npz has no case c; it has a, b"):

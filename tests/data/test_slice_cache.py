@@ -15,7 +15,7 @@ from resunet_jax.data import slice_cache
 from resunet_jax.data.cases import find_cases
 from resunet_jax.data.preprocess import air_level, air_offset, prepare_slice, prepare_volume, slice_box
 from resunet_jax.data.readers import open_scan, read_mask, read_volume
-from resunet_jax.data.slice_cache import prepare_cases
+from resunet_jax.data.slice_cache import content_digests, prepare_cases
 from resunet_jax.data.volume import Volume, hu_to_window
 from resunet_jax.errors import InputError
 
@@ -69,6 +69,13 @@ def test_settings_and_content_make_the_key(cases, tmp_path: Path) -> None:
     other = dataclasses.replace(cases[0], lung_mask=cases[0].infection_mask)
     prepare_cases([other], CONFIG, tmp_path)
     assert len([path for path in tmp_path.iterdir() if path.name[0] != "."]) == 5
+
+
+def test_each_file_of_a_case_is_part_of_its_digest(cases) -> None:
+    case, other = cases
+    changes = ({"ct": other.ct}, {"lung_mask": other.lung_mask}, {"infection_mask": other.infection_mask})
+    changed = [dataclasses.replace(case, **change) for change in (*changes, {"infection_mask": None})]
+    assert len({content_digests([one])[case.id] for one in (case, *changed)}) == 5
 
 
 def test_an_interrupted_build_is_not_taken_for_a_complete_one(
@@ -267,7 +274,7 @@ def test_no_scan_that_is_in_use_is_removed(full_cache, cases) -> None:
         "import sys, dataclasses; from pathlib import Path\n"
         "from resunet_jax.config import PreprocessConfig\n"
         "from resunet_jax.data.cases import find_cases\n"
-        "from resunet_jax.data.slice_cache import prepare_cases\n"
+        "from resunet_jax.data.slice_cache import content_digests, prepare_cases\n"
         "cases = find_cases(Path(sys.argv[1]))[:2]\n"
         "config = PreprocessConfig(image_size=32, normalization='window')\n"
         "prepared = prepare_cases(cases, config, Path(sys.argv[2]))\n"

@@ -302,8 +302,8 @@ def test_damage_is_named(ablation: Ablation, calls: Calls, tmp_path: Path) -> No
     ablation()
     report = tmp_path / "run" / "reports" / records(tmp_path / "run")[0]["key"]
     for file, message in (
-        (report / "run.json", r"run\.json: damaged .* the run is tested again"),
-        (tmp_path / "run" / "versions.json", r"versions\.json: damaged .* choose a new `workdir`"),
+        (report / "run.json", r"run\.json: cannot be read .* the run is tested again"),
+        (tmp_path / "run" / "versions.json", r"versions\.json: cannot be read .* choose a new `workdir`"),
     ):
         for text in ("{", "{}", "[]"):
             file.write_text(text)

@@ -101,6 +101,17 @@ def test_scale_and_rotation_stay_within_their_limits_and_reach_them() -> None:
         np.testing.assert_allclose(values.std(), (high - low) / np.sqrt(12), rtol=0.05)  # uniform
 
 
+@pytest.mark.parametrize("flipped_axis", [0, 1])
+def test_scale_and_rotation_do_not_depend_on_the_flips(flipped_axis: int) -> None:
+    config = only(max_rotation_deg=20.0, max_scale=0.25, vertical_flip_prob=0.5, horizontal_flip_prob=0.5)
+    matrices = np.asarray(jax.vmap(lambda k: random_affine(k, config))(jax.random.split(jax.random.key(0), 4000)))
+    signs = np.sign(matrices[:, [0, 1], [0, 1]])  # of the diagonal, as rotations are small
+    angle = np.arctan2(matrices[:, 0, 1] * signs[:, 1], matrices[:, 0, 0] * signs[:, 0])
+    size = np.log(np.abs(np.linalg.det(matrices)))
+    for values in (angle, size):
+        assert abs(np.corrcoef(values, signs[:, flipped_axis])[0, 1]) < 0.06
+
+
 def test_scale_enlarges() -> None:
     image = jnp.zeros((1, 33, 33, 1)).at[0, 12:21, 12:21].set(1.0)
     keys = jax.random.split(jax.random.key(1), 40)

@@ -154,6 +154,16 @@ def test_run_resumes_without_a_damaged_best_checkpoint(
     assert "its best checkpoint, of step 8, is missing; taking the best of the others, of step 12" in caplog.text
 
 
+def test_what_others_put_beside_checkpoints_stays(tmp_path: Path) -> None:
+    """Only what a killed process left goes."""
+    for name in ("epoch_10", "8_keep", ".partial-machine-0-1-12345678-8", ".deleted"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "weights.pt").touch()
+    with Checkpoints(tmp_path):
+        pass
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"epoch_10", "8_keep"}
+
+
 def test_where_none_is_good_nothing_is_trained_over(workdir: Path, tmp_path: Path) -> None:
     shutil.copytree(workdir, tmp_path / "run")
     for step in (8, 12, 16):

@@ -15,7 +15,17 @@ import numpy as np
 import pytest
 
 from resunet_jax import __version__
-from resunet_jax.config import ALIASES, AugmentConfig, Config, ModelConfig, TrainConfig, from_dict, override, to_dict
+from resunet_jax.config import (
+    ALIASES,
+    UNKNOWN,
+    AugmentConfig,
+    Config,
+    ModelConfig,
+    TrainConfig,
+    from_dict,
+    override,
+    to_dict,
+)
 from resunet_jax.data import batches
 from resunet_jax.data.batches import ProcessShard, SliceSource, eval_batches
 from resunet_jax.data.cases import find_cases
@@ -26,7 +36,9 @@ from resunet_jax.inference.predictor import Predictor
 from resunet_jax.model.build import ARCHITECTURES
 from resunet_jax.training import loop as module
 from resunet_jax.training import train as train_module
+from resunet_jax.training.augment import AUGMENTATIONS
 from resunet_jax.training.checkpoints import Checkpoints
+from resunet_jax.training.devices import make_mesh
 from resunet_jax.training.loop import evaluate_sums, finished, fit
 from resunet_jax.training.losses import LOSSES, make_loss, mean_over_examples
 from resunet_jax.training.step import create_state, make_eval_step, make_optimizer
@@ -313,9 +325,74 @@ def test_another_run_in_the_same_folder_is_refused(trained: Trained) -> None:
 
     with pytest.raises(InputError, match=r"train\.loss was bce, is dice"):
         again(tiny(2, loss="dice"))
+    with pytest.raises(InputError, match=r"run \(augment\.max_scale was 0\.0, is 0\.1\);"):  # by one name
+        again(override(tiny(2), {"augment.max_scale": 0.1}))
+    with pytest.raises(InputError, match=r"train\.schedule was step, is one_cycle"):
+        again(tiny(2, schedule="one_cycle"))
     with pytest.raises(InputError, match="another split"):
         again(tiny(2), split=SplitRequest(split_seed=1))
     again(tiny(2))  # the same command: nothing left to do
+
+
+def test_a_workdir_that_is_no_run_is_left_as_it_is(trained: Trained, tmp_path: Path) -> None:
+    def refused(name: str, message: str) -> None:
+        before = contents(tmp_path / name)
+        with pytest.raises(InputError, match=message):
+            train(tiny(1), trained.data, tmp_path / name, trained.cache, split=SplitRequest(trained.split_file))
+        assert contents(tmp_path / name) == before
+
+    loaded = load_model(trained.lung)
+    save_model(tmp_path / "model", loaded.variables, loaded.config)
+    refused("model", "model: is a saved model; choose a new `workdir`")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"architectures": ["Unet"]}')
+    refused("other", r"config\.json: there is no architectures")
+    shutil.copytree(trained.lung, tmp_path / "run")
+    (tmp_path / "run" / "split.json").unlink()
+    refused("run", r"split\.json: is missing, .* choose a new `workdir`")
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_begun_anew(trained: Trained, tmp_path: Path, fitted) -> None:
+    for config in (tiny(1), override(tiny(1), {"preprocess.image_size": 48})):
+        with pytest.raises(StopError):
+            train(config, trained.data, tmp_path, trained.cache, split=SplitRequest(trained.split_file))
+    first, second = (config.preprocess.image_size for config, _ in fitted)
+    assert (first, second) == (32, 48)
+
+
+def test_the_threshold_names_the_cases_that_it_was_chosen_on(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the validation cases those with the structure."""
+    (tmp_path / "split.json").write_text(
+        '{"train": ["coronacases_001"], "val": ["coronacases_002", "coronacases_003"], "test": []}'
+    )
+    real = train_module.read_mask
+
+    def read_mask(path: Path, *arguments):
+        mask = real(path, *arguments)
+        return mask * 0 if path.name.startswith("coronacases_003") else mask
+
+    monkeypatch.setattr(train_module, "read_mask", read_mask)
+    train(tiny(1), trained.data, tmp_path / "run", trained.cache, split=SplitRequest(tmp_path / "split.json"))
+    threshold = json.loads((tmp_path / "run" / "threshold.json").read_text())
+    assert threshold["chosen_on"] == ["coronacases_002"]
+
+
+def test_the_seed_decides_parameters_and_augmentation(trained: Trained, sources) -> None:
+    """Not the order of slices alone, which would hide that these stay the same."""
+    optimizer = make_optimizer(tiny(1), STEPS)
+    states = [create_state(tiny(1, seed=seed), optimizer) for seed in (0, 1)]
+    assert fingerprint(states[0].variables) != fingerprint(states[1].variables)
+    batch = sources[0].batch(np.arange(4), 4)
+    losses = []
+    for seed in (0, 1):
+        config = tiny(1, seed=seed)
+        tables = (LOSSES, AUGMENTATIONS, ARCHITECTURES)
+        step, _ = module._jitted_steps(config, optimizer, None, make_mesh(1, 4), *tables)
+        _, metrics = step(create_state(tiny(1), optimizer), batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] != losses[1]
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -577,11 +654,33 @@ def test_an_unfit_initial_model_is_refused(trained: Trained, tmp_path: Path, fit
     assert len(fitted) == 1
 
 
-def test_of_a_model_that_began_with_unknown_patients_they_are_unknown(trained: Trained, tmp_path: Path, fitted) -> None:
+def test_a_model_that_began_with_unknown_patients_says_so(trained: Trained, tmp_path: Path, fitted) -> None:
     loaded = load_model(trained.lung)
     save_model(tmp_path / "model", loaded.variables, dataclasses.replace(loaded.config, train_patients=()))
     fine_tune(trained, tmp_path / "run", tiny(1), tmp_path / "model")
-    assert fitted[0][0].train_patients == ()
+    assert set(fitted[0][0].train_patients) == {UNKNOWN, *loaded.config.train_patients}
+    assert (fitted[0][0].lists_patients, loaded.config.lists_patients) == (False, True)
+    assert not Config().lists_patients
+
+
+@pytest.mark.parametrize(
+    ("changes", "begins_with_lung"),
+    [({"cascade.start_from_lung": True}, True), ({}, False), ({"model.filters": [8, 8, 16, 32]}, False)],
+)
+def test_patients_of_the_lung_model_that_it_begins_with_count_as_seen(
+    trained: Trained, tmp_path: Path, fitted, changes: dict, begins_with_lung: bool
+) -> None:
+    (tmp_path / "split.json").write_text('{"train": ["coronacases_003"], "val": [], "test": ["coronacases_001"]}')
+    config = override(dataclasses.replace(tiny(1), task="infection", preprocess=WITH_CONTEXT), changes)
+    split = SplitRequest(tmp_path / "split.json")
+    with contextlib.suppress(StopError):
+        train(config, trained.data, tmp_path / "run", trained.cache, split=split, lung_checkpoint=trained.lung)
+    lung = load_model(trained.lung).config
+    seen = ({"coronacases_003", *lung.train_patients}, set(lung.val_patients))
+    ((config, _),) = fitted
+    assert (set(config.train_patients), set(config.val_patients)) == (
+        seen if begins_with_lung else ({"coronacases_003"}, set())
+    )
 
 
 def test_fit_begins_with_the_initial_model(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,14 @@ def test_one_cycle_rises_and_falls_over_all_steps() -> None:
     np.testing.assert_allclose(rates[half_way], 0.5, atol=0.02)  # a cosine is symmetric
 
 
+@pytest.mark.parametrize("schedule", ["one_cycle", "step"])
+def test_any_number_of_epochs_has_a_rate(schedule: str) -> None:
+    """Also one whose updates no counter of the device can count."""
+    train = dataclasses.replace(PLAIN, schedule=schedule, epochs=10**20, decay_epochs=10**20)
+    rate = make_schedule(dataclasses.replace(CONFIG, train=train), steps_per_epoch=10)
+    assert np.isfinite(float(rate(5)))
+
+
 def test_weight_decay_is_decoupled() -> None:
     """What AdamW takes off does not pass through Adam's moments: with no gradient it is rate · decay · weight."""
     train = dataclasses.replace(PLAIN, learning_rate=0.1, weight_decay=0.01)

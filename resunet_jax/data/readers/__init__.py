@@ -15,7 +15,7 @@ from resunet_jax.data.readers import dicom, itk, nifti
 from resunet_jax.data.readers.source import Source as Source
 from resunet_jax.data.readers.source import by_suffix, file_digest
 from resunet_jax.data.volume import HU_WINDOW, Array, Grid, Scan, Volume, max_corner_distance_mm
-from resunet_jax.errors import InputError
+from resunet_jax.errors import InputError, first_line
 from resunet_jax.files import expand_user
 from resunet_jax.progress import logger
 
@@ -72,7 +72,7 @@ def find_sources(path: str | Path, readers: Mapping[str, Reader] = READERS, seri
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise InputError(f"{path}: no such file or folder; check the path") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+        raise InputError(f"{path}: cannot be read ({first_line(error)}); check the path and its permissions") from error
     sources = list_sources(path, readers)
     if not sources:
         where = "no scan in it" if path.is_dir() else "not a scan"
@@ -100,7 +100,7 @@ def digest(scan: Path | Source, readers: Mapping[str, Reader] = READERS) -> str:
     try:
         return reader.digest(source)
     except OSError as error:
-        raise InputError(f"{source.path}: cannot be read ({error.strerror or error}); check the path") from error
+        raise InputError(f"{source.path}: cannot be read ({first_line(error)}); check the path") from error
 
 
 def _resolve(scan: str | Path | Source, readers: Mapping[str, Reader]) -> tuple[Reader, Source]:

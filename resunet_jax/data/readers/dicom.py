@@ -289,7 +289,7 @@ class _Container:
 
         def refuse(error: OSError) -> None:
             if Path(error.filename) == self.path:
-                raise InputError(f"{self.path}: cannot be listed ({error.strerror or error}); change its permissions")
+                raise InputError(f"{self.path}: cannot be listed ({first_line(error)}); change its permissions")
             closed.append(Path(error.filename))
 
         for folder, subfolders, names in os.walk(self.path, onerror=refuse, followlinks=True):

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from resunet_jax.data.volume import Array
-from resunet_jax.errors import InputError
+from resunet_jax.errors import InputError, first_line
 from resunet_jax.files import reserve
 
 _CHUNK_BYTES = 2**25  # of a file, in memory at a time
@@ -81,14 +81,14 @@ def temporary_file(size: int, scan: str | Path) -> Iterator[BinaryIO]:
         opened = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
     except OSError as error:
         raise InputError(
-            f"{scan}: no temporary folder can be written ({error.strerror or error}); set TMPDIR to one with room"
+            f"{scan}: no temporary folder can be written ({first_line(error)}); set TMPDIR to one with room"
         ) from error
     with opened as file:
         try:
             reserve(file, size)
         except OSError as error:
             raise InputError(
-                f"{tempfile.gettempdir()}: no room for {size} bytes of {scan} ({error.strerror or error}); free it, "
+                f"{tempfile.gettempdir()}: no room for {size} bytes of {scan} ({first_line(error)}); free it, "
                 "or set TMPDIR to another folder"
             ) from error
         yield file

@@ -1,11 +1,11 @@
 """What a reader finds, and what readers of single files share."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from resunet_jax.errors import InputError
+from resunet_jax.errors import InputError, first_line
+from resunet_jax.files import sha256
 
 
 class Source(NamedTuple):
@@ -39,12 +39,11 @@ def by_suffix(suffixes: tuple[str, ...]) -> Callable[[Path], list[Source]]:
         try:
             return one(path) or (sorted(s for entry in path.iterdir() for s in one(entry)) if path.is_dir() else [])
         except OSError as error:
-            raise InputError(f"{path}: cannot be listed ({error.strerror or error}); change its permissions") from error
+            raise InputError(f"{path}: cannot be listed ({first_line(error)}); change its permissions") from error
 
     return find
 
 
 def file_digest(source: Source) -> str:
     """SHA-256 of the content, for a scan that is one file."""
-    with source.path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(source.path)
