@@ -38,8 +38,9 @@ def main() -> None:
     from benchmarks.startup import startup_suite
     from benchmarks.training import forward_suite, matrix_product, train_suite
 
-    if FLAGS.json:
-        check_output_dir(settings.path("json").parent)
+    figures = settings.optional_path("json")
+    if figures:
+        check_output_dir(figures.parent)
     few = min(3, FLAGS.rounds)
     suites = {
         "train": lambda: train_suite(FLAGS.rounds),
@@ -60,9 +61,9 @@ def main() -> None:
         rows = suites[FLAGS.suite]()
     print_rows(rows)
     records += [row.to_dict() for row in rows]
-    if FLAGS.json:
-        make_output_dir(settings.path("json").parent, "json")
-        write_json(settings.path("json"), records)
+    if figures:
+        make_output_dir(figures.parent, "json")
+        write_json(figures, records)
 
 
 def _of_own_process(suite: str) -> list[dict[str, Any]]:

@@ -60,13 +60,9 @@ def main() -> None:
         )
     assumed = settings.assumption()
     predictor = load_predictor(**settings.model_arguments(), architectures=tables.architectures)
-    if FLAGS.uncertainty and predictor.infection is None:
-        raise InputError("--uncertainty is of the infection; give --infection_checkpoint too, or leave it out")
-    with_both = len(predictor.structures) == 2
-    if FLAGS["report"].present and FLAGS.report and not with_both:
-        raise InputError("--report is of lungs and infection; give both models, or leave it out")
+    _check_flags(predictor.structures)
     outputs = make_outputs(
-        report=FLAGS.report and with_both,
+        report=FLAGS.report and len(predictor.structures) == 2,
         multilabel=FLAGS.multilabel,
         dicom_seg=FLAGS.dicom_seg,
         consolidation_hu=FLAGS.consolidation_hu,
@@ -96,6 +92,17 @@ def main() -> None:
             print(file)
     if failed:
         sys.exit(BAD_INPUT)
+
+
+def _check_flags(structures: "Sequence[str]") -> None:
+    """Refuses flags that would decide nothing."""
+    with_both = len(structures) == 2
+    if FLAGS.uncertainty and "infection" not in structures:
+        raise InputError("--uncertainty is of the infection; give --infection_checkpoint too, or leave it out")
+    if FLAGS["report"].present and FLAGS.report and not with_both:
+        raise InputError("--report is of lungs and infection; give both models, or leave it out")
+    if FLAGS["consolidation_hu"].present and not (FLAGS.report and with_both):
+        raise InputError("--consolidation_hu is of the report, which needs both models and --report; leave it out")
 
 
 def _conclude(results: "Sequence[ScanResult]", scans: int) -> bool:

@@ -1,6 +1,7 @@
 """Atomic files and folders, folders that one process holds, and room on disk; on Linux, macOS and Windows."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -21,6 +22,7 @@ from resunet_jax.errors import InputError, LockedError, first_line
 _LOCK = ".lock"
 _HOLDER = ".lock-holder"
 _PARTIAL = ".partial-"
+_LONG_NAME = 100  # bytes, of the 255 that a name may have
 _ZEROS = bytes(2**20)
 
 
@@ -98,14 +100,20 @@ def _sync(path: Path) -> None:
 
 def _partial(path: Path) -> Path:
     """Where `path` is written first: next to it, under a unique name. Removes what killed processes left there."""
-    ours = f"{_PARTIAL}{_machine()}-"
+    ours, name = f"{_PARTIAL}{_machine()}-", _short(path.name)
     for leftover in path.parent.iterdir() if path.parent.is_dir() else ():
-        match = re.fullmatch(rf"{re.escape(ours)}(\d+)-[0-9a-f]+-{re.escape(path.name)}", leftover.name)
+        match = re.fullmatch(rf"{re.escape(ours)}(\d+)-[0-9a-f]+-{re.escape(name)}", leftover.name)
         if match and not _is_alive(int(match[1])):
             shutil.rmtree(leftover, ignore_errors=True)
             with contextlib.suppress(OSError):
                 leftover.unlink()
-    return path.with_name(f"{ours}{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}")
+    return path.with_name(f"{ours}{os.getpid()}-{uuid.uuid4().hex[:8]}-{name}")
+
+
+def _short(name: str) -> str:
+    """A file's name, or what tells it from others where it is so long that nothing fits before it."""
+    content = name.encode(errors="surrogateescape")
+    return name if len(content) <= _LONG_NAME else hashlib.sha256(content).hexdigest()[:16] + name[-8:]
 
 
 def is_leftover(path: Path) -> bool:
@@ -270,6 +278,8 @@ def make_output_dir(path: Path, argument: str = "") -> None:
 
 def _cannot_write(path: Path, error: OSError, argument: str = "") -> InputError:
     remedy = f"choose another folder with `{argument}`" if argument else "choose another folder"
+    if error.errno == errno.ENAMETOOLONG:
+        remedy = "give a shorter name"
     return InputError(f"{path}: cannot be written ({first_line(error)}); {remedy}")
 
 

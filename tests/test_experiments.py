@@ -465,6 +465,18 @@ def bad_flags(root: Path, trained: Trained) -> list[Bad]:
             "there is no infection; give --infection_checkpoint, or leave it out",
         ),
         Bad("export", [f"--output={root / 'run'}", "--infection_threshold=1"], "it must lie between 0 and 1"),
+        Bad(
+            "evaluate",
+            [*evaluation, f"--output_dir={root / 'run'}", "--split=all", f"--split_file={root / 'none'}"],
+            "--split_file: its subsets are not asked for by --split=all",
+        ),
+        Bad("evaluate", [*evaluation, f"--output_dir={root / 'run'}", "--lung_tolerance_mm=inf"], "a finite number"),
+        Bad(
+            "predict",
+            [f"--input={root / 'scans'}", f"--output_dir={root / 'run'}", lung, "--consolidation_hu=-100"],
+            "--consolidation_hu is of the report",
+        ),
+        Bad("benchmark", ["--suite=startup", "--json="], "--json is empty; give a path"),
         Bad("evaluate", [f"--data_dir={data}", f"--output_dir={root / 'run'}"], "Give --split_file, or --split=all"),
         Bad(
             "evaluate",

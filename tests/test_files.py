@@ -33,6 +33,13 @@ def test_a_file_is_written_atomically(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
+def test_names_of_any_length_that_a_file_can_have(tmp_path: Path) -> None:
+    write_text(tmp_path / ("n" * 250 + ".json"), "text")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["text"]
+    with pytest.raises(InputError, match=r"cannot be written .*; give a shorter name"):
+        write_text(tmp_path / ("n" * 256), "text")
+
+
 def test_a_folder_is_written_atomically(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), atomic_dir(tmp_path / "a") as partial:
         (partial / "file").touch()

@@ -37,6 +37,7 @@ _FLAG_OF_ARGUMENT = {
     "target": "task",
     "validated_threshold": "threshold",
 }
+_FOLDER_ABOVE = {"workdir": "output_dir"}  # where a script chooses the one that holds the other
 
 
 def run(main: Callable[[], None]) -> None:
@@ -103,7 +104,7 @@ def with_flags(message: str) -> str:
     """A library's message with its `arguments` as the flags that a user of the script knows."""
 
     def as_flag(match: re.Match[str]) -> str:
-        names = (_FLAG_OF_ARGUMENT.get(match[1], match[1]), match[1], f"{match[1]}s")
+        names = (_FLAG_OF_ARGUMENT.get(match[1], match[1]), match[1], f"{match[1]}s", _FOLDER_ABOVE.get(match[1], ""))
         return next((f"--{name}{match[2] or ''}" for name in names if name in flags.FLAGS), match[0])
 
     return re.sub(r"`(\w+)(=[^`]*)?`", as_flag, message)

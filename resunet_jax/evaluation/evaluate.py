@@ -1,5 +1,6 @@
 """One evaluation from checkpoints and data folder to numbers."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,11 @@ def evaluate(
       InputError: models, data or split are not fit for it.
     """
     check_output_dir(expand_user(output_dir))
+    if subset == "all" and split_file:
+        raise InputError("`split_file`: its subsets are not asked for by `subset=all`; drop one of the two")
     for structure, value in tolerance_mm.items():
-        if not value > 0:
-            raise InputError(f"`{structure}_tolerance_mm={value:g}`: it must be more than 0 mm")
+        if not 0 < value < math.inf:
+            raise InputError(f"`{structure}_tolerance_mm={value:g}`: it must be a finite number above 0 mm")
     predictor = load_predictor(
         lung_checkpoint,
         infection_checkpoint,

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ _KINDS = (
     *(f"{kind}.nii.gz" for kind in ("lung", "infection", "lung_probability", "infection_probability", "uncertainty")),
     *("report.json", "report.html", "preview.png", "labels.nii.gz", "seg.dcm"),
 )
+_MAX_NAME_BYTES = 255  # of a file, on the usual systems
 LOCKS = ".locks"
 """Folder of the output folder, for the locks of the processes that share it."""
 
@@ -49,7 +51,8 @@ class Output(NamedTuple):
 
     Attributes:
       suffixes: of its files, which are named `<scan><suffix>`.
-      write: (source, segmented scan, seconds that it took, output folder), writes the files atomically.
+      write: (source, segmented scan, seconds that it took, output folder), writes the files atomically, or some of
+        them where a scan has nothing to write.
       settings: on which the files depend, for masks.json.
       check: (source, grid of the scan), raises `InputError` where it cannot be written; before anything is replaced.
     """
@@ -99,10 +102,10 @@ def segment_scans(
     Args:
       scans: from `find_sources`, of different names.
       output_dir: gets the masks, and masks.json: {"settings": ..., "scans": {file name: {"name", "digest", "bytes",
-        "masks", "warnings"}}, "earlier": ...}, of a DICOM series by path, UID and name; "masks" are the digests of
-        their files, "earlier" are scans whose masks in it are of other settings, or were being replaced. A scan in a
-        file of another name, but of the name of masks in it, is refused; so is, without masks.json, one whose files
-        are there.
+        "masks", "absent", "warnings"}}, "earlier": ...}, of a DICOM series by path, UID and name; "masks" are the
+        digests of their files, "absent" files for which there was nothing to write, "earlier" scans whose masks in it
+        are of other settings, or were being replaced. A scan in a file of another name, but of the name of masks in it,
+        is refused; so is, without masks.json, one whose files are there.
       predictor: the models.
       save_probabilities: see `segment_scan`.
       uncertainty: see `segment_scan`.
@@ -111,7 +114,7 @@ def segment_scans(
       outputs: what else is written, by name.
 
     Raises:
-      InputError: masks.json cannot be written. What concerns one scan is in its `ScanResult`.
+      InputError: masks.json cannot be read or written. What concerns one scan is in its `ScanResult`.
     """
     outputs, output_dir = outputs or {}, expand_user(output_dir)
     settings = _settings(predictor, save_probabilities, uncertainty, assumed, outputs)
@@ -160,10 +163,12 @@ class _Batch:
 
     def claim(self, scans: Sequence[Source]) -> Iterator[_Claimed | ScanResult]:
         """Opens the scans that nobody else is at, then waits for the others, in case their process was killed."""
-        busy, foreign = [], self._foreign(scans)
+        refused = self._too_long(scans)
+        refused |= self._foreign([scan for scan in scans if scan.name not in refused])
+        busy = []
         for scan in scans:
-            if scan.name in foreign:
-                yield ScanResult(scan, [], error=foreign[scan.name])
+            if scan.name in refused:
+                yield ScanResult(scan, [], error=refused[scan.name])
                 continue
             try:
                 yield self._claim(scan, timeout=0)
@@ -172,6 +177,16 @@ class _Batch:
         for scan in busy:
             if (claimed := self._wait_for(scan)) is not None:
                 yield claimed
+
+    @staticmethod
+    def _too_long(scans: Sequence[Source]) -> dict[str, InputError]:
+        """Scans are refused, by name, whose files' names would be too long."""
+        most = _MAX_NAME_BYTES - max(len(f"_{kind}") for kind in _KINDS)
+        return {
+            scan.name: InputError(f"{scan.path}: too long a name for those of its masks to begin with; shorten it")
+            for scan in scans
+            if len(os.fsencode(scan.name)) > most
+        }
 
     def _foreign(self, scans: Sequence[Source]) -> dict[str, InputError]:
         """Why scans are refused, by name: their files are in a folder into which nothing was segmented yet."""
@@ -222,13 +237,16 @@ class _Batch:
             ]
             found = [*claimed.scan.warnings, *(warning for summary in summaries for warning in summary.warnings)]
             warnings = list(dict.fromkeys(found))
-            self.manifest.record(source, {**claimed.state, "masks": _digests(masks), "warnings": warnings})
+            others = self._others(source)
+            absent = [file.name for file in others if not file.is_file()]
+            entry = {**claimed.state, "masks": _digests(masks), "absent": absent, "warnings": warnings}
+            self.manifest.record(source, entry)
         except InputError as error:
             return ScanResult(source, [], error=error)
         for warning in warnings:
             logger.warning("%s: %s", source.path.name, warning)
         text = ", ".join(summary.text for summary in summaries if summary.text)
-        return ScanResult(source, masks, self._others(source), summary=text)
+        return ScanResult(source, masks, [file for file in others if file.name not in absent], summary=text)
 
     def _masks(self, scan: Source) -> list[Path]:
         return mask_paths(scan, self.output_dir, self.predictor, self.save_probabilities, self.uncertainty)
@@ -242,9 +260,11 @@ class _Batch:
         with contextlib.ExitStack() as on_failure:
             on_failure.push(stack)
             state, masks = _state(scan, self.readers), self._masks(scan)
-            others = self._others(scan)
-            if self.manifest.vouches_for(scan, state, masks) and all(file.is_file() for file in others):
-                return ScanResult(scan, masks, others, skipped=True)
+            others, done = self._others(scan), self.manifest.done(scan, state, masks)
+            if done is not None:
+                written = [file for file in others if file.name not in done.get("absent", ())]
+                if all(file.is_file() for file in written):
+                    return ScanResult(scan, masks, written, skipped=True)
             if (refused := self._refusal(scan, state, masks)) is not None:
                 return ScanResult(scan, [], error=refused)
             physical = self.predictor.preprocess.is_physical
@@ -354,11 +374,12 @@ class _Manifest:
         """Whether scans were segmented into its folder."""
         return self._file.is_file()
 
-    def vouches_for(self, scan: Source, state: dict[str, Any], masks: Sequence[Path]) -> bool:
-        """Whether these are the masks that these settings have made of this state of a scan."""
-        done = self._done().get(_key(scan), {})
-        is_of_state = bool(state) and {name: done.get(name) for name in state} == state
-        return is_of_state and done.get("masks") == _digests(masks)
+    def done(self, scan: Source, state: dict[str, Any], masks: Sequence[Path]) -> dict[str, Any] | None:
+        """The entry of a scan in this state, where these are the masks that these settings have made of it."""
+        settings, scans, _ = self._read()
+        entry = scans.get(_key(scan), {}) if settings == self._settings else {}
+        is_of_state = bool(state) and {name: entry.get(name) for name in state} == state
+        return entry if is_of_state and entry.get("masks") == _digests(masks) else None
 
     def namesake(self, scan: Source, state: dict[str, Any]) -> str | None:
         """What the files with the names of this scan's are of, where the manifest names another content."""
@@ -376,7 +397,7 @@ class _Manifest:
 
     def _update(self, scan: Source, entry: Mapping[str, Any] | None) -> None:
         make_output_dir(self._file.parent / LOCKS)
-        with FileLock(self._file.parent / LOCKS / f"{MANIFEST}.lock"):
+        with FileLock(self._file.parent / LOCKS / f".{MANIFEST}.lock"):
             settings, scans, earlier = self._read()
             if settings != self._settings:
                 scans, earlier = {}, {**earlier, **scans}
@@ -391,20 +412,23 @@ class _Manifest:
                 scans[_key(scan)] = entry
             write_json(self._file, {"settings": self._settings, "scans": scans, "earlier": earlier})
 
-    def _done(self) -> dict[str, Any]:
-        """The scans that are done by these settings."""
-        settings, scans, _ = self._read()
-        return scans if settings == self._settings else {}
-
     def _read(self) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-        """Settings, scans and earlier ones; none where the manifest is absent or cannot be read."""
+        """Settings, scans and earlier ones; none where the manifest is absent."""
         try:
             values = json.loads(self._file.read_text(encoding="utf-8", errors="surrogateescape"))
-            return values["settings"], dict(values["scans"]), dict(values.get("earlier", {}))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            scans, earlier = values["scans"], values.get("earlier", {})
+            if not all(isinstance(entry, dict) for entry in (*scans.values(), *earlier.values())):
+                raise ValueError("an entry is no object")
+            return values["settings"], scans, earlier
+        except FileNotFoundError:
             return None, {}, {}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f"{self._file}: cannot be read ({first_line(error)}), so nothing tells what the masks there are of; "
+                "restore it, or choose another `output_dir`"
+            ) from error
 
 
-def _is_of(state: Any, scan: Source) -> bool:
+def _is_of(state: Mapping[str, Any], scan: Source) -> bool:
     """Whether files of these names are a scan's, on any disk; before 0.18.0 no name was kept."""
-    return isinstance(state, dict) and str(state.get("name", "")).casefold() == scan.name.casefold()
+    return str(state.get("name", "")).casefold() == scan.name.casefold()

@@ -179,11 +179,10 @@ class Predictor:
     def reported_threshold(self, structure: str) -> float:
         """The threshold of the masks, as `reported_probability` has it."""
         threshold, temperature = self.threshold(structure), self._temperature(structure)
-        return (
-            threshold
-            if temperature == 1
-            else float(apply_temperature(np.full(1, threshold, np.float32), temperature)[0])
-        )
+        if temperature == 1:
+            return threshold
+        scaled = apply_temperature(np.full(1, threshold, np.float32), temperature)[0]
+        return float(min(scaled, np.nextafter(np.float32(1), np.float32(0))))  # the masks lie above it
 
     def _temperature(self, structure: str) -> float:
         return self.record.temperature if self.record is not None and structure == "infection" else 1.0
@@ -340,7 +339,8 @@ def load_predictor(
       infection_checkpoint: for `load_model`, or None to segment no infection.
       batch_size: slices at a time, at most; see `Predictor`.
       thresholds: by structure, in (0, 1), instead of the models' own.
-      validated_threshold: takes the thresholds that the trainings chose on their validation cases.
+      validated_threshold: takes the thresholds that the trainings chose on their validation cases, where `thresholds`
+        has none.
       min_component_fraction: in [0, 1], instead of the lung model's own; see `PostprocessConfig`.
       infection_postprocess: fields of `PostprocessConfig` instead of the infection model's own.
       architectures: the table of models.
@@ -351,6 +351,7 @@ def load_predictor(
     """
     if batch_size < 1:
         raise InputError(f"`batch_size` is {batch_size}; it must be at least 1")
+    thresholds = thresholds or {}
     lung = load_model_for(lung_checkpoint, "lung", architectures) if lung_checkpoint else None
     infection = load_model_for(infection_checkpoint, "infection", architectures) if infection_checkpoint else None
     record = load_record(infection_checkpoint) if infection_checkpoint else None
@@ -370,16 +371,18 @@ def load_predictor(
             )
         lung = _with_postprocess(lung, min_component_fraction=min_component_fraction)
     if infection_postprocess:
-        if infection is None:
-            names = ", ".join(f"`{name}`" for name in infection_postprocess)
-            raise InputError(f"{names}: of the infection; give `infection_checkpoint` too, or leave it out")
-        infection = _with_postprocess(infection, **infection_postprocess)
-    if validated_threshold and thresholds:
-        raise InputError("`thresholds`: they are given, and `validated_threshold` asks for others; drop one of them")
+        infection = _with_infection_postprocess(lung, infection, infection_postprocess)
     if validated_threshold:
-        paths = {"lung": lung_checkpoint, "infection": infection_checkpoint}
-        thresholds = {structure: load_threshold(path) for structure, path in paths.items() if path}
-    return Predictor(lung, infection, batch_size, _checked_thresholds(thresholds or {}), record)
+        thresholds = _with_validated(thresholds, {"lung": lung_checkpoint, "infection": infection_checkpoint})
+    return Predictor(lung, infection, batch_size, _checked_thresholds(thresholds), record)
+
+
+def _with_validated(thresholds: Mapping[str, float], paths: Mapping[str, str | Path | None]) -> dict[str, float]:
+    """The thresholds, and for what they lack those that the trainings chose."""
+    validated = {name: load_threshold(path) for name, path in paths.items() if path and name not in thresholds}
+    if not validated:
+        raise InputError("`validated_threshold`: `thresholds` gives all of them; drop one of the two")
+    return {**validated, **thresholds}
 
 
 def _checked_thresholds(thresholds: Mapping[str, float]) -> Mapping[str, float]:
@@ -431,6 +434,18 @@ def _checked_record(
         UNCERTAINTY_FILE,
     )
     return None
+
+
+def _with_infection_postprocess(
+    lung: LoadedModel | None, infection: LoadedModel | None, fields: Mapping[str, Any]
+) -> LoadedModel:
+    """The infection model with these fields instead of its own; refuses those that would decide nothing."""
+    names = ", ".join(f"`{name}`" for name in fields)
+    if infection is None:
+        raise InputError(f"{names}: of the infection; give `infection_checkpoint` too, or leave it out")
+    if lung is None and ("gate_closing_mm" in fields or fields.get("gate", "none") != "none"):
+        raise InputError(f"{names}: the gate is made of the lungs; give `lung_checkpoint` too, or leave it out")
+    return _with_postprocess(infection, **fields)
 
 
 def _with_postprocess(loaded: LoadedModel, **changes: Any) -> LoadedModel:

@@ -17,11 +17,11 @@ from resunet_jax.config import PreprocessConfig
 from resunet_jax.data.preprocess import air_offset, context_slices, prepare_volume
 from resunet_jax.data.readers import READERS, Reader, Source, find_sources, open_scan
 from resunet_jax.data.readers.disk import temporary_file
-from resunet_jax.data.readers.nifti import nifti_writer
+from resunet_jax.data.readers.nifti import slice_writer
 from resunet_jax.data.roi import body_columns
 from resunet_jax.data.volume import FloatArray, Scan
 from resunet_jax.errors import InputError
-from resunet_jax.files import expand_user, make_output_dir
+from resunet_jax.files import atomic_file, expand_user, make_output_dir
 from resunet_jax.inference.predictor import NativeSlices, Predictor
 from resunet_jax.inference.uncertainty import CHUNK_SLICES, MEMBERS, ScanUncertainty, compare_members, uncertainty_map
 from resunet_jax.progress import logger, progress
@@ -246,12 +246,14 @@ def _paste(
 ) -> None:
     """From probabilities to native masks, and from the members' mean to its map: packed in memory, and in the files."""
     grid, predictor = segmented.scan.grid, segmented.predictor
-    with contextlib.ExitStack() as stack:
+    # All are written before the first one gets its name: old and new masks never lie side by side.
+    with contextlib.ExitStack() as names, contextlib.ExitStack() as stack:
         writers = []
         for path in paths:
             make_output_dir(path.parent)
+            partial = names.enter_context(atomic_file(path))
             kind = np.float32 if path.name.endswith("_probability.nii.gz") else np.uint8
-            writers.append((path, stack.enter_context(nifti_writer(path, kind, grid))))
+            writers.append((path, stack.enter_context(slice_writer(partial, kind, grid, path))))
         for start, stop in segmented.chunks():
             some = {structure: array[start:stop] for structure, array in found.items()}
             native = predictor.to_native_grid(some, segmented.boxes[start:stop], grid.oriented_shape[:2])

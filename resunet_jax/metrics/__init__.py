@@ -127,9 +127,9 @@ LEGACY_KEYS = {
 
 
 COLUMNS = (
-    *("case", "patient", "structure", "fold", "volume_ml", "reference_ml", *COUNTS, "empty", "lung_involvement"),
-    *("reference_lung_involvement", "seen_in", "pairwise_dice", "volume_low_ml", "volume_high_ml"),
-    *("involvement_low_percent", "involvement_high_percent", *LEGACY_KEYS),
+    *("case", "patient", "protocol", "structure", "fold", "volume_ml", "reference_ml", *COUNTS, "empty"),
+    *("lung_involvement", "reference_lung_involvement", "seen_in", "pairwise_dice"),
+    *("volume_low_ml", "volume_high_ml", "involvement_low_percent", "involvement_high_percent", *LEGACY_KEYS),
 )
 """What rows hold beside metrics; no metric can have such a name."""
 

@@ -138,6 +138,8 @@ def _write_segmentation(source: Source, segmented: SegmentedScan, _: float, fold
     lung = np.concatenate([slices.lung for slices in chunks], axis=-1)
     infection = np.concatenate([slices.infection for slices in chunks], axis=-1)
     masks = {"left lung": lung == LEFT, "right lung": lung == RIGHT, "infection": infection}
+    if not any(mask.any() for mask in masks.values()):
+        return Summary("", ("nothing was found, and a DICOM-SEG cannot be empty, so there is none",))
     write_dicom_seg(folder / f"{source.name}{SEGMENTATION}", source, segmented.scan.grid, masks)
     return Summary()
 
@@ -149,7 +151,7 @@ def write_cohort(folder: Path) -> list[Path]:
       the files; none where there is no report, and no table of reports that are gone.
     """
     make_output_dir(folder / LOCKS)
-    with FileLock(folder / LOCKS / f"{COHORT}.lock"):  # or an older list could replace a newer one
+    with FileLock(folder / LOCKS / f".{COHORT}.lock"):  # or an older list could replace a newer one
         paths = [
             path for path in sorted(folder.glob(f"*{REPORT}")) if not path.name.startswith(".")
         ]  # not half written

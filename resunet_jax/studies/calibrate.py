@@ -11,7 +11,8 @@ import functools
 import json
 import math
 import operator
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,6 @@ import numpy as np
 from resunet_jax.data.slice_cache import MAX_CACHE_GB
 from resunet_jax.errors import InputError, first_line
 from resunet_jax.evaluation.evaluate import evaluate
-from resunet_jax.files import read_json
 from resunet_jax.inference.predictor import Predictor
 from resunet_jax.metrics import METRICS
 from resunet_jax.metrics.calibration import LogitHistogram, fit_temperature
@@ -161,15 +161,16 @@ def study_folds(study_dir: Path, variant: str | None = None, seed: int | None = 
       seed: of several, which.
 
     Raises:
-      InputError: it is no study, a cross-validation that is not finished, has no such pair, has several variants or
+      InputError: it is no study, has no such pair, lacks folds, has several variants or
         seeds, or tested a case twice.
     """
     file = study_dir / "runs.jsonl"
     try:
         runs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        done = {run.get("key") for run in runs}
         runs = [run for run in runs if "infection" in run["folders"]]
+        there = sorted({(run["variant"], run["seed"]) for run in runs})
         runs = [run for run in runs if variant in (None, run["variant"]) and seed in (None, run["seed"])]
+        runs.sort(key=lambda run: (run["split"]["protocol"], run["folders"]["infection"]))
         found = [
             Fold(
                 study_dir / run["folders"]["lung"], study_dir / run["folders"]["infection"], tuple(run["split"]["test"])
@@ -180,24 +181,27 @@ def study_folds(study_dir: Path, variant: str | None = None, seed: int | None = 
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: no study ({first_line(error)}); run cross_validate or ablate") from error
     if not found:
-        raise InputError(f"{file}: no pair of models of `variant={variant}` and `seed={seed}` in it")
-    planned = _planned_keys(study_dir / "cross_validation.json")
-    if left := planned - done:
         raise InputError(
-            f"{study_dir}: {len(left)} of {len(planned)} folds are not tested; finish it by cross_validate"
+            f"{file}: no such pair of models in it; there are {_names(there)}: choose by `variant` and `seed`"
         )
     if len(kinds) > 1:
-        names = ", ".join(f"{name} with seed {number}" for name, number in kinds)
-        raise InputError(f"{file}: runs of {names}; choose one with `variant` and `seed`")
+        raise InputError(f"{file}: runs of {_names(kinds)}; choose one with `variant` and `seed`")
+    if left := _missing_folds(run["split"]["protocol"] for run in runs):
+        raise InputError(f"{study_dir}: fold {', '.join(map(str, sorted(left)))} is not tested; run its command again")
     tested = [case for fold in found for case in fold.test]
     if len(set(tested)) < len(tested):
         raise InputError(f"{file}: a case is tested by two runs; the folds of one protocol are needed")
     return found
 
 
-def _planned_keys(file: Path) -> set[str]:
-    """Of the runs of a cross-validation; none where the file is not there, as in an ablation."""
-    return set(read_json(file, "run cross_validate again", "keys")["keys"]) if file.is_file() else set()
+def _names(kinds: Sequence[tuple[str, int]]) -> str:
+    return ", ".join(f"{name} with seed {number}" for name, number in kinds) or "none"
+
+
+def _missing_folds(protocols: Iterable[str]) -> set[int]:
+    """The folds of a protocol that are not among these, by what `make_split` calls them."""
+    named = [match for text in protocols if (match := re.search(r"fold (\d+) of (\d+)", text))]
+    return {fold for match in named for fold in range(int(match[2]))} - {int(match[1]) for match in named}
 
 
 def fold_errors(evaluator: HeldOutEvaluator, folds: Sequence[Fold], target: Predictor) -> HeldOutErrors:
@@ -363,6 +367,10 @@ def summarize_errors(errors: HeldOutErrors) -> dict[str, Any]:
     }
 
 
+def _defined(value: float, form: str) -> str:
+    return "–" if math.isnan(value) else format(value, form)
+
+
 def to_markdown(summary: Mapping[str, Any], record: UncertaintyRecord) -> str:
     """The same as Markdown."""
     calibration, failure = summary["calibration"], summary["failure_detection"]
@@ -378,8 +386,8 @@ def to_markdown(summary: Mapping[str, Any], record: UncertaintyRecord) -> str:
         "",
         "| agreement of members | value |",
         "| --- | --- |",
-        f"| Spearman with Dice, {failure['scans']} scans | {failure['spearman']:.2f} |",
-        f"| found of the worst third | {failure['worst_third_found']:.0%} |",
+        f"| Spearman with Dice, {failure['scans']} scans | {_defined(failure['spearman'], '.2f')} |",
+        f"| found of the worst third | {_defined(failure['worst_third_found'], '.0%')} |",
         "",
         "| interval of | level | covered | ± on the square root |",
         "| --- | --- | --- | --- |",

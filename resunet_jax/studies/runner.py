@@ -185,12 +185,27 @@ def begin_study(
                 postprocess = override(recipe(variant.recipe, "lung"), changes).postprocess
                 trainings = {**configs, "lung": dataclasses.replace(configs["lung"], postprocess=postprocess)}
                 plan.append(Run(variant, seed, request, split, configs, trainings))
+    _warn_of_variants(variants, changes, plan)
     _check_version(study.workdir / "versions.json")
     for layout in (ABLATION, CROSS_VALIDATION):
         if layout is not study.layout and any(study.workdir.glob(f"{layout.reports}/run.json")):
             raise InputError(f"{study.workdir}: holds a study by another script; choose a new `workdir`")
     _check_data(study, cases, requests)
     return plan
+
+
+def _warn_of_variants(variants: Sequence[Variant], changes: Mapping[str, Any], plan: Sequence[Run]) -> None:
+    """Names what the variants decide against the changes of all, and those that do not differ."""
+    for variant in variants:
+        own = {**variant.lung, **(variant.infection or {})}
+        if kept := [path for path, value in own.items() if changes.get(path, value) != value]:
+            logger.warning("variant %r keeps its own %s, whatever is given for all", variant.name, ", ".join(kept))
+    names: dict[str, list[str]] = {}
+    for run in plan:
+        if run.variant.name not in names.setdefault(run.key, []):
+            names[run.key].append(run.variant.name)
+    for same in dict.fromkeys(tuple(group) for group in names.values() if len(group) > 1):
+        logger.warning("variants %s are the same with these settings", " and ".join(map(repr, same)))
 
 
 def _check_initial(study: Study, variants: Sequence[Variant]) -> None:
@@ -379,7 +394,8 @@ def _train(study: Study, run: Run, task: Structure) -> dict[str, float]:
                     max_cache_gb=study.max_cache_gb,
                     **study.tables.for_training,
                 )
-            seconds = float(np.median([1 / record["steps_per_second"] for record in history]))
+            without_compiling = history[1:] or history
+            seconds = float(np.median([1 / record["steps_per_second"] for record in without_compiling]))
             write_json(file, dict(zip(names, (history[-1]["step"], seconds, *_size(study, run, task)), strict=True)))
     return read_json(file, "delete it", *names)
 

@@ -73,8 +73,10 @@ def _read(folder: Traversable | None) -> dict[str, bytes]:
     folder = pretrained_folder() if folder is None else folder
     try:
         digests = json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8"))
+        needed = [f"{name}/{file}" for name in ModelPair._fields for file in (CONFIG_FILE, VARIABLES_FILE)]
+        digests = {name: digests[name] for name in dict.fromkeys((*needed, *digests))}
         contents = {name: folder.joinpath(*name.split("/")).read_bytes() for name in digests}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{folder}: the shipped models are incomplete ({error}); install the package again") from error
     for name, content in contents.items():
         if _sha256(content) != digests[name]:

@@ -23,6 +23,7 @@ from resunet_jax.files import atomic_dir, expand_user, require_absent, reserve, 
 from resunet_jax.model.build import ARCHITECTURES, TASKS, Architecture, build_model, model_image_size
 from resunet_jax.model.resunet import Variables, init_variables
 from resunet_jax.progress import logger
+from resunet_jax.weights.uncertainty import UNCERTAINTY_FILE
 
 _T = TypeVar("_T")
 
@@ -39,6 +40,8 @@ CONFIG_FILE = "config.json"
 HISTORY_FILE = "history.json"
 DIGESTS_FILE = "files.json"
 VARIABLES = "variables"
+TORCH_COUNTERS_FILE = "torch_counters.json"
+_NOT_VERIFIED = (DIGESTS_FILE, UNCERTAINTY_FILE, TORCH_COUNTERS_FILE)  # a model may get them anew, or lose them
 
 History = list[dict[str, Any]]
 """One record per epoch, as in metrics.jsonl."""
@@ -114,6 +117,8 @@ def verify_folder(folder: Path) -> None:
     digests = read_values(folder, DIGESTS_FILE)
     found = _digests(folder)
     for name, digest in digests.items():
+        if name in _NOT_VERIFIED:  # before 0.20.0 they had a digest
+            continue
         if name not in found:
             raise CorruptCheckpointError(folder, f"{name}: missing")
         if found[name] != digest:
@@ -123,8 +128,8 @@ def verify_folder(folder: Path) -> None:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file in a folder, by its path there."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != DIGESTS_FILE)
+    """SHA-256 of each file in a folder that may not change, by its path there."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in _NOT_VERIFIED)
     return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
 
@@ -304,8 +309,11 @@ def _load_folder(folder: Path, architectures: Mapping[str, Architecture]) -> Loa
             f"(filters {','.join(map(str, config.model.filters))}, {model.in_channels} input channels); "
             "use the config that it was saved with"
         )
+    variables = restore_tree(folder / VARIABLES, expected)
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):
+        raise InputError(f"{folder}: some of its parameters are NaN or infinite; train again, or use another model")
     # To the device: arrays of the host would travel there at each call.
-    return LoadedModel(model, jax.device_put(restore_tree(folder / VARIABLES, expected)), config)
+    return LoadedModel(model, jax.device_put(variables), config)
 
 
 def save_threshold(workdir: Path, threshold: float, dice: float, cases: Sequence[str]) -> None:

@@ -20,17 +20,16 @@ from flax.traverse_util import unflatten_dict
 from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TaskName
 from resunet_jax.errors import InputError, first_line
 from resunet_jax.files import atomic_file, json_text, make_output_dir, require_absent
-from resunet_jax.model.build import build_model
+from resunet_jax.model.build import averaging_of, build_model
 from resunet_jax.model.resunet import Variables
 from resunet_jax.progress import logger
 from resunet_jax.recipes import recipe
-from resunet_jax.weights.store import load_model, save_model, variable_shapes
+from resunet_jax.weights.store import TORCH_COUNTERS_FILE, load_model, save_model, variable_shapes
 
 STATE_DICT = "model_state_dict"
 """Key of the original's checkpoints that holds the weights."""
 
 _COUNTERS = "num_batches_tracked"
-_COUNTERS_FILE = "torch_counters.json"
 
 _BLOCK = {
     "norm1": "conv_block.0",
@@ -150,7 +149,7 @@ def from_torch(path: Path, output_dir: Path, target: Literal["lung", "infection"
         raise InputError(f"{path}: its weights are not those of the original's ResUnet; convert that project's file")
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):
         raise InputError(f"{path}: some of its weights are NaN or infinite; use a checkpoint from before")
-    save_model(output_dir, variables, config, {_COUNTERS_FILE: json_text(counters)})
+    save_model(output_dir, variables, config, {TORCH_COUNTERS_FILE: json_text(counters)})
     return config
 
 
@@ -170,6 +169,12 @@ def to_torch(path: Path, output_file: Path) -> None:
     require_absent(output_file, "file")
     loaded = load_model(path)
     config = loaded.config
+    if config.model.patch_grid > 1 or any(averaging_of(config)):
+        logger.warning(
+            "%s: sees a slice in patches or views (patch_grid, mirroring, context_averaging); the original's code does "
+            "not, and its masks will be others",
+            path,
+        )
     if config.preprocess != original_preprocess(config.preprocess.image_size) or config.cascade.closing_fraction:
         logger.warning(
             "%s: the original's code prepares slices otherwise; give this model %d channel(s) as its config says "
@@ -262,7 +267,7 @@ def _config(path: Path, variables: Mapping[str, Any], target: str, image_size: i
 
 def _read_counters(path: Path) -> dict[str, int]:
     """What PyTorch's batch normalisation counts and nothing uses, kept so that the way there and back loses nothing."""
-    file = path / _COUNTERS_FILE
+    file = path / TORCH_COUNTERS_FILE
     if not file.is_file():
         return {}
     try:

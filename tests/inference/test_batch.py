@@ -1,5 +1,7 @@
 import contextlib
 import dataclasses
+import itertools
+import re
 import shutil
 import signal
 import threading
@@ -69,8 +71,6 @@ def test_segments_again_what_has_changed(predictor: Predictor, scans, tmp_path: 
     other = dataclasses.replace(predictor, thresholds={"lung": 0.4})
     assert set(run(good, output, other).values()) == {"now"}
     assert set(run(good, output, other).values()) == {"before"}
-    (output / MANIFEST).write_text("{")
-    assert set(run(good, output, other).values()) == {"now"}
 
 
 def test_files_of_a_folder_that_is_not_its_own_are_not_replaced(predictor: Predictor, scans, tmp_path: Path) -> None:
@@ -84,6 +84,46 @@ def test_files_of_a_folder_that_is_not_its_own_are_not_replaced(predictor: Predi
     assert own.read_bytes() == b"mine"
     own.unlink()
     assert run(good, folder, predictor) == {"a.nii": "before", "c.nii": "now"}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"settings": {}, "scans": {"a.nii": 5}}', '{"scans": {}}'])
+def test_a_manifest_that_cannot_be_read_is_named(predictor: Predictor, scans, tmp_path: Path, text: str) -> None:
+    """Without it nothing protects masks from those of another scan."""
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / MANIFEST).write_text(text)
+    with pytest.raises(InputError, match=r"masks\.json: cannot be read .*; restore it, or choose another `output_dir`"):
+        run(scans, tmp_path / "masks", predictor)
+
+
+def test_a_write_that_fails_leaves_the_masks_of_before(
+    predictor: Predictor, scans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them, not some beside new ones."""
+    run(scans[:1], tmp_path / "masks", predictor)
+    before = {path: path.read_bytes() for path in (tmp_path / "masks").glob("*.nii.gz")}
+    real, calls = shutil.copyfileobj, itertools.count()
+
+    def copy(*arguments) -> None:
+        if next(calls) == 1:
+            raise OSError(28, "No space left on device")
+        real(*arguments)
+
+    monkeypatch.setattr("resunet_jax.data.readers.nifti.shutil.copyfileobj", copy)
+    other = dataclasses.replace(predictor, thresholds={"lung": 0.3, "infection": 0.3})
+    (result,) = segment_scans(scans[:1], tmp_path / "masks", other)
+    assert re.search(r"a_(lung|infection)\.nii\.gz: cannot be written \(No space left", str(result.error))
+    assert {path: path.read_bytes() for path in (tmp_path / "masks").glob("*.nii.gz")} == before
+    assert run(scans[:1], tmp_path / "masks", other) == {"a.nii": "now"}
+
+
+@pytest.mark.parametrize("name", ["masks.json", "n" * 226])
+def test_a_scan_may_have_any_name(predictor: Predictor, scans, tmp_path: Path, name: str) -> None:
+    path = scans[0].path.rename(tmp_path / f"{name}.nii")
+    assert run(find_sources(path), tmp_path / "masks", predictor) == {path.name: "now"}
+    assert (tmp_path / "masks" / f"{name}_lung.nii.gz").is_file()
+    longer = path.rename(tmp_path / ("n" * 227 + ".nii"))
+    (result,) = segment_scans(find_sources(longer), tmp_path / "masks", predictor)
+    assert "n.nii: too long a name for those of its masks to begin with; shorten it" in str(result.error)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """A phantom as DICOM and as NIfTI: the same masks, voxel for voxel, and a page for each."""
 
+import dataclasses
 from pathlib import Path
 
 import nibabel as nib
@@ -26,9 +27,7 @@ def predictor(trained: Trained) -> Predictor:
 def test_masks_are_those_of_the_same_volume_as_nifti(
     trained: Trained, predictor: Predictor, tmp_path: Path, step: tuple[float, ...]
 ) -> None:
-    case = next((trained.data / "ct_scans").glob("coronacases*"))
-    with open_scan(case) as scan:
-        hu = scan.read_slices(0, scan.grid.oriented_shape[-1]).values.astype(int)
+    hu = hounsfield_units(trained)
     write_series(tmp_path / "dicom", hu, step=step)
     archive = pack(tmp_path / "dicom", tmp_path / "zipped.zip")
     affine = np.eye(4)
@@ -48,6 +47,26 @@ def test_masks_are_those_of_the_same_volume_as_nifti(
             np.testing.assert_array_equal(other, plain)
             np.testing.assert_allclose(mask.affine, masks[0].affine, atol=1e-5)
     assert all((tmp_path / "out" / f"{source.name}_report.html").is_file() for source in sources)
+
+
+def hounsfield_units(trained: Trained) -> np.ndarray:
+    """Of a scan of the phantom, int (rows, columns, slices)."""
+    with open_scan(next((trained.data / "ct_scans").glob("coronacases*"))) as scan:
+        return scan.read_slices(0, scan.grid.oriented_shape[-1]).values.astype(int)
+
+
+def test_a_series_in_which_nothing_is_found_is_finished_without_dicom_seg(
+    trained: Trained, predictor: Predictor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("highdicom")
+    write_series(tmp_path / "scan", hounsfield_units(trained))
+    empty = dataclasses.replace(predictor, thresholds={"lung": 0.9999, "infection": 0.9999})
+    outputs = make_outputs(report=False, dicom_seg=True)
+    for expected in (False, True):
+        (result,) = segment_scans(find_sources(tmp_path / "scan"), tmp_path / "out", empty, outputs=outputs)
+        assert (result.error, result.skipped, result.others) == (None, expected, [])
+    assert "nothing was found, and a DICOM-SEG cannot be empty" in caplog.text
+    assert not list((tmp_path / "out").glob("*_seg.dcm"))
 
 
 def test_a_data_set_of_dicom_folders_and_nifti_masks(tmp_path: Path) -> None:

@@ -184,6 +184,30 @@ def test_gate_has_the_lung_of_all_the_slices_that_it_joins() -> None:
     np.testing.assert_array_equal(gated(lung, infection, (2.0, 2.0, 1.0), 0.0), infection)
 
 
+@pytest.mark.parametrize(("radius_mm", "stays"), [(1.9, False), (2.0, True)])
+def test_gate_is_closed_in_millimetres_on_pixels_of_any_size(radius_mm: float, stays: bool) -> None:
+    """A hole of 4 mm, along columns of 0.5 mm, of which four are one of the gate, and rows of 2 mm."""
+    lung, infection = np.zeros((2, 12, 64, 64), bool)
+    lung[2:10, 20:44, 34:62] = True
+    lung[4:8, 30:34, 44:52] = False
+    infection[5, 30:34, 44:52] = True
+    np.testing.assert_array_equal(gated(lung, infection, (0.5, 2.0, 2.0), radius_mm), infection & stays)
+
+
+def test_gate_lies_in_the_box_of_its_slice_along_both_axes() -> None:
+    """In a box of 32 rows and 64 columns: a hole of one slice in the lung stays, what lies beside the lung does not."""
+    slices, size = 12, 32
+    lung, infection = np.zeros((2, slices, size, size), np.float32)
+    lung[2:10, 8:24, 18:30] = 1
+    lung[5, 12:20, 22:28] = 0
+    infection[5, 4:28, 14:32] = 1
+    boxes = np.tile(np.array([40, 10, 32, 64], np.int32), (slices, 1))
+    grid = Grid((80, 100, slices), np.diag([2.0, 2.0, 2.0, 1.0]) @ axes_of_pls())
+    probabilities = {"lung": lung, "infection": infection.copy()}
+    module.gate_infection(probabilities, 0.5, boxes, grid, 2.0)
+    np.testing.assert_array_equal(probabilities["infection"], infection * lung[4])
+
+
 def test_gate_keeps_infection_in_lung_that_is_too_small_for_it() -> None:
     lung = np.zeros((40, 64, 64), np.float32)
     lung[11, 21, 21] = 1  # between the voxels of the gate
@@ -225,6 +249,7 @@ def test_lesions_stay_by_volume_and_highest_probability(
         rows = slice(first * unit, (first + side) * unit)
         infection[k, rows, rows] = 0.95 if name == "b" else 0.6
     infection[2, 10 * unit, 10 * unit] = 0.97
+    infection[infection == 0] = 0.4  # below the threshold, and of no lesion
     box = np.tile(np.array([0, 0, 32, 32], np.int32), (4, 1))
     # A pixel of 2 × 2 native ones at 16: 0.5 ml for side 2, 0.125 for side 1, 2 ml for side 4.
     grid = Grid((32, 32, 4), np.diag([2.5, 2.5, 5.0, 1.0]) @ axes_of_pls())
@@ -232,9 +257,10 @@ def test_lesions_stay_by_volume_and_highest_probability(
     module.remove_doubtful_lesions(infection, 0.5, box, grid, min_ml, min_probability, keep_ml)
     for name, (k, first, side) in lesions.items():
         rows = slice(first * unit, (first + side) * unit)
-        assert infection[k, rows, rows].any() == (name in stays), name
+        assert (infection[k, rows, rows] > 0.5).any() == (name in stays), name
         if name in stays:
             np.testing.assert_array_equal(infection[k, rows, rows], before[k, rows, rows])
+    np.testing.assert_array_equal(infection[before <= 0.5], before[before <= 0.5])
 
 
 def test_volume_of_a_lesion_is_by_the_boxes_of_its_own_slices() -> None:

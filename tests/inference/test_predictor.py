@@ -33,6 +33,7 @@ from resunet_jax.inference.predictor import THRESHOLDS, choose_threshold, jitted
 from resunet_jax.metrics.overlap import confusion_counts, hard_metrics
 from resunet_jax.model.build import build_model
 from resunet_jax.model.resunet import Variables
+from resunet_jax.weights.store import load_threshold
 from tests.conftest import TINY, WITH_CONTEXT, Trained, with_averaging
 
 
@@ -411,8 +412,22 @@ def test_a_models_own_threshold_is_used_unless_another_is_given(trained: Trained
     for thresholds in ({"infecton": 0.3}, {"infection": 1.5}, {"lung": 0.0}):
         with pytest.raises(InputError, match=f"`thresholds`: {next(iter(thresholds))} is"):
             load_predictor(trained.lung, trained.infection, thresholds=thresholds)
-    with pytest.raises(InputError, match="drop one of them"):
-        load_predictor(trained.lung, trained.infection, thresholds={"lung": 0.4}, validated_threshold=True)
+    validated = {"validated_threshold": True, "thresholds": {"lung": 0.4}}
+    both = load_predictor(trained.lung, trained.infection, **validated)
+    assert both.mask_thresholds == {"lung": 0.4, "infection": load_threshold(trained.infection)}
+    with pytest.raises(InputError, match="`thresholds` gives all of them; drop one of the two"):
+        load_predictor(trained.lung, None, **validated)
+
+
+@pytest.mark.parametrize("fields", [{"gate": "closed_lung"}, {"gate_closing_mm": 5.0}])
+def test_a_gate_without_lungs_is_refused(trained: Trained, tmp_path: Path, fields: dict) -> None:
+    loaded = load_model(trained.lung)
+    ct_only = dataclasses.replace(loaded.config, task="infection_ct")
+    save_model(tmp_path / "ct_only", loaded.variables, ct_only)
+    with pytest.raises(InputError, match="the gate is made of the lungs; give `lung_checkpoint` too"):
+        load_predictor(None, tmp_path / "ct_only", infection_postprocess=fields)
+    plain = load_predictor(None, tmp_path / "ct_only", infection_postprocess={"gate": "none", "min_lesion_ml": 1.0})
+    assert plain.infection_postprocess["min_lesion_ml"] == 1.0
 
 
 def test_a_lung_model_without_context_feeds_an_infection_model_with_it(trained: Trained) -> None:

@@ -161,11 +161,11 @@ def test_masks_are_the_same_at_the_mapped_threshold(
 
 
 def test_rounding_moves_nothing_over_the_threshold(predictor: Predictor) -> None:
-    for threshold in (0.5, 0.35):
+    for threshold, temperature in ((0.5, 19.0), (0.35, 19.0), (0.999, 0.3), (0.9, 0.1)):  # the last two end at 1
         p = np.float32([np.nextafter(np.float32(threshold), np.float32(k)) for k in (0, 1)] + [threshold, 0, 1])
         native = NativeSlices(p.reshape(1, 1, -1), (p > threshold).reshape(1, 1, -1))
         calibrated = dataclasses.replace(
-            predictor, thresholds={"infection": threshold}, record=record_of(predictor, temperature=19.0)
+            predictor, thresholds={"infection": threshold}, record=record_of(predictor, temperature=temperature)
         )
         reported = calibrated.reported_probability("infection", native)
         np.testing.assert_array_equal(reported > calibrated.reported_threshold("infection"), native.mask)

@@ -216,7 +216,7 @@ def test_cohort_lists_every_report_of_the_folder_and_names_what_is_none(
 def test_the_table_is_of_all_reports_whoever_writes_it(written: Path, tmp_path: Path) -> None:
     """A process that has read the reports writes its table before another reads them."""
     shutil.copytree(written, tmp_path / "copy")
-    with ThreadPoolExecutor(1) as executor, FileLock(tmp_path / "copy" / ".locks" / "cohort.csv.lock"):
+    with ThreadPoolExecutor(1) as executor, FileLock(tmp_path / "copy" / ".locks" / ".cohort.csv.lock"):
         (tmp_path / "copy" / "cohort.csv").unlink()
         writing = executor.submit(write_cohort, tmp_path / "copy")
         with pytest.raises(TimeoutError):

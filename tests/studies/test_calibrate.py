@@ -31,6 +31,7 @@ from resunet_jax.studies.calibrate import (
     require_pair,
     study_folds,
     summarize_errors,
+    to_markdown,
 )
 from resunet_jax.weights.uncertainty import UNCERTAINTY_FILE, load_record
 from tests.conftest import Trained, run_script
@@ -81,6 +82,13 @@ def test_failure_detection_leaves_out_what_is_undefined() -> None:
     assert failure_detection(scans) == {"spearman": pytest.approx(1), "worst_third_found": 1, "scans": 6}
 
 
+def test_what_is_undefined_is_a_dash_in_the_table(target: Predictor) -> None:
+    errors = HeldOutErrors([scan._replace(pairwise_dice=math.nan) for scan in SCANS], ERRORS.logits)
+    text = to_markdown(summarize_errors(errors), make_record(errors, target, "fold_residuals", "Folds"))
+    assert "| Spearman with Dice, 0 scans | – |" in text
+    assert "nan" not in text
+
+
 @pytest.fixture(scope="module")
 def target(trained: Trained) -> Predictor:
     return load_predictor(trained.lung, trained.infection)
@@ -96,8 +104,8 @@ def study(trained: Trained, tmp_path: Path) -> Path:
     """The runs of a study of two folds, both of the same models."""
     folders = {"lung": str(trained.lung), "infection": str(trained.infection)}
     runs = [
-        {"variant": "robust", "seed": 0, "folders": folders, "split": {"test": [case]}}
-        for case in ("coronacases_003", "radiopaedia_14_85914_0")
+        {"variant": "robust", "seed": 0, "folders": folders, "split": {"test": [case], "protocol": f"x, fold {k} of 2"}}
+        for k, case in ((1, "coronacases_003"), (0, "radiopaedia_14_85914_0"))  # as they may have ended
     ]
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
     return tmp_path
@@ -203,17 +211,17 @@ def test_without_a_defined_scan_cv_plus_has_no_width(
 def test_what_is_no_study_is_named(study: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"runs\.jsonl: no study \(No such file or directory\)"):
         study_folds(tmp_path / "none")
-    with pytest.raises(InputError, match="no pair of models"):
+    with pytest.raises(InputError, match="no such pair of models in it; there are robust with seed 0: choose"):
         study_folds(study, variant="original")
+    assert [fold.test for fold in study_folds(study)] == [("radiopaedia_14_85914_0",), ("coronacases_003",)]
     lines = (study / "runs.jsonl").read_text().splitlines(keepends=True)
     (study / "runs.jsonl").write_text("".join([*lines, lines[0].replace('"seed": 0', '"seed": 1')]))
     with pytest.raises(InputError, match="robust with seed 0, robust with seed 1"):
         study_folds(study)
     assert len(study_folds(study, seed=0)) == 2
-    (study / "cross_validation.json").write_text(json.dumps({"keys": ["of a fold"]}))
-    with pytest.raises(InputError, match=r"1 of 1 folds are not tested; finish it by cross_validate"):
-        study_folds(study, seed=0)
-    (study / "cross_validation.json").unlink()
+    (study / "runs.jsonl").write_text(lines[0])
+    with pytest.raises(InputError, match="fold 0 is not tested; run its command again"):
+        study_folds(study)
     (study / "runs.jsonl").write_text("".join([*lines, lines[0]]))
     with pytest.raises(InputError, match="tested by two runs"):
         study_folds(study)

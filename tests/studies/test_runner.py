@@ -115,6 +115,20 @@ def records(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "runs.jsonl").read_text().splitlines()]
 
 
+def test_what_variants_decide_against_the_flags_is_named(
+    ablation: Ablation, calls: Calls, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And that nothing is left of what one changes."""
+    other = Variant("cross-entropy alone", infection={"train.loss": "bce:1"})
+    variants = [Variant("robust"), other, Variant("slow", lung={"train.learning_rate": 1e-4})]
+    ablation(variants=variants, changes={**CHANGES, "train.loss": "bce:1", "train.learning_rate": 1e-3})
+    assert caplog.messages[:2] == [
+        "variant 'slow' keeps its own train.learning_rate, whatever is given for all",
+        "variants 'robust' and 'cross-entropy alone' are the same with these settings",
+    ]
+    assert calls.trained
+
+
 def test_an_ablation_resumes_after_a_kill_and_trains_a_shared_lung_model_once(
     ablation: Ablation, calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from resunet_jax import LoadedModel, create_state, load_model, make_optimizer, save_model
 from resunet_jax.config import Config
+from resunet_jax.errors import InputError
 from resunet_jax.model.build import build_model
 from resunet_jax.model.resunet import init_variables
 from resunet_jax.training.checkpoints import Checkpoints
@@ -64,6 +65,14 @@ def save_checkpoint(workdir: Path) -> None:
     with Checkpoints(workdir) as checkpoints:
         assert checkpoints.restore_latest(state) is not None
     load_model(workdir)
+
+
+def test_a_model_whose_parameters_are_no_numbers_is_refused(saved: LoadedModel, tmp_path: Path) -> None:
+    """It would find nothing in any scan, and say that of healthy lungs."""
+    broken = jax.tree.map(lambda x: np.full_like(x, np.nan), saved.variables)
+    save_model(tmp_path / "model", broken, saved.config)
+    with pytest.raises(InputError, match="model: some of its parameters are NaN or infinite; train again"):
+        load_model(tmp_path / "model")
 
 
 def test_no_folder_names_where_it_was_made(saved: LoadedModel, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The shipped pair: its files, its masks of a generated scan, and how it is written."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -24,6 +25,8 @@ from resunet_jax.weights.pretrained import (
     save_as_models,
     save_pair,
 )
+from resunet_jax.weights.store import load_model
+from resunet_jax.weights.uncertainty import save_record
 from tests.conftest import REFERENCE
 
 MASKS = REFERENCE / "pretrained_masks.npz"
@@ -144,6 +147,14 @@ def test_a_damaged_or_missing_file_is_named(tmp_path: Path, name: str) -> None:
         load_pair(folder)
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", "5", '{"lung/config.json": "0"}'])
+def test_digests_that_are_none_are_named(tmp_path: Path, text: str) -> None:
+    shutil.copytree(str(pretrained_folder()), tmp_path / "pair")
+    (tmp_path / "pair" / "files.json").write_text(text)
+    with pytest.raises(InputError, match=r"the shipped models are incomplete .*; install the package again"):
+        load_pair(tmp_path / "pair")
+
+
 def test_the_pair_as_saved_models_gives_the_same(tmp_path: Path) -> None:
     save_as_models(tmp_path / "models", load_pair(), load_pair_record())
     predictor = load_predictor(tmp_path / "models" / "lung", tmp_path / "models" / "infection")
@@ -151,5 +162,13 @@ def test_the_pair_as_saved_models_gives_the_same(tmp_path: Path) -> None:
     assert predictor.fingerprints == shipped.fingerprints
     assert [model.config for model in predictor.models.values()] == [m.config for m in shipped.models.values()]
     assert predictor.record == shipped.record is not None
+    infection = tmp_path / "models" / "infection"
+    save_record(infection, dataclasses.replace(shipped.record, source="calibrated anew"))
+    assert load_predictor(tmp_path / "models" / "lung", infection).record.source == "calibrated anew"
+    digests = json.loads((infection / "files.json").read_text())
+    (infection / "files.json").write_text(json.dumps({**digests, "uncertainty.json": "0"}))  # as by 0.19.0
+    load_model(infection)
+    (infection / "uncertainty.json").unlink()
+    assert load_predictor(tmp_path / "models" / "lung", infection).record is None
     with pytest.raises(InputError, match="models: exists already; choose a new folder"):
         save_as_models(tmp_path / "models", load_pair())

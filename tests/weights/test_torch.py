@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from resunet_jax import init_variables, load_model, load_predictor, recipe, save_model, segment_scan
-from resunet_jax.config import Config, ModelConfig
+from resunet_jax.config import Config, ModelConfig, override
 from resunet_jax.data.preprocess import slice_box
 from resunet_jax.data.readers import read_volume
 from resunet_jax.data.roi import body_mask, bounding_box
@@ -97,6 +97,17 @@ def test_a_model_of_ours_goes_there_and_back(
     assert "context_mm 5" in caplog.text
     with pytest.raises(InputError, match=r"context\.pt: .*; the original has none with context"):
         from_torch(tmp_path / "context.pt", tmp_path / "context", "infection", image_size=32)
+
+
+def test_views_that_the_original_has_not_are_named(
+    trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = load_model(trained.lung)
+    for name, changes in (("plain", {}), ("views", {"model.mirroring": True}), ("patches", {"model.patch_grid": 2})):
+        caplog.clear()
+        save_model(tmp_path / name, loaded.variables, override(loaded.config, changes))
+        to_torch(tmp_path / name, tmp_path / f"{name}.pt")
+        assert ("in patches or views" in caplog.text) == bool(changes)
 
 
 def test_preprocessing_follows_the_weights(tmp_path: Path, phantom: Path) -> None:

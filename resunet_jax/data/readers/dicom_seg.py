@@ -45,17 +45,13 @@ def write_dicom_seg(path: Path, source: Source, grid: Grid, masks: Mapping[str, 
       source: a DICOM series.
       grid: of that series.
       masks: "left lung", "right lung" and "infection" to bool (rows, columns, slices), oriented (posterior, left,
-        superior); an empty one is left out.
+        superior); an empty one is left out, and at least one is not.
 
     Raises:
-      InputError: not DICOM, highdicom is not installed, every mask is empty, or the file cannot be written.
+      InputError: not DICOM, highdicom is not installed, or the file cannot be written.
     """
     hd = require_dicom_seg(source)
     found = {name: mask for name, mask in masks.items() if mask.any()}
-    if not found:
-        raise InputError(
-            f"{source.path}: nothing was found in it, and a DICOM-SEG cannot be empty; leave out `dicom_seg`"
-        )
     # (columns, rows, slices) of the grid are (frames, rows, columns) of the series.
     frames = np.stack([grid.from_pls(mask).T for mask in found.values()], axis=-1).astype(np.uint8)
     datasets, places = series_datasets(source)

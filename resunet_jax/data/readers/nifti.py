@@ -98,19 +98,28 @@ def write_nifti(path: Path, array: Array, grid: Grid) -> None:
 
 @contextlib.contextmanager
 def nifti_writer(path: Path, dtype: npt.DTypeLike, grid: Grid) -> Iterator[Callable[[int, Array], None]]:
-    """Writes an array on a scan's own grid, some slices at a time; the file appears atomically.
+    """As `slice_writer`, and the file appears atomically, when the block has ended well."""
+    with atomic_file(path) as partial, slice_writer(partial, dtype, grid, path) as write:
+        yield write
+
+
+@contextlib.contextmanager
+def slice_writer(path: Path, dtype: npt.DTypeLike, grid: Grid, name: Path) -> Iterator[Callable[[int, Array], None]]:
+    """Writes an array on a scan's own grid, some slices at a time.
 
     Args:
-      path: .nii or .nii.gz; there when the block has ended well.
+      path: .nii or .nii.gz; written when the block ends well.
       dtype: uint8 or float32.
       grid: the scan's; shape, affine and codes of the file become its, bit for bit.
+      name: of the file, for messages.
 
     Yields:
       `write(start, array)`, for (rows, columns, slices) oriented (posterior, left, superior), from slice `start`; what
       is not written is 0.
 
     Raises:
-      InputError: the folder, or the temporary file that holds the array meanwhile, cannot be written.
+      InputError: the temporary file that holds the array meanwhile cannot be written.
+      OSError: the file cannot.
     """
     header = _new_header(grid) if grid.header is None else grid.header.copy()
     header.extensions.clear()
@@ -118,7 +127,7 @@ def nifti_writer(path: Path, dtype: npt.DTypeLike, grid: Grid) -> Iterator[Calla
     header["cal_min"] = header["cal_max"] = header["vox_offset"] = 0
     header.set_slope_inter(1, 0)
     size = math.prod(grid.shape) * header.get_data_dtype().itemsize
-    with atomic_file(path) as partial, temporary_file(size, path) as file:
+    with temporary_file(size, name) as file:
         array = DiskArray(file, 0, header.get_data_dtype(), grid.shape)
 
         def write(start: int, values: Array) -> None:
@@ -126,7 +135,7 @@ def nifti_writer(path: Path, dtype: npt.DTypeLike, grid: Grid) -> Iterator[Calla
             array.write(axis, first, grid.from_pls(values))
 
         yield write
-        with Opener(partial, "wb") as target:
+        with Opener(path, "wb") as target:
             header.write_to(target)
             target.write(bytes(int(header["vox_offset"]) - target.tell()))
             file.seek(0)
