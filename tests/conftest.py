@@ -94,8 +94,8 @@ def run_file(file: Path, *arguments: object, env: Mapping[str, str] | None = Non
 
 
 _ENVIRONMENT = dict(os.environ)
-# By scripts; Python and jax read other variables as they start.
-_READ_WHEN_NEEDED = {"HOME", "USERPROFILE", "XLA_FLAGS", "PYTEST_CURRENT_TEST"}
+# By scripts, or the process that is forked; Python and jax read other variables as they start.
+_READ_WHEN_NEEDED = {"HOME", "USERPROFILE", "XLA_FLAGS", "PYTEST_CURRENT_TEST", "PYTHONPATH"}
 _SCRIPTS_IMPORT = "resunet_jax.studies.runner,resunet_jax.inference.batch,resunet_jax.report.outputs"
 
 

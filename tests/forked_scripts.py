@@ -4,7 +4,7 @@ python tests/forked_scripts.py MODULES
 
 MODULES, separated by commas, are imported first; a name after a minus sign is a module that no script may import. Each
 line of standard input is a JSON list [folder, environment, file, arguments...]; for each, a line of standard output is
-a JSON list [exit code, stdout, stderr].
+a JSON list [exit code, stdout, stderr]. Folders in PYTHONPATH are searched, without what Python does with them at start.
 """
 
 import importlib
@@ -41,7 +41,8 @@ def run_forked(folder: str, environment: dict[str, str], file: str, arguments: l
 
 def _exit_code(file: str, arguments: list[str]) -> int:
     sys.argv = [file, *arguments]
-    sys.path[0] = str(Path(file).parent)
+    added = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry and entry not in sys.path]
+    sys.path[:1] = [str(Path(file).parent), *added]
     code: Any = 0
     try:
         runpy.run_path(file, run_name="__main__")
