@@ -33,10 +33,10 @@ _LEAST_CONTRAST = 20  # of these two; less would make noise of the rest
 _WALL_PIXELS = 3  # around the lung
 _LEAST_HEALTHY = 200  # pixels; where there are fewer, all of the lung is taken
 
-Bools = npt.NDArray[np.bool_]
+Mask = npt.NDArray[np.bool_]
 
 
-def estimate_hu(image: npt.NDArray[np.uint8], lung: Bools, infection: Bools) -> FloatArray:
+def estimate_hu(image: npt.NDArray[np.uint8], lung: Mask, infection: Mask) -> FloatArray:
     """Puts the median of the healthy lung of a slice at -815 HU and that of its soft tissue at 55 HU.
 
     Args:
@@ -104,13 +104,13 @@ def import_grey_slices(file: Path, output_dir: Path, flipped: Sequence[str] = ()
     return names
 
 
-def _wall_level(image: npt.NDArray[np.uint8], lung: Bools) -> float:
+def _wall_level(image: npt.NDArray[np.uint8], lung: Mask) -> float:
     """Median of the chest wall, which lies around the lung; 255 where there is none."""
     wall = binary_dilation(lung, iterations=_WALL_PIXELS) & ~lung
     return float(np.median(image[wall])) if wall.any() else 255.0
 
 
-def _is_inverted(image: npt.NDArray[np.uint8], lung: Bools) -> bool:
+def _is_inverted(image: npt.NDArray[np.uint8], lung: Mask) -> bool:
     """Whether the chest wall is no lighter than the lung."""
     return bool(_wall_level(image, lung) <= np.median(image[lung]))
 
@@ -126,7 +126,7 @@ def _check_names(file: Path, names: Sequence[str]) -> None:
         )
 
 
-def _read(file: Path) -> tuple[npt.NDArray[np.uint8], Bools, Bools, npt.NDArray[np.str_]]:
+def _read(file: Path) -> tuple[npt.NDArray[np.uint8], Mask, Mask, npt.NDArray[np.str_]]:
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             image, case = arrays["image"], arrays["case"]
@@ -142,7 +142,7 @@ def _read(file: Path) -> tuple[npt.NDArray[np.uint8], Bools, Bools, npt.NDArray[
     return image, lung, infection, case
 
 
-def _unpack(file: Path, name: str, mask: Array, shape: tuple[int, ...]) -> Bools:
+def _unpack(file: Path, name: str, mask: Array, shape: tuple[int, ...]) -> Mask:
     packed = (*shape[:2], -(-shape[2] // 8))
     if mask.dtype == np.uint8 and mask.shape == packed != shape:
         mask = np.unpackbits(mask, axis=-1, count=shape[2])

@@ -21,7 +21,7 @@ from resunet_jax.metrics.lung_sides import LEFT, RIGHT, labels_are_exchanged
 from resunet_jax.progress import parallel_map
 
 Severity = Literal["error", "warning"]
-Mask = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.uint8]
 
 KNOWN_SLICES = dict(
     zip(
@@ -205,7 +205,7 @@ def _examine(case: Case, readers: Mapping[str, Reader], assumed: tuple[float, fl
         return _Examined(None, findings, {})
     _check_geometry(case, volume.grid, add_finding)
     air_hu = _check_air(case, volume, add_finding)
-    masks: dict[str, Mask] = {}
+    masks: dict[str, Labels] = {}
     for name, path in (("lung", case.lung_mask), ("infection", case.infection_mask)):
         if path is None:
             add_finding(
@@ -303,7 +303,7 @@ def _check_air(case: Case, volume: Volume, add_finding: Any) -> float | None:
 
 
 def _check_lung(
-    case: Case, volume: Volume, lung: Mask, labels: dict[str, tuple[int, ...]], add_finding: Any
+    case: Case, volume: Volume, lung: Labels, labels: dict[str, tuple[int, ...]], add_finding: Any
 ) -> tuple[float | None, int]:
     """Median of the lung in HU and its voxels outside the body's box; whether the mask lies on its scan."""
     total = int((lung > 0).sum())
@@ -349,7 +349,7 @@ def _check_lung(
     return median, outside
 
 
-def _check_infection(case: Case, grid: Grid, lung: Mask | None, infection: Mask | None, add_finding: Any) -> int:
+def _check_infection(case: Case, grid: Grid, lung: Labels | None, infection: Labels | None, add_finding: Any) -> int:
     """Infected voxels outside the lung mask."""
     if lung is None or infection is None or not infection.any() or not lung.any():
         return 0
@@ -379,7 +379,7 @@ def _scan_digest(volume: Volume) -> str:
     return digest.hexdigest()
 
 
-def _mask_digest(mask: Mask) -> str:
+def _mask_digest(mask: Labels) -> str:
     return hashlib.sha256(str(mask.shape).encode() + np.packbits(mask > 0).tobytes()).hexdigest()
 
 

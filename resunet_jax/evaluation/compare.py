@@ -162,6 +162,23 @@ def evaluate_cases(
             slices += [row for comparison in comparisons for row in _slice_rows(prepared, comparison)]
             overlays.append(_overlay(predictor, prepared, volume, comparisons))
             advance(prepared.case.id)
+    leaked = _warn_of_patients(predictor, volumes)
+    chosen = {"protocol": protocol, "seen_patients": leaked, "tolerance_mm": dict(tolerance_mm)}
+    return Evaluation(
+        volumes=volumes,
+        slices=slices,
+        model_grid=model_grid.rows,
+        soft_batch={structure: batches.mean() for structure, batches in model_grid.soft.items()},
+        calibration=model_grid.calibration,
+        overlays=overlays,
+        settings={**chosen, **_settings(predictor)},
+        metrics=metrics,
+        logits=model_grid.logits,
+    )
+
+
+def _warn_of_patients(predictor: Predictor, volumes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Warns where numbers are not those of unseen patients; the patients whom a model has seen."""
     leaked = sorted({row["patient"] for row in volumes if row["seen_in"]})
     if leaked:
         logger.warning(
@@ -178,18 +195,7 @@ def evaluate_cases(
             "%s: the intervals and the temperature come from these patients, whom they fit better than unseen ones",
             ", ".join(calibrated),
         )
-    chosen = {"protocol": protocol, "seen_patients": leaked, "tolerance_mm": dict(tolerance_mm)}
-    return Evaluation(
-        volumes=volumes,
-        slices=slices,
-        model_grid=model_grid.rows,
-        soft_batch={structure: batches.mean() for structure, batches in model_grid.soft.items()},
-        calibration=model_grid.calibration,
-        overlays=overlays,
-        settings={**chosen, **_settings(predictor)},
-        metrics=metrics,
-        logits=model_grid.logits,
-    )
+    return leaked
 
 
 class _ModelGrid:

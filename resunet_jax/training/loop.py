@@ -126,12 +126,7 @@ def fit(
     """
     mesh = mesh or make_mesh(1, config.train.batch_size)
     share = process_shard(mesh)
-    steps_per_epoch = math.ceil(len(train) / config.train.batch_size)
-    if config.train.epochs * steps_per_epoch < config.train.accumulate_steps:
-        raise InputError(
-            f"accumulate_steps is {config.train.accumulate_steps}, and the whole training has "
-            f"{config.train.epochs * steps_per_epoch} steps: no update would be made; lower it, or raise `epochs`"
-        )
+    steps_per_epoch = _steps_per_epoch(config, len(train))
     optimizer = make_optimizer(config, steps_per_epoch)
     train_step, eval_step = _jitted_steps(config, optimizer, lung, mesh, losses, augmentations, architectures)
     loss = make_loss(config.train.loss, losses)
@@ -144,12 +139,8 @@ def fit(
 
     given = [model.variables if model else None for model in (lung, initial)]
     state = create_state(config, optimizer, architectures, *given)
-    history, totals = [], EpochTotals()
     with Checkpoints(workdir) as checkpoints:
-        if saved := checkpoints.restore_latest(state):
-            state, history = saved.state, saved.history
-            totals = EpochTotals(**saved.partial_epoch) if saved.partial_epoch else totals
-            logger.info("resuming after epoch %d%s", len(history), f", step {state.step}" if totals.losses else "")
+        state, history, totals = _resume(checkpoints, state)
         write_history(workdir, history)
         report = on_epoch if is_primary() else ignore_epoch
         for record in history:
@@ -176,6 +167,27 @@ def fit(
         finally:
             batches.close()
     return history
+
+
+def _steps_per_epoch(config: Config, slices: int) -> int:
+    """Refuses a training that is too short for one update."""
+    steps = math.ceil(slices / config.train.batch_size)
+    if config.train.epochs * steps < config.train.accumulate_steps:
+        raise InputError(
+            f"accumulate_steps is {config.train.accumulate_steps}, and the whole training has "
+            f"{config.train.epochs * steps} steps: no update would be made; lower it, or raise `epochs`"
+        )
+    return steps
+
+
+def _resume(checkpoints: Checkpoints, state: TrainState) -> tuple[TrainState, History, EpochTotals]:
+    """The state, the whole epochs and what there is of the next one; by the latest checkpoint, where there is one."""
+    saved = checkpoints.restore_latest(state)
+    if saved is None:
+        return state, [], EpochTotals()
+    totals = EpochTotals(**saved.partial_epoch or {})
+    logger.info("resuming after epoch %d%s", len(saved.history), f", step {saved.state.step}" if totals.losses else "")
+    return saved.state, saved.history, totals
 
 
 def _jitted_steps(
