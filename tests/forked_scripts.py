@@ -4,7 +4,7 @@ python tests/forked_scripts.py MODULES
 
 MODULES, separated by commas, are imported first; a name after a minus sign is a module that no script may import. Each
 line of standard input is a JSON list [folder, environment, file, arguments...]; for each, a line of standard output is
-a JSON list [exit code, stdout, stderr]. Folders in PYTHONPATH are searched, without what Python runs from them at first.
+a JSON list [exit code, stdout, stderr]. Folders in PYTHONPATH are searched; Python runs nothing from them at first.
 """
 
 import importlib

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from resunet_jax.config import PostprocessConfig
 from resunet_jax.data.roi import body_columns
 from resunet_jax.data.volume import Array, FloatArray, Grid
 from resunet_jax.metrics.lung_sides import left_lung, sagittal_plane
@@ -147,25 +148,22 @@ def remove_doubtful_lesions(
     threshold: float,
     boxes: npt.NDArray[np.int32],
     grid: Grid,
-    min_ml: float,
-    min_probability: float,
-    keep_ml: float = 0.0,
+    config: PostprocessConfig,
 ) -> None:
     """Removes, in place, lesions that are small, or not large and nowhere likely (hysteresis, Canny, 1986).
 
-    Lesions are the connected components (26 neighbours) of the mask.
+    Lesions are the connected components (26 neighbours) of the mask. Where some are certain, others need not be as
+    likely: infection is seldom alone.
 
     Args:
       infection: float32 (slices, S, S) of a whole scan; what is removed becomes 0.
       threshold: a voxel is infected where its probability is above it.
       boxes: (slices, 4), see `prepare_volume`.
       grid: of the scan.
-      min_ml: smallest volume of a lesion that stays.
-      min_probability: that a lesion has to reach in one of its voxels.
-      keep_ml: a lesion of at least this volume stays, however unlikely: it is too much to leave out; 0 for none.
+      config: "min_lesion_ml" to "satellite_min_ml".
     """
     mask = infection > threshold
-    if not (min_ml or min_probability) or not mask.any():
+    if not (config.min_lesion_ml or config.min_lesion_probability) or not mask.any():
         return
     labels, count, block = _label(mask, np.ones((3, 3, 3), bool))
     size = infection.shape[1]
@@ -176,13 +174,21 @@ def remove_doubtful_lesions(
             pixel_ml = grid.voxel_ml * float(boxes[k, 2]) * float(boxes[k, 3]) / size**2
             ml += pixel_ml * np.bincount(fine, minlength=count + 1)
             np.maximum.at(highest, fine, infection[k][mask[k]])
-    likely = highest >= min_probability
-    if keep_ml:
-        likely |= ml >= keep_ml
-    stays = (ml >= min_ml) & likely
+    stays = _staying(ml, highest, config)
     for k, one in enumerate(labels):
         if one.any():
             infection[k][mask[k] & ~stays[one].repeat(block, axis=0).repeat(block, axis=1)] = 0
+
+
+def _staying(ml: Array, highest: Array, config: PostprocessConfig) -> npt.NDArray[np.bool_]:
+    """Which lesions stay, by their volume and highest probability."""
+    large_enough = ml >= config.min_lesion_ml
+    likely = highest >= config.min_lesion_probability
+    if ml[large_enough & likely].sum() >= config.satellite_min_ml:
+        likely |= highest >= config.satellite_probability
+    if config.keep_lesion_ml:
+        likely |= ml >= config.keep_lesion_ml
+    return large_enough & likely
 
 
 def close_mask(mask: npt.NDArray[np.bool_], spacing_mm: tuple[float, ...], radius_mm: float) -> npt.NDArray[np.bool_]:

@@ -223,8 +223,7 @@ class Predictor:
         config = self.infection.config.postprocess
         if self.gate == "closed_lung":
             gate_infection(probabilities, self.threshold("lung"), boxes, grid, config.gate_closing_mm)
-        lesions = config.min_lesion_ml, config.min_lesion_probability, config.keep_lesion_ml
-        remove_doubtful_lesions(probabilities["infection"], self.threshold("infection"), boxes, grid, *lesions)
+        remove_doubtful_lesions(probabilities["infection"], self.threshold("infection"), boxes, grid, config)
 
     def scan_probabilities(self, images: FloatArray, boxes: npt.NDArray[np.int32], grid: Grid) -> dict[str, FloatArray]:
         """Both stages for a whole scan in memory; for arguments and result see the stages."""
