@@ -112,7 +112,9 @@ def test_the_shipped_pair_is_saved_to_begin_with(trained: Trained, tmp_path: Pat
 @pytest.mark.parametrize("script", ["ablate", "cross_validate"])
 def test_a_study_gets_the_models_to_begin_with(script: str, trained: Trained, tmp_path: Path) -> None:
     flags = (f"--data_dir={trained.data}", f"--workdir={tmp_path / 'study'}", f"--cache_dir={trained.cache}")
-    splits = [f"--split_files={trained.split_file}"] if script == "ablate" else ["--allow_missing"]
+    splits = (
+        [f"--split_files={trained.split_file}"] if script == "ablate" else ["--allow_missing", "--protocol=five_fold"]
+    )
     result = run_script(script, *flags, *splits, f"--initial_lung_checkpoint={trained.infection}")
     assert (result.returncode, "expected a lung model" in result.stderr) == (2, True), result.stderr
     assert not (tmp_path / "study").exists()

@@ -197,7 +197,7 @@ def _names_in_use(cache_dir: Path) -> Iterator[str]:
 def _prune(cache_dir: Path, max_gb: float) -> None:
     """Removes scans until the cache is within its bound: those used longest ago first, none that is in use."""
     removed = 0
-    with _prune_lock(cache_dir), contextlib.suppress(OSError):  # somebody deletes the cache
+    with contextlib.suppress(OSError), _prune_lock(cache_dir):  # somebody deletes the cache, or makes it read-only
         in_use = set(_names_in_use(cache_dir))
         scans = [path for path in cache_dir.iterdir() if re.fullmatch(r"[^.].*-[0-9a-f]{24}", path.name)]
         sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in scans}

@@ -98,8 +98,8 @@ def make_split(cases: Sequence[Case], request: SplitRequest = DEFAULT_SPLIT) -> 
     """
     protocol, fold = request.protocol, request.fold
     if request.split_file is not None:
-        if protocol is not None or fold is not None or request.split_seed is not None:
-            raise InputError("`split_file` decides alone; drop `protocol`, `fold` and `split_seed`")
+        if protocol is not None or fold is not None or request.split_seed is not None or request.allow_missing:
+            raise InputError("`split_file` decides alone; drop `protocol`, `fold`, `split_seed` and `allow_missing`")
         return read_split(expand_user(request.split_file), cases)
     if protocol is None:
         is_complete = set(KNOWN_CASES) <= {case.id for case in cases}
@@ -122,6 +122,11 @@ def make_split(cases: Sequence[Case], request: SplitRequest = DEFAULT_SPLIT) -> 
 def _check_request(request: SplitRequest, protocol: Protocol) -> None:
     if request.split_seed is not None and protocol != "ratio":
         raise InputError(f"`protocol={protocol}` has no seed; drop `split_seed`")
+    if request.allow_missing and protocol in ("ratio", "patient_five_fold"):
+        raise InputError(
+            f"`protocol={protocol}` takes whatever is there; drop `allow_missing`, or choose original, few_shot or "
+            "five_fold"
+        )
     if protocol in FOLD_PROTOCOLS:
         if request.fold is None or not 0 <= request.fold < NUM_FOLDS:
             raise InputError(f"`protocol={protocol}` needs `fold`, from 0 to {NUM_FOLDS - 1}; got {request.fold}")

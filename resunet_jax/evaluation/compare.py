@@ -162,7 +162,7 @@ def evaluate_cases(
             slices += [row for comparison in comparisons for row in _slice_rows(prepared, comparison)]
             overlays.append(_overlay(predictor, prepared, volume, comparisons))
             advance(prepared.case.id)
-    leaked = _warn_of_patients(predictor, volumes)
+    leaked = _warn(predictor, volumes)
     chosen = {"protocol": protocol, "seen_patients": leaked, "tolerance_mm": dict(tolerance_mm)}
     return Evaluation(
         volumes=volumes,
@@ -177,8 +177,8 @@ def evaluate_cases(
     )
 
 
-def _warn_of_patients(predictor: Predictor, volumes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Warns where numbers are not those of unseen patients; the patients whom a model has seen."""
+def _warn(predictor: Predictor, volumes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Warns of numbers that are not those of unseen patients, or are left out; the patients whom a model has seen."""
     leaked = sorted({row["patient"] for row in volumes if row["seen_in"]})
     if leaked:
         logger.warning(
@@ -195,6 +195,8 @@ def _warn_of_patients(predictor: Predictor, volumes: Sequence[Mapping[str, Any]]
             "%s: the intervals and the temperature come from these patients, whom they fit better than unseen ones",
             ", ".join(calibrated),
         )
+    if record is not None and predictor.interval_record is None:
+        logger.warning("no intervals: the models were calibrated with other thresholds or postprocessing")
     return leaked
 
 

@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from resunet_jax.config import differences, from_dict
 from resunet_jax.data.slice_cache import MAX_CACHE_GB
 from resunet_jax.errors import InputError, first_line
 from resunet_jax.evaluation.evaluate import evaluate
+from resunet_jax.files import read_json
 from resunet_jax.inference.predictor import Predictor
 from resunet_jax.metrics import METRICS
 from resunet_jax.metrics.calibration import LogitHistogram, fit_temperature
@@ -36,6 +38,7 @@ from resunet_jax.metrics.conformal import (
 )
 from resunet_jax.plugins import Tables
 from resunet_jax.progress import logger
+from resunet_jax.weights.store import CONFIG_FILE
 from resunet_jax.weights.uncertainty import Method, UncertaintyRecord
 
 _LEAST_PATIENTS = 2
@@ -210,6 +213,7 @@ def fold_errors(evaluator: HeldOutEvaluator, folds: Sequence[Fold], target: Pred
     Raises:
       InputError: see `HeldOutEvaluator.errors`.
     """
+    _warn_of_other_models(folds, target)
     scans: list[ScanErrors] = []
     logits: dict[str, LogitHistogram] = {}
     for number, fold in enumerate(folds):
@@ -218,6 +222,19 @@ def fold_errors(evaluator: HeldOutEvaluator, folds: Sequence[Fold], target: Pred
         for patient, histogram in errors.logits.items():
             logits[patient] = logits[patient] + histogram if patient in logits else histogram
     return HeldOutErrors(scans, logits)
+
+
+def _warn_of_other_models(folds: Sequence[Fold], target: Predictor) -> None:
+    """Where the models of the folds are not made as the target's are: their errors may be others."""
+    for fold in folds[:1]:
+        for structure, folder in (("lung", fold.lung), ("infection", fold.infection)):
+            file = folder / CONFIG_FILE
+            config = from_dict(read_json(file, "run the study again"), str(file))
+            paths = differences(config, target.models[structure].config)
+            if other := [path for path in paths if path.partition(".")[0] in ("preprocess", "model", "cascade")]:
+                logger.warning(
+                    "%s: other than the %s model that is calibrated in %s", file, structure, ", ".join(other)
+                )
 
 
 def _models(fold: Fold, target: Predictor) -> dict[str, Any]:

@@ -124,6 +124,8 @@ def test_a_subset_that_would_be_empty_is_refused() -> None:
         (SplitRequest(protocol="original", fold=1), "has no folds"),
         (SplitRequest(protocol="five_fold", fold=1, split_seed=3), "drop `split_seed`"),
         (SplitRequest(Path("split.json"), protocol="ratio"), "`split_file` decides alone"),
+        (SplitRequest(Path("split.json"), allow_missing=True), "`split_file` decides alone"),
+        (SplitRequest(protocol="ratio", allow_missing=True), "takes whatever is there; drop `allow_missing`"),
     ],
 )
 def test_contradictions_are_refused(request_: SplitRequest, message: str) -> None:

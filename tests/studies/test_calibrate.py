@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from resunet_jax import Predictor, load_predictor
+from resunet_jax.config import override
 from resunet_jax.data.cases import find_cases
 from resunet_jax.errors import InputError
 from resunet_jax.evaluation.evaluate import evaluate
@@ -167,6 +168,24 @@ def test_masks_of_the_folds_are_made_at_the_targets_thresholds(
     assert both.counts.sum() == 2 * histogram(1.0, 0).counts.sum()  # a patient whom two folds test
     fold_errors(evaluator, folds, dataclasses.replace(target, thresholds={"lung": 0.5, "infection": 0.3}))
     assert asked == [{"lung": 0.5, "infection": 0.5}] * 2 + [{"lung": 0.5, "infection": 0.3}] * 2
+
+
+def test_models_of_a_study_that_are_made_otherwise_are_named(
+    evaluator: HeldOutEvaluator,
+    study: Path,
+    target: Predictor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(HeldOutEvaluator, "errors", lambda *_, **__: HeldOutErrors([], {}))
+    fold_errors(evaluator, study_folds(study), target)
+    assert not caplog.messages
+    config = override(target.infection.config, {"model.mirroring": True, "train.epochs": 9})
+    fold_errors(
+        evaluator, study_folds(study), dataclasses.replace(target, infection=target.infection._replace(config=config))
+    )
+    (message,) = caplog.messages
+    assert message.endswith("config.json: other than the infection model that is calibrated in model.mirroring")
 
 
 def test_one_model_is_refused(target: Predictor) -> None:
