@@ -62,7 +62,7 @@ _CUT_BINS = 8  # below the largest value, where values that a window cuts off pi
 _CLIPPED = 0.45  # of the bright voxels at the largest value: soft tissue is cut off
 
 
-class Anchors(NamedTuple):
+class Landmarks(NamedTuple):
     """Levels of which it is known where they lie in HU, in the units of the file.
 
     Attributes:
@@ -86,7 +86,7 @@ class Levels(NamedTuple):
       tissue: most frequent value of what is bright.
       distinct: how many different values there are.
       clipped: whether most of what is bright has the largest value.
-      anchors: see `Anchors`; None where air or what is bright cannot be seen.
+      landmarks: see `Landmarks`; None where air or what is bright cannot be seen.
     """
 
     air: float | None
@@ -94,7 +94,7 @@ class Levels(NamedTuple):
     tissue: float | None
     distinct: int
     clipped: bool
-    anchors: Anchors | None = None
+    landmarks: Landmarks | None = None
 
     def __str__(self) -> str:
         found = {"air": self.air, "lung": self.lung, "soft tissue": self.tissue}
@@ -143,7 +143,7 @@ def measure_levels(volume: Volume) -> Levels:
         soft,
         len(np.unique(values)),
         clipped=bool((values[bright] == high).mean() >= _CLIPPED),
-        anchors=_anchors(outside, uncut, air, soft),
+        landmarks=_landmarks(outside, uncut, air, soft),
     )
 
 
@@ -170,9 +170,9 @@ def _mode(values: npt.NDArray[np.float32], bin_width: float) -> float:
     return float(centres[smooth.argmax()])
 
 
-def _anchors(
+def _landmarks(
     outside: npt.NDArray[np.float32], tissue: npt.NDArray[np.float32], air: float | None, soft: float | None
-) -> Anchors | None:
+) -> Landmarks | None:
     """Air from what is around the body, muscle and fat from what is bright, smoothed by about 20 HU."""
     if air is None or soft is None or soft <= air or not tissue.size:
         return None
@@ -184,7 +184,7 @@ def _anchors(
     below = (muscle - centres) / (muscle - air)
     is_fat = peaks & (smooth >= _FAT_PROMINENT * smooth.max())
     is_fat &= (below > _FAT_BELOW_MUSCLE[0]) & (below < _FAT_BELOW_MUSCLE[1])
-    return Anchors(float(np.median(near_air)), muscle, float(centres[is_fat][-1]) if is_fat.any() else None)
+    return Landmarks(float(np.median(near_air)), muscle, float(centres[is_fat][-1]) if is_fat.any() else None)
 
 
 def _smooth_histogram(
@@ -201,14 +201,14 @@ def _smooth_histogram(
 
 def muscle_hu(levels: Levels, scale: IntensityScale) -> float | None:
     """Where muscle lies on a scan's scale when air is put at -1000 HU; None where either of them cannot be seen."""
-    if levels.anchors is None or not sees_air(levels):
+    if levels.landmarks is None or not sees_air(levels):
         return None
-    return _hu(levels.anchors.muscle, levels.anchors, scale)
+    return _hu(levels.landmarks.muscle, levels.landmarks, scale)
 
 
-def _hu(level: float, anchors: Anchors, scale: IntensityScale) -> float:
+def _hu(level: float, landmarks: Landmarks, scale: IntensityScale) -> float:
     """A level on a scan's scale when air is put at -1000 HU."""
-    return (level - anchors.air) * (1.0 if scale == "hu" else (HU_WINDOW[1] - HU_WINDOW[0]) / 255) - 1000
+    return (level - landmarks.air) * (1.0 if scale == "hu" else (HU_WINDOW[1] - HU_WINDOW[0]) / 255) - 1000
 
 
 def rescaled_window(levels: Levels, scale: IntensityScale) -> tuple[float, float] | None:
@@ -223,14 +223,14 @@ def rescaled_window(levels: Levels, scale: IntensityScale) -> tuple[float, float
     Returns:
       the values; None for a scan that is left as it is: an accepted one, or one whose air or muscle cannot be seen.
     """
-    anchors, found = levels.anchors, muscle_hu(levels, scale)
-    if anchors is None or found is None or found < FAT_HU:
+    landmarks, found = levels.landmarks, muscle_hu(levels, scale)
+    if landmarks is None or found is None or found < FAT_HU:
         return None
-    air, muscle, fat = anchors
+    air, muscle, fat = landmarks
     is_accepted = _within(air, ACCEPTED_AIR_HU if scale == "hu" else ACCEPTED_AIR_LEVEL) and _within(
         found, ACCEPTED_MUSCLE_HU[scale]
     )
-    if is_accepted and (fat is None or _within(_hu(fat, anchors, scale), ACCEPTED_FAT_HU[scale])):
+    if is_accepted and (fat is None or _within(_hu(fat, landmarks, scale), ACCEPTED_FAT_HU[scale])):
         return None
     slope = (muscle - air) / (MUSCLE_HU + 1000)
     low, high = (air + slope * (hu + 1000) for hu in HU_WINDOW)

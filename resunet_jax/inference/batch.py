@@ -164,7 +164,7 @@ class _Batch:
     def claim(self, scans: Sequence[Source]) -> Iterator[_Claimed | ScanResult]:
         """Opens the scans that nobody else is at, then waits for the others, in case their process was killed."""
         refused = self._too_long(scans)
-        refused |= self._foreign([scan for scan in scans if scan.name not in refused])
+        refused |= self._unlisted([scan for scan in scans if scan.name not in refused])
         busy = []
         for scan in scans:
             if scan.name in refused:
@@ -188,7 +188,7 @@ class _Batch:
             if len(os.fsencode(scan.name)) > most
         }
 
-    def _foreign(self, scans: Sequence[Source]) -> dict[str, InputError]:
+    def _unlisted(self, scans: Sequence[Source]) -> dict[str, InputError]:
         """Why scans are refused, by name: their files are in a folder into which nothing was segmented yet."""
         files = {scan.name: [*self._masks(scan), *self._others(scan)] for scan in scans}
         existing = {name: next((file for file in some if file.exists()), None) for name, some in files.items()}
@@ -282,13 +282,13 @@ class _Batch:
             except InputError as error:
                 return ScanResult(scan, [], error=error)
             _warn_of_others(scan, [*masks, *others])
-            self.manifest.forget(scan)  # or it would vouch for masks that are being replaced
+            self.manifest.forget(scan)  # or it would list masks that are being replaced
             on_failure.pop_all()
             return _Claimed(scan, opened, state, stack)
 
     def _refusal(self, scan: Source, state: dict[str, Any], masks: Sequence[Path]) -> InputError | None:
         """Why the masks under a scan's name may not be replaced; a warning where they are of what it was before."""
-        other = self.manifest.namesake(scan, state)
+        other = self.manifest.other_of_same_name(scan, state)
         if other is None or not any(file.exists() for file in masks):
             return None
         text = f"{masks[0]}: is of another scan, {other}, than {scan.path}"
@@ -381,7 +381,7 @@ class _Manifest:
         is_of_state = bool(state) and {name: entry.get(name) for name in state} == state
         return entry if is_of_state and entry.get("masks") == _digests(masks) else None
 
-    def namesake(self, scan: Source, state: dict[str, Any]) -> str | None:
+    def other_of_same_name(self, scan: Source, state: dict[str, Any]) -> str | None:
         """What the files with the names of this scan's are of, where the manifest names another content."""
         _, scans, earlier = self._read()
         entries = ((key, entry) for key, entry in {**earlier, **scans}.items() if _is_of(entry, scan))

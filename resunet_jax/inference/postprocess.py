@@ -1,4 +1,4 @@
-"""From a whole scan's probabilities to its masks: removes small lung components, far and doubtful infection."""
+"""From a whole scan's probabilities to its masks: removes small lung components, far and low-confidence infection."""
 
 import itertools
 from collections import deque
@@ -143,7 +143,7 @@ def _span(mask: npt.NDArray[np.bool_], axis: int) -> slice:
     return slice(max(0, inside[0] - 1), min(mask.shape[axis], inside[-1] + 2)) if len(inside) else slice(0, 1)
 
 
-def remove_doubtful_lesions(
+def remove_low_confidence_lesions(
     infection: FloatArray,
     threshold: float,
     boxes: npt.NDArray[np.int32],

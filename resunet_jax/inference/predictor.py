@@ -27,7 +27,7 @@ from resunet_jax.data.roi import Box, resize_paste
 from resunet_jax.data.slice_cache import PreparedCase
 from resunet_jax.data.volume import Array, FloatArray, Grid
 from resunet_jax.errors import InputError
-from resunet_jax.inference.postprocess import gate_infection, remove_doubtful_lesions, remove_small_components
+from resunet_jax.inference.postprocess import gate_infection, remove_low_confidence_lesions, remove_small_components
 from resunet_jax.metrics.calibration import apply_temperature
 from resunet_jax.metrics.overlap import confusion_counts, hard_metrics
 from resunet_jax.model.build import ARCHITECTURES, Architecture, averaging_of
@@ -223,7 +223,7 @@ class Predictor:
         config = self.infection.config.postprocess
         if self.gate == "closed_lung":
             gate_infection(probabilities, self.threshold("lung"), boxes, grid, config.gate_closing_mm)
-        remove_doubtful_lesions(probabilities["infection"], self.threshold("infection"), boxes, grid, config)
+        remove_low_confidence_lesions(probabilities["infection"], self.threshold("infection"), boxes, grid, config)
 
     def scan_probabilities(self, images: FloatArray, boxes: npt.NDArray[np.int32], grid: Grid) -> dict[str, FloatArray]:
         """Both stages for a whole scan in memory; for arguments and result see the stages."""

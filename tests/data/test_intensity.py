@@ -143,9 +143,9 @@ def test_fat_tells_a_slope_that_is_off_from_contrast_agent(slope: float) -> None
     """Muscle does not: it lies where it may lie with more or less contrast agent."""
     values = (with_muscle_at(65, seed=1) + 1000) * slope - 1000
     levels = measure_levels(Volume(values, "hu", Grid(values.shape, np.eye(4))))
-    assert levels.anchors.fat == pytest.approx(900 * slope - 1000, abs=10)
+    assert levels.landmarks.fat == pytest.approx(900 * slope - 1000, abs=10)
     assert rescaled_window(levels, "hu") is not None
-    assert rescaled_window(levels._replace(anchors=levels.anchors._replace(fat=None)), "hu") is None
+    assert rescaled_window(levels._replace(landmarks=levels.landmarks._replace(fat=None)), "hu") is None
 
 
 def test_a_slices_own_range_takes_any_scale_that_shows_lungs() -> None:

@@ -185,7 +185,7 @@ def test_stopped_between_two_scans_resumes_with_the_next(predictor: Predictor, s
     assert run(scans, tmp_path / "masks", predictor) == {"a.nii": "before", "b.nii": "error", "c.nii": "now"}
 
 
-def test_masks_being_replaced_are_not_vouched_for(predictor: Predictor, scans, tmp_path: Path) -> None:
+def test_masks_being_replaced_are_not_listed(predictor: Predictor, scans, tmp_path: Path) -> None:
     """Stopped between masks of another threshold and the manifest: the first threshold is due again."""
     output, good = tmp_path / "masks", [scans[0], scans[2]]
     other = dataclasses.replace(predictor, thresholds={"lung": 0.4})
@@ -256,7 +256,7 @@ def test_another_scan_of_the_same_name_is_refused(
 ) -> None:
     """Whatever the models, and of whom the masks of before are; of the same file name it may be changed, and is named.
 
-    When masks are gone, they are no longer vouched for.
+    When masks are gone, they are no longer listed.
     """
     output, (first, _, second) = tmp_path / "masks", scans
     other = second._replace(path=tmp_path / "A.nii.gz", name="a")

@@ -256,7 +256,7 @@ def test_lesions_stay_by_volume_and_highest_probability(
     grid = Grid((32, 32, 4), np.diag([2.5, 2.5, 5.0, 1.0]) @ axes_of_pls())
     before = infection.copy()
     config = PostprocessConfig(min_lesion_ml=min_ml, min_lesion_probability=min_probability, keep_lesion_ml=keep_ml)
-    module.remove_doubtful_lesions(infection, 0.5, box, grid, config)
+    module.remove_low_confidence_lesions(infection, 0.5, box, grid, config)
     for name, (k, first, side) in lesions.items():
         rows = slice(first * unit, (first + side) * unit)
         assert (infection[k, rows, rows] > 0.5).any() == (name in stays), name
@@ -287,7 +287,7 @@ def test_beside_certain_lesions_others_need_not_be_as_likely(
     grid = Grid((32, 32, 4), np.diag([2.5, 2.5, 5.0, 1.0]) @ axes_of_pls())
     satellites = {"satellite_probability": satellite_probability, "satellite_min_ml": satellite_min_ml}
     config = PostprocessConfig(min_lesion_ml=0.4, min_lesion_probability=0.95, keep_lesion_ml=0, **satellites)
-    module.remove_doubtful_lesions(infection, 0.5, boxes, grid, config)
+    module.remove_low_confidence_lesions(infection, 0.5, boxes, grid, config)
     kept = {"a": infection[0, 2, 2], "b": infection[2, 2, 2], "c": infection[2, 10, 10], "d": infection[3, 8, 2]}
     assert "".join(name for name, value in kept.items() if value) == stays
 
@@ -298,6 +298,6 @@ def test_volume_of_a_lesion_is_by_the_boxes_of_its_own_slices() -> None:
     boxes = np.array([[0, 0, 32, 16]] * 2 + [[0, 0, 32, 64]] * 2, np.int32)
     grid = Grid((32, 64, 4), np.diag([2.5, 2.5, 5.0, 1.0]) @ axes_of_pls())
     config = PostprocessConfig(min_lesion_ml=0.4, min_lesion_probability=0.0)
-    module.remove_doubtful_lesions(infection, 0.5, boxes, grid, config)
+    module.remove_low_confidence_lesions(infection, 0.5, boxes, grid, config)
     assert not infection[0].any()
     assert infection[3].any()
