@@ -144,25 +144,9 @@ class PostprocessConfig:
     keep_lesion_ml: float = setting(
         20.0, "components of at least this volume stay, whatever their probability; 0: no exemption", unit="ml", low=0
     )
-    satellite_probability: float = setting(
-        1.0,
-        "what other components have to reach, where this is less than min_lesion_probability, in a scan that is surely "
-        "infected (satellite_min_ml)",
-        low=0,
-        high=1,
-    )
-    satellite_min_ml: float = setting(
-        1.0,
-        "a scan is surely infected if components that reach min_lesion_probability have this volume",
-        unit="ml",
-        above=0,
-    )
 
 
-INFECTION_POSTPROCESS = (
-    *("gate", "gate_closing_mm", "min_lesion_ml", "min_lesion_probability", "keep_lesion_ml"),
-    *("satellite_probability", "satellite_min_ml"),
-)
+INFECTION_POSTPROCESS = ("gate", "gate_closing_mm", "min_lesion_ml", "min_lesion_probability", "keep_lesion_ml")
 """Fields of `PostprocessConfig` that are the infection model's."""
 
 

@@ -152,15 +152,14 @@ def remove_low_confidence_lesions(
 ) -> None:
     """Removes, in place, lesions that are small, or not large and nowhere likely (hysteresis, Canny, 1986).
 
-    Lesions are the connected components (26 neighbours) of the mask. Where some are certain, others need not be as
-    likely: infection is seldom alone.
+    Lesions are the connected components (26 neighbours) of the mask.
 
     Args:
       infection: float32 (slices, S, S) of a whole scan; what is removed becomes 0.
       threshold: a voxel is infected where its probability is above it.
       boxes: (slices, 4), see `prepare_volume`.
       grid: of the scan.
-      config: "min_lesion_ml" to "satellite_min_ml".
+      config: its `min_lesion_ml`, `min_lesion_probability` and `keep_lesion_ml`.
     """
     mask = infection > threshold
     if not (config.min_lesion_ml or config.min_lesion_probability) or not mask.any():
@@ -174,21 +173,13 @@ def remove_low_confidence_lesions(
             pixel_ml = grid.voxel_ml * float(boxes[k, 2]) * float(boxes[k, 3]) / size**2
             ml += pixel_ml * np.bincount(fine, minlength=count + 1)
             np.maximum.at(highest, fine, infection[k][mask[k]])
-    stays = _staying(ml, highest, config)
+    likely = highest >= config.min_lesion_probability
+    if config.keep_lesion_ml:
+        likely |= ml >= config.keep_lesion_ml
+    stays = (ml >= config.min_lesion_ml) & likely
     for k, one in enumerate(labels):
         if one.any():
             infection[k][mask[k] & ~stays[one].repeat(block, axis=0).repeat(block, axis=1)] = 0
-
-
-def _staying(ml: Array, highest: Array, config: PostprocessConfig) -> npt.NDArray[np.bool_]:
-    """Which lesions stay, by their volume and highest probability."""
-    large_enough = ml >= config.min_lesion_ml
-    likely = highest >= config.min_lesion_probability
-    if ml[large_enough & likely].sum() >= config.satellite_min_ml:
-        likely |= highest >= config.satellite_probability
-    if config.keep_lesion_ml:
-        likely |= ml >= config.keep_lesion_ml
-    return large_enough & likely
 
 
 def close_mask(mask: npt.NDArray[np.bool_], spacing_mm: tuple[float, ...], radius_mm: float) -> npt.NDArray[np.bool_]:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from resunet_jax.config import PostprocessConfig
 from resunet_jax.errors import InputError, first_line
 from resunet_jax.files import expand_user, json_text, write_text
 from resunet_jax.metrics.calibration import TEMPERATURES
@@ -94,10 +93,8 @@ def parse_record(text: str | bytes, where: str) -> UncertaintyRecord:
             raise ValueError("a number is missing or negative")
         if not TEMPERATURES[0] <= record.temperature <= TEMPERATURES[1]:
             raise ValueError(f"temperature {record.temperature}")
-        if postprocess := record.settings.get("infection_postprocess"):
-            postprocess.setdefault("keep_lesion_ml", 0.0)  # before 0.14.0 none was kept for its volume
-            for name in ("satellite_probability", "satellite_min_ml"):  # before 0.20.0
-                postprocess.setdefault(name, getattr(PostprocessConfig(), name))
+        if postprocess := record.settings.get("infection_postprocess"):  # before 0.14.0 none was kept for its volume
+            postprocess.setdefault("keep_lesion_ml", 0.0)
         if not record.patients or record.method not in get_args(Method):
             raise ValueError("no patient, or an unknown method")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:

@@ -191,8 +191,6 @@ def test_report_files(evaluation: Evaluation, tmp_path: Path, capsys: pytest.Cap
             "min_lesion_ml": 0.0,
             "min_lesion_probability": 0.0,
             "keep_lesion_ml": 20.0,
-            "satellite_probability": 1.0,
-            "satellite_min_ml": 1.0,
         },
         "tolerance_mm": {"lung": 1.0, "infection": 3.0},
     }

@@ -265,33 +265,6 @@ def test_lesions_stay_by_volume_and_highest_probability(
     np.testing.assert_array_equal(infection[before <= 0.5], before[before <= 0.5])
 
 
-@pytest.mark.parametrize(
-    ("certain", "satellite_probability", "satellite_min_ml", "stays"),
-    [
-        (0.97, 1.0, 1.0, "a"),
-        (0.97, 0.8, 1.0, "ab"),
-        (0.97, 0.5, 1.0, "abc"),
-        (0.97, 0.5, 2.0, "abc"),  # as much as there is for certain
-        (0.97, 0.5, 2.1, "a"),
-        (0.94, 0.5, 1.0, ""),  # nothing is certain
-    ],
-)
-def test_beside_certain_lesions_others_need_not_be_as_likely(
-    certain: float, satellite_probability: float, satellite_min_ml: float, stays: str
-) -> None:
-    """a: 2 ml, b: 0.5 ml and less likely, c: 0.5 ml and unlikely; d: certain, but too small to count."""
-    infection = np.zeros((4, 16, 16), np.float32)
-    infection[0, 2:6, 2:6], infection[2, 2:4, 2:4], infection[2, 10:12, 10:12] = certain, 0.8, 0.55
-    infection[3, 8, 2] = 0.99
-    boxes = np.tile(np.array([0, 0, 32, 32], np.int32), (4, 1))
-    grid = Grid((32, 32, 4), np.diag([2.5, 2.5, 5.0, 1.0]) @ axes_of_pls())
-    satellites = {"satellite_probability": satellite_probability, "satellite_min_ml": satellite_min_ml}
-    config = PostprocessConfig(min_lesion_ml=0.4, min_lesion_probability=0.95, keep_lesion_ml=0, **satellites)
-    module.remove_low_confidence_lesions(infection, 0.5, boxes, grid, config)
-    kept = {"a": infection[0, 2, 2], "b": infection[2, 2, 2], "c": infection[2, 10, 10], "d": infection[3, 8, 2]}
-    assert "".join(name for name, value in kept.items() if value) == stays
-
-
 def test_volume_of_a_lesion_is_by_the_boxes_of_its_own_slices() -> None:
     infection = np.zeros((4, 16, 16), np.float32)
     infection[0, 2:4, 2:4] = infection[3, 9:11, 9:11] = 0.9  # 0.25 ml and 1 ml

@@ -202,14 +202,6 @@ def test_a_record_is_read_back_and_bound_to_its_models(
     assert "made for other weights" in caplog.text
 
 
-def test_a_record_of_0_19_0_is_of_masks_without_satellites(predictor: Predictor) -> None:
-    record = record_of(predictor)
-    values = json.loads(record.to_json())
-    for name in ("satellite_probability", "satellite_min_ml"):
-        del values["settings"]["infection_postprocess"][name]
-    assert parse_record(json.dumps(values), "here") == record
-
-
 def test_a_record_of_0_13_0_is_of_masks_that_kept_no_lesion_for_its_volume(predictor: Predictor) -> None:
     record = record_of(predictor)
     values = json.loads(record.to_json())
