@@ -180,7 +180,7 @@ class _Batch:
 
     @staticmethod
     def _too_long(scans: Sequence[Source]) -> dict[str, InputError]:
-        """Scans are refused, by name, whose files' names would be too long."""
+        """Why scans are refused, by name: those of their files would be too long."""
         most = _MAX_NAME_BYTES - max(len(f"_{kind}") for kind in _KINDS)
         return {
             scan.name: InputError(f"{scan.path}: too long a name for those of its masks to begin with; shorten it")

@@ -164,8 +164,7 @@ def study_folds(study_dir: Path, variant: str | None = None, seed: int | None = 
       seed: of several, which.
 
     Raises:
-      InputError: it is no study, has no such pair, lacks folds, has several variants or
-        seeds, or tested a case twice.
+      InputError: it is no study, has no such pair, lacks folds, has several variants or seeds, or tested a case twice.
     """
     file = study_dir / "runs.jsonl"
     try:

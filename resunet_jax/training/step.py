@@ -77,7 +77,7 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransf
     return optimizer
 
 
-_MOST_UPDATES = np.iinfo(np.int32).max  # what counts them
+_MOST_UPDATES = np.iinfo(np.int32).max  # of the counter on the device
 
 
 def make_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:

@@ -333,7 +333,7 @@ def _check_resumable(workdir: Path, config: Config, split: Split) -> bool:
     """Refuses a workdir that holds something else than this run; whether the run is begun."""
     file, split_file = workdir / CONFIG_FILE, workdir / "split.json"
     if (workdir / DIGESTS_FILE).exists():
-        raise InputError(f"{workdir}: is a saved model; choose a new `workdir`, and begin with it if it shall be tuned")
+        raise InputError(f"{workdir}: is a saved model; choose a new `workdir` (to fine-tune it, `initial_checkpoint`)")
     has_checkpoints = (workdir / CHECKPOINTS).is_dir() and (file.is_file() or checkpoint_steps(workdir / CHECKPOINTS))
     if not (has_checkpoints or file.exists()):
         return False
