@@ -215,7 +215,7 @@ class TrainConfig:
     seed: int = setting(0, "of initial parameters, order of slices and augmentation", low=0, high=2**31 - 1)
 
 
-UNKNOWN = "(unknown)"
+UNKNOWN_PATIENTS = "(unknown)"
 """Stands among a model's patients for those that are not known."""
 
 
@@ -233,8 +233,8 @@ class Config:
       train: the training run.
       lung_fingerprint: for task "infection", `fingerprint` of the lung model that fed the training; otherwise empty.
       initial_fingerprint: of the trained model that the training began with (fine-tuning); otherwise empty.
-      train_patients: whose scans trained it and the model that it began with, and `UNKNOWN` for those of a model that
-        lists none; empty where it is not known.
+      train_patients: whose scans trained it and the model that it began with, and `UNKNOWN_PATIENTS` for those of a
+        model that lists none; empty where it is not known.
       val_patients: whose scans chose its epoch and threshold.
     """
 
@@ -256,7 +256,7 @@ class Config:
     @property
     def lists_patients(self) -> bool:
         """Whether `train_patients` are all."""
-        return bool(self.train_patients) and UNKNOWN not in self.train_patients
+        return bool(self.train_patients) and UNKNOWN_PATIENTS not in self.train_patients
 
 
 ALIASES = {

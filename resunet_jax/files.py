@@ -111,7 +111,7 @@ def _partial(path: Path) -> Path:
 
 
 def _short(name: str) -> str:
-    """A file's name, or what tells it from others where it is so long that nothing fits before it."""
+    """A file's name; of a long one its digest and end, as a prefix would not fit before the whole."""
     content = name.encode(errors="surrogateescape")
     return name if len(content) <= _LONG_NAME else hashlib.sha256(content).hexdigest()[:16] + name[-8:]
 
@@ -237,7 +237,7 @@ def require_absent(path: Path, what: str = "folder") -> None:
 
     Args:
       path: of what is to be made.
-      what: of it the user has to choose a new one, for the message.
+      what: a new one of which the user is to choose, for the message.
 
     Raises:
       InputError: it exists.

@@ -5,6 +5,7 @@ their lungs are known, two levels are: healthy lung and soft tissue. What is mad
 trained on them is to be fine-tuned on scans in Hounsfield units.
 """
 
+import math
 import re
 import zipfile
 import zlib
@@ -105,9 +106,9 @@ def import_grey_slices(file: Path, output_dir: Path, flipped: Sequence[str] = ()
 
 
 def _wall_level(image: npt.NDArray[np.uint8], lung: Mask) -> float:
-    """Median of the chest wall, which lies around the lung; 255 where there is none."""
+    """Median of the chest wall, which lies around the lung; infinite where there is none."""
     wall = binary_dilation(lung, iterations=_WALL_PIXELS) & ~lung
-    return float(np.median(image[wall])) if wall.any() else 255.0
+    return float(np.median(image[wall])) if wall.any() else math.inf
 
 
 def _is_inverted(image: npt.NDArray[np.uint8], lung: Mask) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,8 @@ def evaluate_cases(
             slices += [row for comparison in comparisons for row in _slice_rows(prepared, comparison)]
             overlays.append(_overlay(predictor, prepared, volume, comparisons))
             advance(prepared.case.id)
-    leaked = _warn(predictor, volumes)
+    leaked = sorted({row["patient"] for row in volumes if row["seen_in"]})
+    _warn(predictor, leaked, {row["patient"] for row in volumes})
     chosen = {"protocol": protocol, "seen_patients": leaked, "tolerance_mm": dict(tolerance_mm)}
     return Evaluation(
         volumes=volumes,
@@ -177,9 +178,8 @@ def evaluate_cases(
     )
 
 
-def _warn(predictor: Predictor, volumes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Warns of numbers that are not those of unseen patients, or are left out; the patients whom a model has seen."""
-    leaked = sorted({row["patient"] for row in volumes if row["seen_in"]})
+def _warn(predictor: Predictor, leaked: Sequence[str], patients: Set[str]) -> None:
+    """Warns of numbers that are not, or may not be, those of unseen patients, and of those that are left out."""
     if leaked:
         logger.warning(
             "%s: in the training or validation of the models that are evaluated; their numbers are not those of unseen "
@@ -189,7 +189,7 @@ def _warn(predictor: Predictor, volumes: Sequence[Mapping[str, Any]]) -> list[st
     if not all(model.config.lists_patients for model in predictor.models.values()):
         logger.warning("the models do not list all of their training patients: some of these may be among them")
     record = predictor.record
-    calibrated = sorted({row["patient"] for row in volumes} & set(record.patient_ids if record else ()))
+    calibrated = sorted(patients & set(record.patient_ids if record else ()))
     if calibrated:
         logger.warning(
             "%s: the intervals and the temperature come from these patients, whom they fit better than unseen ones",
@@ -197,7 +197,6 @@ def _warn(predictor: Predictor, volumes: Sequence[Mapping[str, Any]]) -> list[st
         )
     if record is not None and predictor.interval_record is None:
         logger.warning("no intervals: the models were calibrated with other thresholds or postprocessing")
-    return leaked
 
 
 class _ModelGrid:

@@ -225,15 +225,12 @@ def fold_errors(evaluator: HeldOutEvaluator, folds: Sequence[Fold], target: Pred
 
 def _warn_of_other_models(folds: Sequence[Fold], target: Predictor) -> None:
     """Where the models of the folds are not made as the target's are: their errors may be others."""
-    for fold in folds[:1]:
-        for structure, folder in (("lung", fold.lung), ("infection", fold.infection)):
-            file = folder / CONFIG_FILE
-            config = from_dict(read_json(file, "run the study again"), str(file))
-            paths = differences(config, target.models[structure].config)
-            if other := [path for path in paths if path.partition(".")[0] in ("preprocess", "model", "cascade")]:
-                logger.warning(
-                    "%s: other than the %s model that is calibrated in %s", file, structure, ", ".join(other)
-                )
+    for structure, folder in (("lung", folds[0].lung), ("infection", folds[0].infection)):
+        file = folder / CONFIG_FILE
+        config = from_dict(read_json(file, "run the study again"), str(file))
+        paths = differences(config, target.models[structure].config)
+        if other := [path for path in paths if path.partition(".")[0] in ("preprocess", "model", "cascade")]:
+            logger.warning("%s: other than the %s model that is calibrated in %s", file, structure, ", ".join(other))
 
 
 def _models(fold: Fold, target: Predictor) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from resunet_jax import __version__, plots
-from resunet_jax.config import UNKNOWN, Config, PreprocessConfig, differences, from_dict, to_dict
+from resunet_jax.config import UNKNOWN_PATIENTS, Config, PreprocessConfig, differences, from_dict, to_dict
 from resunet_jax.data.batches import SliceSource
 from resunet_jax.data.cases import Case, find_cases, require_infection_masks
 from resunet_jax.data.readers import READERS, Reader, read_grid, read_mask, read_volume
@@ -113,7 +113,8 @@ def train(
         _warn_of_lung_split(lung_checkpoint, lung, chosen, held_out)
     if initial_checkpoint and initial:
         _warn_of_seen(initial_checkpoint, initial, chosen, held_out)
-    config = _filled_in(config, lung, initial, train_cases, val_cases, architectures)
+    begun_with = initial or _lung_to_begin_with(config, lung, lung_checkpoint, architectures)
+    config = _filled_in(config, lung, initial, begun_with, train_cases, val_cases)
     with dir_lock(workdir) if is_primary() else contextlib.nullcontext():
         is_begun = _check_resumable(workdir, config, chosen)
         prepared = prepare_cases(
@@ -231,9 +232,19 @@ def _load_lung(
             f"{lung_checkpoint}: its slices were prepared by {lung.config.preprocess}, this training asks for "
             f"{config.preprocess}; use the same `recipe`, `image_size` and `normalization`, and no other context_mm"
         )
-    if config.cascade.start_from_lung and not _can_begin_with(lung, config, architectures):
-        logger.info("%s: its filters or architecture are others; the infection model begins at random", lung_checkpoint)
     return lung
+
+
+def _lung_to_begin_with(
+    config: Config, lung: LoadedModel | None, path: Path | None, architectures: Mapping[str, Architecture]
+) -> LoadedModel | None:
+    """The lung model, where the training is to begin with its variables and can."""
+    if lung is None or not config.cascade.start_from_lung:
+        return None
+    if _can_begin_with(lung, config, architectures):
+        return lung
+    logger.info("%s: its filters or architecture are others; the infection model begins at random", path)
+    return None
 
 
 def _can_begin_with(loaded: LoadedModel, config: Config, architectures: Mapping[str, Architecture]) -> bool:
@@ -276,16 +287,14 @@ def _filled_in(
     config: Config,
     lung: LoadedModel | None,
     initial: LoadedModel | None,
+    begun_with: LoadedModel | None,
     train_cases: Sequence[Case],
     val_cases: Sequence[Case],
-    architectures: Mapping[str, Architecture],
 ) -> Config:
     """The config with the fingerprints of the models that it builds on, and all patients that the model has seen."""
-    from_lung = lung and config.cascade.start_from_lung and _can_begin_with(lung, config, architectures)
-    begun_with = initial or (lung if from_lung else None)
     train_patients, val_patients = set(_patients(train_cases)), set(_patients(val_cases))
     if begun_with:
-        train_patients |= set(begun_with.config.train_patients or (UNKNOWN,))
+        train_patients |= set(begun_with.config.train_patients or (UNKNOWN_PATIENTS,))
         val_patients |= set(begun_with.config.val_patients)
     return dataclasses.replace(
         config,

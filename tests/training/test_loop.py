@@ -17,7 +17,7 @@ import pytest
 from resunet_jax import __version__
 from resunet_jax.config import (
     ALIASES,
-    UNKNOWN,
+    UNKNOWN_PATIENTS,
     AugmentConfig,
     Config,
     ModelConfig,
@@ -653,7 +653,7 @@ def test_a_model_that_began_with_unknown_patients_says_so(trained: Trained, tmp_
     loaded = load_model(trained.lung)
     save_model(tmp_path / "model", loaded.variables, dataclasses.replace(loaded.config, train_patients=()))
     fine_tune(trained, tmp_path / "run", tiny(1), tmp_path / "model")
-    assert set(fitted[0][0].train_patients) == {UNKNOWN, *loaded.config.train_patients}
+    assert set(fitted[0][0].train_patients) == {UNKNOWN_PATIENTS, *loaded.config.train_patients}
     assert (fitted[0][0].lists_patients, loaded.config.lists_patients) == (False, True)
     assert not Config().lists_patients
 
