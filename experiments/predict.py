@@ -3,13 +3,14 @@
 python experiments/predict.py --input=SCAN --output_dir=out
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from absl import flags
 from common import settings
-from common.run import BAD_INPUT, run
+from common.run import BAD_INPUT, run, with_flags
 
 from resunet_jax.errors import InputError
 from resunet_jax.files import check_output_dir
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from resunet_jax.inference.batch import ScanResult
 
 FLAGS = flags.FLAGS
+_TERMINATED = 143  # the exit code of shells for SIGTERM
 settings.define_path("input", "A scan (NIfTI file, DICOM folder or zip), or a folder of scans.", required=True)
 settings.define_path("output_dir", "Gets masks and reports; several processes may share it.", required=True)
 settings.define_model_flags()
@@ -70,6 +72,7 @@ def main() -> None:
         readers=tables.readers,
     )
     results: list[ScanResult] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))  # by way of `finally`, as after Ctrl-C
     try:
         for result in segment_scans(
             scans,
@@ -109,7 +112,7 @@ def _conclude(results: "Sequence[ScanResult]", scans: int) -> bool:
     """Prints what has become of the scans, and returns whether one has failed."""
     failures = [result for result in results if result.error]
     for failure in failures:
-        print(f"error: {failure.error}", file=sys.stderr)
+        print(f"error: {with_flags(str(failure.error))}", file=sys.stderr)
     if scans > 1:
         skipped = sum(result.skipped for result in results)
         print(

@@ -32,7 +32,17 @@ from resunet_jax.inference.predictor import load_predictor
 from resunet_jax.recipes import recipe
 from resunet_jax.weights.pretrained import load_pair
 from resunet_jax.weights.store import fingerprint
-from tests.conftest import ROOT, TINY, TINY_FLAGS, Trained, run_forked, run_script, store_in_window, training_flags
+from tests.conftest import (
+    ROOT,
+    TINY,
+    TINY_FLAGS,
+    Trained,
+    run_file,
+    run_forked,
+    run_script,
+    store_in_window,
+    training_flags,
+)
 
 TRAINING = (
     "recipe set image_size batch_size filters epochs learning_rate seed loss split_seed split_file normalization "
@@ -191,6 +201,31 @@ def predict_a_folder(root: Path, flags: list[str], env: dict[str, str]) -> None:
     assert again.stdout.count("(done before)") == 5
     assert "2 of 3 scans segmented, 1 of them before" in again.stdout
     assert (masks / expected[0]).is_file()
+
+
+ENDED_BY_SIGTERM = """
+import os, runpy, signal, sys
+from resunet_jax.inference import batch
+from resunet_jax.report import outputs
+
+def segment_scans(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGTERM)
+    yield
+
+batch.segment_scans, outputs.write_cohort = segment_scans, lambda folder: ["the table"]
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_prediction_that_is_ended_leaves_its_table(phantom: Path, trained: Trained, tmp_path: Path) -> None:
+    script = tmp_path / "ended.py"
+    script.write_text(ENDED_BY_SIGTERM)
+    models = (f"--lung_checkpoint={trained.lung}", f"--infection_checkpoint={trained.infection}")
+    flags = (f"--input={phantom / 'ct_scans'}", f"--output_dir={tmp_path / 'out'}", *models)
+    result = run_file(script, ROOT / "experiments" / "predict.py", *flags)
+    assert (result.returncode, "the table" in result.stdout) == (143, True), result.stderr
 
 
 @pytest.mark.slow

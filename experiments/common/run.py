@@ -110,6 +110,13 @@ def with_flags(message: str) -> str:
     return re.sub(r"`(\w+)(=[^`]*)?`", as_flag, message)
 
 
+class _WithFlags(logging.Formatter):
+    """Of what the library says."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return with_flags(super().format(record))
+
+
 def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     _leave(BAD_INPUT)
@@ -141,7 +148,7 @@ def _log_to_stderr() -> None:
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     logger = logging.getLogger("resunet_jax")
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_WithFlags("%(asctime)s %(message)s", "%H:%M:%S"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -180,7 +187,7 @@ def _writable(folder: Path) -> str:
         check_output_dir(folder)
         _date_entries(folder)
     except InputError as error:
-        logging.getLogger("resunet_jax").warning("%s", with_flags(f"compiled programs are not kept: {error}"))
+        logging.getLogger("resunet_jax").warning("compiled programs are not kept: %s", error)
         return ""
     return str(folder)
 

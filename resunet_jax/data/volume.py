@@ -79,6 +79,12 @@ class Grid:
         return float(row), float(column), float(slice_)
 
     @property
+    def slice_distance_mm(self) -> float:
+        """Distance of the planes of neighbouring slices, in mm: less than their spacing where they are sheared."""
+        row, column, _ = self.spacing_mm
+        return self.voxel_ml * 1000 / (row * column)
+
+    @property
     def is_sheared(self) -> bool:
         """Whether the axes are not at right angles (gantry tilt), so that distances are not spacing times voxels."""
         axes = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)

@@ -55,12 +55,14 @@ class Output(NamedTuple):
         them where a scan has nothing to write.
       settings: on which the files depend, for masks.json.
       check: (source, grid of the scan), raises `InputError` where it cannot be written; before anything is replaced.
+      tables: files of the folder, of all of its scans, that its caller makes in the end.
     """
 
     suffixes: tuple[str, ...]
     write: Callable[[Source, SegmentedScan, float, Path], Summary]
     settings: Any = None
     check: Callable[[Source, Grid], object] = lambda source, grid: None
+    tables: tuple[str, ...] = ()
 
 
 class ScanResult(NamedTuple):
@@ -114,11 +116,16 @@ def segment_scans(
       outputs: what else is written, by name.
 
     Raises:
-      InputError: masks.json cannot be read or written. What concerns one scan is in its `ScanResult`.
+      InputError: masks.json cannot be read or written, or is absent where a table of the folder would be replaced. What
+        concerns one scan is in its `ScanResult`.
     """
     outputs, output_dir = outputs or {}, expand_user(output_dir)
     settings = _settings(predictor, save_probabilities, uncertainty, assumed, outputs)
+    tables = [output_dir / name for output in outputs.values() for name in output.tables]
+    existing = [file for file in tables if file.exists()]
     manifest = _Manifest(output_dir / MANIFEST, settings)
+    if existing and not manifest.exists:
+        raise _not_predicted(existing[0])
     batch = _Batch(output_dir, predictor, save_probabilities, uncertainty, readers, assumed, outputs, manifest)
     with contextlib.ExitStack() as stack:
         claimed = stack.enter_context(contextlib.closing(prefetch(batch.claim(scans), dispose=_release)))
@@ -194,14 +201,7 @@ class _Batch:
         existing = {name: next((file for file in some if file.exists()), None) for name, some in files.items()}
         if self.manifest.exists:  # looked at last: another process makes it before any of these files
             return {}
-        return {
-            name: InputError(
-                f"{file}: would be replaced, though no {MANIFEST} there says that it was predicted; remove it, or "
-                "choose another `output_dir`"
-            )
-            for name, file in existing.items()
-            if file is not None
-        }
+        return {name: _not_predicted(file) for name, file in existing.items() if file is not None}
 
     def _wait_for(self, scan: Source) -> "_Claimed | ScanResult | None":
         """As `_claim`, however long it takes; None once the batch has stopped."""
@@ -228,9 +228,7 @@ class _Batch:
         masks = self._masks(source)
         try:
             _remove(self._others(source))  # or they would lie next to masks that they are not of
-            segmented = segment_opened(
-                claimed.scan, self.predictor, source.path.name, masks, uncertainty=self.uncertainty
-            )
+            segmented = segment_opened(claimed.scan, self.predictor, source.name, masks, uncertainty=self.uncertainty)
             summaries = [
                 output.write(source, segmented, time.perf_counter() - begun, self.output_dir)
                 for output in self.outputs.values()
@@ -244,7 +242,7 @@ class _Batch:
         except InputError as error:
             return ScanResult(source, [], error=error)
         for warning in warnings:
-            logger.warning("%s: %s", source.path.name, warning)
+            logger.warning("%s: %s", source.name, warning)
         text = ", ".join(summary.text for summary in summaries if summary.text)
         return ScanResult(source, masks, [file for file in others if file.name not in absent], summary=text)
 
@@ -273,6 +271,8 @@ class _Batch:
             except InputError as error:
                 if self.manifest.exists:
                     self.manifest.forget(scan)
+                for file in (file for file in others if file.is_file()):
+                    logger.warning("%s: removed, as nothing tells whether it is still of its scan", file)
                 with contextlib.suppress(InputError):
                     _remove(others)  # or the table would have the numbers of what the scan was before
                 return ScanResult(scan, [], error=error)
@@ -294,8 +294,15 @@ class _Batch:
         text = f"{masks[0]}: is of another scan, {other}, than {scan.path}"
         if other != _key(scan):
             return InputError(f"{text}; choose another `output_dir`")
-        logger.warning("%s, or of what that was before", text)
+        logger.warning("%s, or of what that was before; it is replaced: `output_dir` may be another folder", text)
         return None
+
+
+def _not_predicted(file: Path) -> InputError:
+    return InputError(
+        f"{file}: would be replaced, though no {MANIFEST} there says that it was predicted; remove it, or choose "
+        "another `output_dir`"
+    )
 
 
 def _remove(files: Sequence[Path]) -> None:

@@ -73,9 +73,9 @@ def segment_scan(
         raise InputError(f"{scan}: {1 + len(others)} scans in it, where one is expected; use `segment_scans`")
     with open_scan(source, readers, assumed=assumed, physical=predictor.preprocess.is_physical) as opened:
         for warning in opened.warnings:
-            logger.warning("%s: %s", source.path.name, warning)
+            logger.warning("%s: %s", source.name, warning)
         paths = mask_paths(source, expand_user(output_dir), predictor, save_probabilities, uncertainty)
-        segment_opened(opened, predictor, source.path.name, paths, uncertainty=uncertainty)
+        segment_opened(opened, predictor, source.name, paths, uncertainty=uncertainty)
         return paths
 
 

@@ -36,6 +36,7 @@ _LEAST_LUNG_ML_PER_CM = 2.0  # of a scan that may be a part of one, as a mean ov
 _LEAST_OUTSIDE_ML = 1.0  # of infection that lies outside the lung mask, to be told
 _LEVELS_HU = np.arange(-1020.0, 300.0, 10.0)  # centres of the bins in which densities are counted
 _FAINT_HU = 250.0  # of `Totals.contrast_hu`: up to 240 in a lung dense as a whole, from 270 on in six infected ones
+_LOBES_OFF = 1 / 3  # of the volume of the lungs: the difference of that of the lobes, to be told
 _LEAST_FAINT_ML = 10.0  # of infection, to be told that it is faint
 
 Mask = npt.NDArray[np.bool_]
@@ -204,13 +205,14 @@ def measure(
         "infection": "volume_ml", "involvement_percent" (infected fraction of the lung mask), "ground_glass_ml" and
           "consolidation_ml" (below, and from "consolidation_above_hu"), "mean_hu", "lesions" and "lesion_volumes_ml"
           (connected components of at least 0.1 ml, largest first), "volume_interval_ml" and
-          "involvement_interval_percent" ([low, high] of what the reference may be, see "uncertainty.interval");
+          "involvement_interval_percent" ([low, high] of what the reference may be, see "uncertainty.interval"; None
+          without lung);
         "grade": of both lungs, see `grade`;
         "involvement": of "both" lungs, "left", "right", "upper", "middle", "lower" third: "percent", "grade",
           "lung_ml", "infection_ml" (within the lung mask);
         "by_slice": "lung_ml", "infection_ml", from the lowest slice to the highest;
-        "lobes": None, or by label as "involvement", and "score", the sum of the grades: for five lobes the CT severity
-          score, 0 to 25;
+        "lobes": None, or by label as "involvement", but "infection_ml" within the lobe; and "score", the sum of the
+          grades: for five lobes the CT severity score, 0 to 25;
         "uncertainty": "interval": None, or "level", "guarantee" (how often a new patient is covered at least, where
           patients come alike; None where nothing is sure), "method", "patients" (that it is made from), see
           `UncertaintyRecord`; "temperature" of the infection's reported probability and "probability_threshold", above
@@ -222,7 +224,8 @@ def measure(
     grid, ml = segmented.scan.grid, segmented.scan.grid.voxel_ml
     percent = involvement_percent(int(totals.infected_voxels.sum()), int(totals.lung_voxels.sum()))
     infection = int(totals.infection.sum())
-    intervals = _intervals(segmented.predictor, {"infection_ml": infection * ml, "involvement_percent": percent})
+    volume = infection * ml if totals.lung_voxels.any() else math.nan  # without lung there is nothing to be near to
+    intervals = _intervals(segmented.predictor, {"infection_ml": volume, "involvement_percent": percent})
     return {
         "schema_version": SCHEMA_VERSION,
         "version": __version__,
@@ -266,7 +269,12 @@ def warnings_of(segmented: SegmentedScan, totals: Totals) -> list[str]:
     grid, warnings = segmented.scan.grid, list(segmented.scan.warnings)
     if "lung" not in segmented.packed:
         return warnings
-    warnings += implausible(totals, grid.voxel_ml, grid.voxel_ml * 1000 / math.prod(grid.spacing_mm[:2]))
+    warnings += implausible(totals, grid.voxel_ml, grid.slice_distance_mm)
+    lobes, lung = sum(int(lobe) for lobe, _ in totals.lobes.values()), int(totals.lung_voxels.sum())
+    if totals.lobes and abs(lobes - lung) > _LOBES_OFF * lung:
+        warnings.append(
+            f"the lobes measure {lobes * grid.voxel_ml:.0f} ml, the lungs {lung * grid.voxel_ml:.0f} ml; check the lobes"
+        )
     if totals.orientation_score < _EXCHANGED:
         warnings.append("front and back seem to be exchanged in the header, and the masks are worse for it; correct it")
     return warnings
@@ -349,7 +357,14 @@ def _notes(segmented: SegmentedScan, totals: Totals) -> list[str]:
     lung = [k for k, packed in enumerate(segmented.packed.get("lung", [])) if packed.any()]
     ends = {0, len(segmented.boxes) - 1}
     if lung and ends & {lung[0], lung[-1]}:
-        notes.append("The lungs reach the end of the scan, so their volume may be that of a part.")
+        notes.append(
+            "The lungs reach the end of the scan, so their volume may be that of a part; intervals are of wholes."
+        )
+    if segmented.scan.intensity_scale == "windowed":
+        shift = f", shifted by {1500 * segmented.offset:+.0f} HU to air at -1000 HU" if segmented.offset else ""
+        notes.append(
+            f"Stored in 0..255 without its window: HU [-1250, 250] is assumed{shift}, and what is denser is cut off."
+        )
     outside = int(totals.infection.sum() - totals.infected_voxels.sum()) * segmented.scan.grid.voxel_ml
     if outside >= _LEAST_OUTSIDE_ML:
         notes.append(

@@ -17,7 +17,7 @@ from resunet_jax.data.readers.nifti import nifti_writer
 from resunet_jax.data.volume import Grid
 from resunet_jax.errors import InputError
 from resunet_jax.files import make_output_dir, write_json
-from resunet_jax.inference.batch import LOCKS, Output, Summary
+from resunet_jax.inference.batch import LOCKS, MANIFEST, Output, Summary
 from resunet_jax.inference.scan import SegmentedScan
 from resunet_jax.metrics.lung_sides import LEFT, RIGHT
 from resunet_jax.progress import logger
@@ -85,7 +85,7 @@ def make_outputs(
 
     settings = [SCHEMA_VERSION, consolidation_hu, None if lobes is None else digest(lobes, readers)]
     table = {
-        "report": (report, Output((REPORT, PAGE, PREVIEW), write_report, settings, check_lobes)),
+        "report": (report, Output((REPORT, PAGE, PREVIEW), write_report, settings, check_lobes, (COHORT, INDEX))),
         "warnings": (not report, Output((), _warn)),
         "multilabel": (multilabel, Output((LABELS,), _write_labels)),
         "dicom_seg": (
@@ -113,8 +113,9 @@ def _write_report(
             shown.extend(encode_slices(slices.hu, *masks, uncertainty=slices.uncertainty, file=file))
         scan = {"name": source.name, "file": source.path.name, "format": source.format}
         report = measure(segmented, totals, scan, seconds, consolidation_hu=consolidation_hu)
-        write_scan_page(folder / f"{source.name}{PAGE}", report, shown, grid.spacing_mm)
-        write_preview(folder / f"{source.name}{PREVIEW}", shown, grid.spacing_mm)
+        size_mm = (*grid.spacing_mm[:2], grid.slice_distance_mm)
+        write_scan_page(folder / f"{source.name}{PAGE}", report, shown, size_mm)
+        write_preview(folder / f"{source.name}{PREVIEW}", shown, size_mm)
     write_json(folder / f"{source.name}{REPORT}", report)
     return Summary(summary_line(report), tuple(report["warnings"]))
 
@@ -148,7 +149,7 @@ def write_cohort(folder: Path) -> list[Path]:
     """Makes cohort.csv and index.html of all reports in a folder; several processes may do so.
 
     Returns:
-      the files; none where there is no report, and no table of reports that are gone.
+      the files; none where there is no report, and nothing was segmented into the folder.
     """
     make_output_dir(folder / LOCKS)
     with FileLock(folder / LOCKS / f".{COHORT}.lock"):  # or an older list could replace a newer one
@@ -156,7 +157,7 @@ def write_cohort(folder: Path) -> list[Path]:
             path for path in sorted(folder.glob(f"*{REPORT}")) if not path.name.startswith(".")
         ]  # not half written
         reports = [report for path in paths if (report := _read(path)) is not None]
-        if not reports and not (folder / COHORT).exists():
+        if not reports and not (folder / MANIFEST).exists():
             return []
         write_cohort_csv(folder / COHORT, reports)
         write_cohort_page(folder / INDEX, reports)

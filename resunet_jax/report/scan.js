@@ -11,7 +11,7 @@
   const viewer = get("viewer"), axial = get("axial"), coronal = get("coronal"), slider = get("slice");
   const state = { k: data.start, level: -600, width: 1500, opacity: 0.35, outline: false };
   const cache = new Map();
-  let overview = null, shown = null;
+  let overview = null, shown = null, pointer = null;
 
   const digits = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%,()*+-;.=:?@^_`{|}~";
   const digit = Uint8Array.from({ length: 128 }, (_, code) => Math.max(0, digits.indexOf(String.fromCharCode(code))));
@@ -100,6 +100,7 @@
     if (state.k !== asked) return; // another slice was asked for meanwhile
     shown = planes;
     paint(axial, planes, rows);
+    readOut();
     document.body.dataset.drawn = asked;
     for (const near of [asked + 1, asked - 1]) if (near >= 0 && near < count) load(near);
   }
@@ -133,7 +134,7 @@
     const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
     const layer = data.layers.find((one) => one.key === key), presets = document.querySelectorAll("[data-level]");
     if (key in moves) {
-      if (target.type === "range") return; // a slider has these keys itself
+      if (target.type === "range" && target !== slider) return; // the other slider has these keys itself
       show(moves[key]());
     } else if (layer) setLayer(layer, !layer.on);
     else if (key === "m") {
@@ -155,11 +156,14 @@
     turned = 0;
   }
 
-  function onPoint(event) {
+  function readOut() {
     const box = axial.getBoundingClientRect();
-    const c = Math.floor(columns * (event.clientX - box.left) / box.width);
-    const r = Math.floor(rows * (event.clientY - box.top) / box.height);
-    if (!shown || c < 0 || r < 0 || c >= columns || r >= rows) return;
+    const c = pointer ? Math.floor(columns * (pointer.clientX - box.left) / box.width) : -1;
+    const r = pointer ? Math.floor(rows * (pointer.clientY - box.top) / box.height) : -1;
+    if (!shown || c < 0 || r < 0 || c >= columns || r >= rows) {
+      get("readout").textContent = "";
+      return;
+    }
     const hu = data.hu.lowest + data.hu.step * shown.ct[r * columns + c];
     get("readout").textContent = `row ${data.rows[r] + 1}, column ${data.columns[c] + 1}: ${String(hu).replace("-", "−")} HU`;
   }
@@ -178,8 +182,9 @@
     document.addEventListener("keydown", onKey);
     axial.parentElement.addEventListener("wheel", onWheel, { passive: false });
     coronal.parentElement.addEventListener("wheel", onWheel, { passive: false });
-    axial.addEventListener("pointermove", onPoint);
-    axial.addEventListener("pointerleave", () => { get("readout").textContent = ""; });
+    for (const type of ["pointermove", "pointerleave"]) {
+      axial.addEventListener(type, (event) => { pointer = type === "pointermove" ? event : null; readOut(); });
+    }
     for (const part of [coronal, get("bars")]) {
       part.addEventListener("pointerdown", pickSlice);
       part.addEventListener("pointermove", (event) => { if (event.buttons & 1) pickSlice(event); });

@@ -70,7 +70,9 @@ def test_a_tilt_of_one_degree_is_a_shear_and_what_headers_round_is_none() -> Non
     affine = LPS.copy()
     for degrees, is_sheared in ((1, True), (1e-5, False)):
         affine[1, 2] = SPACING[2] * np.tan(np.deg2rad(degrees))
-        assert Grid((6, 7, 4), affine).is_sheared == is_sheared
+        grid = Grid((6, 7, 4), affine)
+        assert grid.is_sheared == is_sheared
+        assert grid.slice_distance_mm == pytest.approx(SPACING[2])
 
 
 def test_corners_lie_apart_by_what_grows_along_the_axes() -> None:
@@ -345,8 +347,11 @@ def test_what_promises_too_much_is_refused_before_memory_is_taken(tmp_path: Path
 
 
 def test_not_nifti_by_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"scan\.txt: no such file or folder"):
+        read_volume(tmp_path / "scan.txt")
+    (tmp_path / "scan.txt").touch()
     with pytest.raises(InputError, match="not a scan; formats that are read: nifti"):
-        read_volume(tmp_path / "scan.dcm")
+        read_volume(tmp_path / "scan.txt")
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,14 @@ def test_lobes_give_the_score_of_another_tools_mask() -> None:
     lobes = report["lobes"]
     assert {name: lobes[name]["grade"] for name in "123"} == {"1": 0, "2": 1, "3": 5}
     assert lobes["score"] == 6
+    assert not report["warnings"]
     assert report_of(segmented())["lobes"] is None
+
+
+@pytest.mark.parametrize("labels", [np.ones(LUNGS.shape, np.uint8), RIGHT_LUNG.astype(np.uint8)])
+def test_lobes_that_are_not_of_these_lungs_are_warned_of(labels: np.ndarray) -> None:
+    (warning,) = report_of(segmented(), labels)["warnings"]
+    assert f"the lobes measure {labels.sum() * ML:.0f} ml, the lungs {LUNGS.sum() * ML:.0f} ml" in warning
 
 
 def test_nothing_found_is_undefined_not_zero_percent() -> None:
@@ -327,6 +334,14 @@ def test_intervals_and_what_they_are_worth_go_into_the_report() -> None:
         assert words in found["notes"][-1]
 
 
+def test_without_lung_there_is_no_interval() -> None:
+    models = {"record": record(0.9), "interval_record": record(0.9)}
+    scan = segmented(lung=np.zeros_like(LUNGS), infection=np.zeros_like(LUNGS))
+    infection = report_of(dataclasses.replace(scan, predictor=SimpleNamespace(**{**vars(PREDICTOR), **models})))
+    assert infection["infection"]["volume_interval_ml"] is None
+    assert infection["infection"]["involvement_interval_percent"] is None
+
+
 @pytest.mark.parametrize(("dice", "reported"), [(0.8, 0.8), (math.nan, None)])
 def test_agreement_of_members_goes_into_the_report(dice: float, reported: float | None) -> None:
     members = SimpleNamespace(members=4, pairwise_dice=dice, packed=[zlib.compress(bytes(ROWS * COLUMNS))] * SLICES)
@@ -340,3 +355,12 @@ def test_settings_tell_what_the_values_of_the_scan_are() -> None:
     assert report_of(scan)["settings"]["intensity_scale"] == "hu"
     assert report_of(dataclasses.replace(scan, scan=stored))["settings"]["intensity_scale"] == [-1300.0, 260.0]
     assert report_of(dataclasses.replace(scan, offset=0.1))["settings"]["air_offset_hu"] == 150
+
+
+@pytest.mark.parametrize(("offset", "shift"), [(0.0, ""), (-0.1, ", shifted by -150 HU to air at -1000 HU")])
+def test_a_window_that_is_assumed_is_told(offset: float, shift: str) -> None:
+    scan = segmented()
+    windowed = dataclasses.replace(scan, scan=dataclasses.replace(scan.scan, intensity_scale="windowed"), offset=offset)
+    note = f"Stored in 0..255 without its window: HU [-1250, 250] is assumed{shift}, and what is denser is cut off."
+    assert note in report_of(windowed)["notes"]
+    assert not any("window" in note for note in report_of(scan)["notes"])

@@ -168,8 +168,19 @@ def test_a_doubtful_header_is_a_warning_of_the_report(
     assert any("follow the header" in note for note in report["notes"]) == follows
 
 
+@pytest.mark.parametrize("name", ["cohort.csv", "index.html"])
+def test_a_table_that_is_not_of_predictions_is_not_replaced(
+    scans: Path, predictor: Predictor, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=rf"{name}: would be replaced, though no masks\.json there"):
+        next(segment_scans(find_sources(scans), tmp_path, predictor, outputs=make_outputs()))
+    assert write_cohort(tmp_path) == []
+    assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()} == {name: "mine"}
+
+
 def test_a_scan_that_can_no_longer_be_read_leaves_the_table(
-    scans: Path, predictor: Predictor, written: Path, tmp_path: Path
+    scans: Path, predictor: Predictor, written: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(written, folder)
@@ -180,6 +191,8 @@ def test_a_scan_that_can_no_longer_be_read_leaves_the_table(
     assert failed.error
     assert not skipped.error
     assert not list(folder.glob("a_report.*"))
+    assert not (folder / "a_preview.png").exists()
+    assert f"{folder / 'a_report.json'}: removed" in caplog.text
     write_cohort(folder)
     assert "b" in (folder / "cohort.csv").read_text(encoding="utf-8").splitlines()[1]
     assert len((folder / "cohort.csv").read_text(encoding="utf-8").splitlines()) == 2

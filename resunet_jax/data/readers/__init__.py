@@ -112,6 +112,8 @@ def _resolve(scan: str | Path | Source, readers: Mapping[str, Reader]) -> tuple[
     if isinstance(scan, Source):
         found = [(reader, source) for reader, source in found if source == scan]
     if len(found) != 1:
+        if not path.exists():
+            raise InputError(f"{path}: no such file or folder; check the path")
         problem = "not a scan" if not found else f"{len(found)} scans in it, where one is expected"
         raise InputError(f"{path}: {problem}; formats that are read: {', '.join(readers)}; convert it first")
     return found[0]
