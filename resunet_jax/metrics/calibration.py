@@ -202,5 +202,6 @@ def apply_temperature(probability: npt.NDArray[np.float32], temperature: float) 
       [0.0, 0.25, 0.5, 0.75]
     """
     p = np.asarray(probability, np.float64)
-    inside, outside = p ** (1 / temperature), (1 - p) ** (1 / temperature)
+    larger = np.maximum(p, 1 - p)  # whose power would be 0, too, for a low temperature
+    inside, outside = (p / larger) ** (1 / temperature), ((1 - p) / larger) ** (1 / temperature)
     return (inside / (inside + outside)).astype(np.float32)

@@ -37,6 +37,8 @@ def split_patches(x: jax.Array, factor: int) -> jax.Array:
       [0, 1, 2, 3]
     """
     n, h, w, c = x.shape
+    if factor < 1 or h % factor or w % factor:
+        raise ValueError(f"slices of {h}×{w} cannot be cut into {factor} × {factor} patches")
     x = x.reshape(n, factor, h // factor, factor, w // factor, c)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(n * factor**2, h // factor, w // factor, c)
 
@@ -183,6 +185,11 @@ def infection_input(infection_model: ResUnet, image: jax.Array, lung_probability
     image = symmetric_context(image)
     if infection_model.in_channels == image.shape[-1]:
         return image
+    if infection_model.in_channels != image.shape[-1] + 1:
+        raise ValueError(
+            f"this model sees {infection_model.in_channels} channels, slices with {image.shape[-1]} are given: prepare "
+            "them as its config says"
+        )
     if lung_probability is None:
         raise ValueError("this infection model was trained on [CT, lung probability]: give it a lung model")
     return jnp.concatenate([image, close_lung_probability(lung_probability, infection_model.closing_fraction)], axis=-1)

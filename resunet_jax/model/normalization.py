@@ -21,6 +21,8 @@ Normalized = tuple[jax.Array, jax.Array, jax.Array]
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last: `nn.BatchNorm` with PyTorch's defaults, and a ReLU.
 
+    The running variance is that of the biased estimate, as in Flax; PyTorch's is unbiased.
+
     Attributes:
       train: True normalises by the batch and updates the running statistics; False normalises by these.
       relu: whether negative values become 0.

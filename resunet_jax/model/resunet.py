@@ -223,15 +223,17 @@ def init_variables(model: Any, key: jax.Array, image_size: int = 64) -> Variable
         not depend on it.
 
     Returns:
-      {"params": ..., "batch_stats": ...}, float32, on the key's device; the same bytes each time, and under jit or vmap
-      the same but for rounding. A model without batch normalisation has {} as "batch_stats".
+      {"params": ..., "batch_stats": ...}, float32, on the key's device, of several the first; the same bytes each time,
+      and under jit or vmap the same but for rounding. A model without batch normalisation has {} as "batch_stats".
     """
+    if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)  # whose type then tells how it is to be drawn from
     if isinstance(key, jax.core.Tracer):  # under another jit, which compiles it
         return _draw(model, image_size, key)
     config: Any = jax.config
-    # A NumPy array, as a key may be, is on no device.
-    device = next(iter(key.devices())) if getattr(key, "committed", False) else config.jax_default_device
-    return _compiled_draw(model, image_size, jax.ShapeDtypeStruct(key.shape, key.dtype), device)(key)
+    devices = sorted(key.devices(), key=lambda device: device.id) if key.committed else [config.jax_default_device]
+    settings = config.jax_threefry_partitionable
+    return _compiled_draw(model, image_size, jax.ShapeDtypeStruct(key.shape, key.dtype), devices[0], settings)(key)
 
 
 def _draw(model: Any, image_size: int, key: jax.Array) -> Variables:
@@ -240,8 +242,11 @@ def _draw(model: Any, image_size: int, key: jax.Array) -> Variables:
 
 
 @lru_cache(maxsize=8)
-def _compiled_draw(model: Any, image_size: int, key: jax.ShapeDtypeStruct, device: Any) -> Callable[..., Variables]:
+def _compiled_draw(
+    model: Any, image_size: int, key: jax.ShapeDtypeStruct, device: Any, partitionable: bool
+) -> Callable[..., Variables]:
     """Without optimisation: dozens of random draws take XLA far longer to optimise than to run."""
+    del partitionable  # decides what is drawn
     options: Any = {"xla_backend_optimization_level": 0}
     with jax.default_device(device):
         lowered = jax.jit(partial(_draw, model, image_size)).lower(key)

@@ -71,8 +71,8 @@ class _Layout(NamedTuple):
 def default_convolution() -> Convolution:
     """The convolution to train and predict with: `conv_general_dilated` of this module on CPUs, otherwise XLA's.
 
-    It is chosen when a step is traced, by the default backend. `jax.lax.platform_dependent` would trace, differentiate
-    and compile both for every layer, to the same end.
+    Chosen when a step or a predictor is made, by the default backend. `jax.lax.platform_dependent` would trace,
+    differentiate and compile both for every layer, to the same end.
     """
     return conv_general_dilated if jax.default_backend() == "cpu" else lax.conv_general_dilated
 
@@ -93,7 +93,7 @@ def conv_general_dilated(
       window_strides: for this and the rest see `jax.lax.conv_general_dilated`.
       padding: see there.
       **options: lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, batch_group_count, precision and
-        preferred_element_type, with the same defaults.
+        preferred_element_type, with the same defaults; with other ones it is XLA's.
 
     Returns:
       the convolution. Differentiable in reverse mode, to any order; `jax.jvp` raises TypeError.
@@ -132,9 +132,10 @@ def _is_fast(
     batch_group_count: int = 1,
     precision: Any = None,
     preferred_element_type: Any = None,
+    **others: Any,
 ) -> bool:
-    """Whether it is a convolution that this module computes; an option that XLA's does not know raises TypeError."""
-    if dimension_numbers is None or lhs.ndim != 4:
+    """Whether it is a convolution that this module computes."""
+    if others or dimension_numbers is None or lhs.ndim != 4:
         return False
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     images = numbers == lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))

@@ -273,7 +273,8 @@ def warnings_of(segmented: SegmentedScan, totals: Totals) -> list[str]:
     lobes, lung = sum(int(lobe) for lobe, _ in totals.lobes.values()), int(totals.lung_voxels.sum())
     if totals.lobes and abs(lobes - lung) > _LOBES_OFF * lung:
         warnings.append(
-            f"the lobes measure {lobes * grid.voxel_ml:.0f} ml, the lungs {lung * grid.voxel_ml:.0f} ml; check the lobes"
+            f"the lobes measure {lobes * grid.voxel_ml:.0f} ml, the lungs {lung * grid.voxel_ml:.0f} ml; "
+            "check the mask of the lobes"
         )
     if totals.orientation_score < _EXCHANGED:
         warnings.append("front and back seem to be exchanged in the header, and the masks are worse for it; correct it")

@@ -40,15 +40,20 @@ def random_affine(key: jax.Array, config: AugmentConfig) -> jax.Array:
         )
     )
     quarter = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
-    matrix = jnp.where(rot90 < config.rot90_prob, quarter @ matrix, matrix)
+    matrix = jnp.where(rot90 < config.rot90_prob, _product(quarter, matrix), matrix)
     angles = jnp.deg2rad(jnp.array(config.angles_deg))
     theta = angles[jnp.int32(angle * len(config.angles_deg))]
-    matrix = jnp.where(rotate < config.rotation_prob, _rotation(theta) @ matrix, matrix)
+    matrix = jnp.where(rotate < config.rotation_prob, _product(_rotation(theta), matrix), matrix)
     if config.max_rotation_deg or config.max_scale:
         degrees, scale = jax.random.uniform(jax.random.fold_in(key, 1), (2,), minval=-1)
         size = jnp.exp(scale * jnp.log1p(config.max_scale))
-        matrix = _rotation(jnp.deg2rad(degrees * config.max_rotation_deg)) @ matrix / size
+        matrix = _product(_rotation(jnp.deg2rad(degrees * config.max_rotation_deg)), matrix) / size
     return matrix
+
+
+def _product(matrix: jax.Array, coordinates: jax.Array) -> jax.Array:
+    """Of (2, 2) and (2, ...): in float32 on accelerators, too, whose fast products round a coordinate to 8 bits."""
+    return jnp.einsum("ij,j...->i...", matrix, coordinates, precision=jax.lax.Precision.HIGHEST)
 
 
 def _rotation(theta: jax.Array) -> jax.Array:
@@ -67,7 +72,7 @@ def warp(image: jax.Array, matrix: jax.Array, fill: float) -> jax.Array:
     height, width, _ = image.shape
     centre = jnp.array([(height - 1) / 2, (width - 1) / 2])
     rows, columns = jnp.meshgrid(jnp.arange(height) - centre[0], jnp.arange(width) - centre[1], indexing="ij")
-    source = jnp.einsum("ij,jhw->ihw", matrix, jnp.stack([rows, columns])) + centre[:, None, None]
+    source = _product(matrix, jnp.stack([rows, columns])) + centre[:, None, None]
 
     def channel(values: jax.Array) -> jax.Array:
         return map_coordinates(values, list(source), order=1, mode="constant", cval=fill)
@@ -106,8 +111,13 @@ def lesion_intensity(
 
     Returns:
       image of the same shape and range, and the mask as it is.
+
+    Raises:
+      ValueError: the mask has fewer channels than the image.
     """
     if config.lesion_densify_prob or config.lesion_fade_prob:
+        if mask.shape[-1] < image.shape[-1]:
+            raise ValueError(f"the mask {mask.shape} does not tell the infection in each channel of {image.shape}")
         chance, fraction = jax.random.uniform(key, (2,))
         denser = jnp.where(chance < config.lesion_densify_prob, fraction, 0.0)
         fainter = jnp.where(chance > 1 - config.lesion_fade_prob, _MAX_FADE * fraction, 0.0)
@@ -191,18 +201,24 @@ def augment(
     Args:
       key: a JAX random key, split over the slices and then over the transforms.
       image: float32 (N, S, S, C) in [0, 1].
-      mask: float32 (N, S, S, 1 + C), 0 or 1.
+      mask: (N, S, S, 1 + C), 0 or 1: the target, and the infection in each channel of the image; the target alone is
+        enough for transforms that ask for no infection.
       config: which transforms, how often and by how much.
       augmentations: the table to find them in.
 
     Returns:
-      image and mask of the same shapes and ranges.
+      image and mask of the same shapes, types and ranges.
+
+    Raises:
+      ValueError: the slices are not square, or the mask has another shape.
     """
     if image.shape[1] != image.shape[2]:
         raise ValueError(f"90° rotations need square slices, got {image.shape}")
+    if mask.ndim != 4 or mask.shape[:3] != image.shape[:3]:
+        raise ValueError(f"the mask of slices {image.shape} has shape {mask.shape}; it must be (N, S, S, 1 + C)")
 
     def one(key: jax.Array, image: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        covered = mask
+        covered = mask.astype(jnp.float32)
         for own_key, name in zip(jax.random.split(key, len(config.transforms)), config.transforms, strict=True):
             image, covered = augmentations[name](own_key, image, covered, config)
         return image, (covered > 0.5).astype(mask.dtype)

@@ -20,13 +20,22 @@ class Loss(NamedTuple):
     """One term of a training loss.
 
     Attributes:
-      sums: (logits float (N, H, W, 1), mask of the same shape in [0, 1], valid (N,) in {0, 1}) to scalars by name, over
-        the valid examples; those of several batches add up.
+      sums: (logits float (N, H, W, 1), mask of the same shape in [0, 1], valid (N,) in {0, 1}) to a tree of scalars,
+        over the valid examples; those of several batches add up.
       value: these scalars, added up over any number of batches, to the loss.
     """
 
-    sums: Callable[[jax.Array, jax.Array, jax.Array], dict[str, jax.Array]]
+    sums: Callable[[jax.Array, jax.Array, jax.Array], dict[str, Any]]
     value: Callable[[Sums], Any]
+
+
+def _checked(logits: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both as float32, in which sums over a slice do not overflow; a mask of another shape would be broadcast."""
+    if logits.shape != mask.shape:
+        raise ValueError(
+            f"logits have shape {logits.shape}, the mask {mask.shape}: give the target, as in mask[..., :1]"
+        )
+    return logits.astype(jnp.float32), mask.astype(jnp.float32)
 
 
 def bce(logits: jax.Array, mask: jax.Array) -> jax.Array:
@@ -37,13 +46,17 @@ def bce(logits: jax.Array, mask: jax.Array) -> jax.Array:
       mask: same shape, in [0, 1].
 
     Returns:
-      (N,), each ≥ 0; finite for logits up to 1e30, empty masks included.
+      float32 (N,), each ≥ 0; finite for logits up to 1e30, empty masks included.
+
+    Raises:
+      ValueError: the shapes differ.
 
     Example:
       >>> import jax.numpy as jnp
       >>> print(bce(jnp.zeros((2, 8, 8, 1)), jnp.ones((2, 8, 8, 1))).round(4))  # log 2
       [0.6931 0.6931]
     """
+    logits, mask = _checked(logits, mask)
     return jnp.mean(optax.losses.sigmoid_binary_cross_entropy(logits, mask), axis=(1, 2, 3))
 
 
@@ -57,7 +70,10 @@ def dice(logits: jax.Array, mask: jax.Array) -> jax.Array:
       mask: same shape, in [0, 1].
 
     Returns:
-      (N,), each in [0, 1); 0 where both prediction and mask are empty.
+      float32 (N,), each in [0, 1); 0 where both prediction and mask are empty.
+
+    Raises:
+      ValueError: the shapes differ.
 
     Example:
       >>> import jax.numpy as jnp
@@ -66,7 +82,7 @@ def dice(logits: jax.Array, mask: jax.Array) -> jax.Array:
       >>> print(dice(sure, mask), dice(-sure, mask) > 0.95)  # 0, and 1 - 2 / 66
       [0.] [ True]
     """
-    return optax.losses.binary_dice_loss(logits, mask)
+    return optax.losses.binary_dice_loss(*_checked(logits, mask))
 
 
 def pooled_dice(logits: jax.Array, mask: jax.Array) -> jax.Array:
@@ -80,7 +96,10 @@ def pooled_dice(logits: jax.Array, mask: jax.Array) -> jax.Array:
       mask: same shape, in [0, 1].
 
     Returns:
-      (N,), each in [0, 1).
+      float32 (N,), each in [0, 1).
+
+    Raises:
+      ValueError: the shapes differ.
 
     Example:
       >>> import jax.numpy as jnp
@@ -112,6 +131,7 @@ def mean_over_examples(per_example: Callable[[jax.Array, jax.Array], jax.Array])
 
 
 def _pooled_dice_sums(logits: jax.Array, mask: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
+    logits, mask = _checked(logits, mask)
     probability, weight = jax.nn.sigmoid(logits), valid[:, None, None, None]
     return {
         "intersection": jnp.sum(probability * mask * weight),
@@ -144,24 +164,20 @@ def make_loss(terms: str, losses: Mapping[str, Loss] = LOSSES) -> Loss:
     """
     weights: dict[str, float] = {}
     for term in terms.split(","):
-        name, _, weight = term.strip().partition(":")
+        name, colon, weight = (part.strip() for part in term.partition(":"))
         if name not in losses or name in weights:
             raise InputError(f"loss {terms!r}: {name!r} is not one of {', '.join(losses)}, each at most once")
         try:
-            weights[name] = float(weight or 1)
+            weights[name] = float(weight) if colon else 1.0
         except ValueError:
             weights[name] = 0
         if not 0 < weights[name] < float("inf"):
             raise InputError(f"loss {terms!r}: the weight of {name} is {weight!r}; it must be a positive number")
 
-    def sums(logits: jax.Array, mask: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
-        return {f"{name}.{k}": v for name in weights for k, v in losses[name].sums(logits, mask, valid).items()}
+    def sums(logits: jax.Array, mask: jax.Array, valid: jax.Array) -> dict[str, Any]:
+        return {name: losses[name].sums(logits, mask, valid) for name in weights}
 
     def value(sums: Sums) -> Any:
-        def of(name: str) -> Any:
-            own = {key.removeprefix(f"{name}."): v for key, v in sums.items() if key.startswith(f"{name}.")}
-            return weights[name] * losses[name].value(own)
-
-        return sum(of(name) for name in weights)
+        return sum(weight * losses[name].value(sums[name]) for name, weight in weights.items())
 
     return Loss(sums, value)

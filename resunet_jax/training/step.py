@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+import flax.core
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,7 @@ def create_state(
     key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
     variables = init_variables(build_model(config, architectures=architectures), key, model_image_size(config))
     if initial_variables is not None:
+        initial_variables = flax.core.unfreeze(initial_variables)
         if not can_transfer(initial_variables, variables):
             raise ValueError("initial_variables are of another architecture or width than the config's model")
         variables = transfer(initial_variables, variables)
@@ -150,13 +152,13 @@ def transfer(source: Variables, target: Variables) -> Variables:
       target: fresh ones of the other model.
 
     Returns:
-      those of the source; a kernel with further input channels has the source's for the first and the target's for the
-      others. The target as it is, where `can_transfer` says no.
+      those of the source in the target's types; a kernel with further input channels has the source's for the first and
+      the target's for the others. The target as it is, where `can_transfer` says no.
     """
     if not can_transfer(source, target):
         return target
     return jax.tree.map(
-        lambda old, new: jnp.copy(old) if old.shape == new.shape else new.at[:, :, : old.shape[2]].set(old),
+        lambda old, new: jnp.array(old, new.dtype) if old.shape == new.shape else new.at[:, :, : old.shape[2]].set(old),
         source,
         target,
     )

@@ -21,6 +21,7 @@ import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
+import math
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -100,7 +101,8 @@ def cascade_program(
 
 def scale_probability(probability: jax.Array, temperature: float) -> jax.Array:
     """`apply_temperature` in JAX: float32 in [0, 1], any shape, to the same."""
-    inside, outside = probability ** (1 / temperature), (1 - probability) ** (1 / temperature)
+    larger = jnp.maximum(probability, 1 - probability)
+    inside, outside = (probability / larger) ** (1 / temperature), ((1 - probability) / larger) ** (1 / temperature)
     return inside / (inside + outside)
 
 
@@ -355,13 +357,14 @@ def _metadata_path(path: Path) -> Path:
 def _check(
     lung: LoadedModel, infection: LoadedModel, thresholds: Mapping[str, float], temperature: float | None
 ) -> None:
-    if temperature is not None and not temperature > 0:
-        raise InputError(f"`temperature`: {temperature}; it must be above 0")
+    if temperature is not None and not (isinstance(temperature, float | int) and 0 < temperature < math.inf):
+        raise InputError(f"`temperature`: {temperature!r}; it must be a number above 0")
     for name, model in (("lung", lung), ("infection", infection)):
         if (found := TASKS[model.config.task].target) != name:
             raise InputError(f"`{name}`: expected a {name} model, this one segments {found}; give the other model")
-        if not 0 < thresholds.get(name, 0) < 1:
-            raise InputError(f"`thresholds`: that of {name} is {thresholds.get(name)}; it must be in (0, 1)")
+        threshold = thresholds.get(name)
+        if not (isinstance(threshold, float | int) and 0 < threshold < 1):
+            raise InputError(f"`thresholds`: that of {name} is {threshold!r}; it must be in (0, 1)")
     if not lung.config.preprocess.can_feed(infection.config.preprocess):
         raise InputError(
             f"the models were trained on slices prepared differently ({lung.config.preprocess}, "

@@ -19,7 +19,7 @@ from flax.traverse_util import unflatten_dict
 
 from resunet_jax.config import Config, ModelConfig, PreprocessConfig, TaskName
 from resunet_jax.errors import InputError, first_line
-from resunet_jax.files import atomic_file, json_text, make_output_dir, require_absent
+from resunet_jax.files import atomic_file, expand_user, json_text, make_output_dir, require_absent
 from resunet_jax.model.build import averaging_of, build_model
 from resunet_jax.model.resunet import Variables
 from resunet_jax.progress import logger
@@ -122,7 +122,9 @@ def original_preprocess(image_size: int) -> PreprocessConfig:
     return dataclasses.replace(recipe("original", "lung").preprocess, image_size=image_size)
 
 
-def from_torch(path: Path, output_dir: Path, target: Literal["lung", "infection"], image_size: int = 128) -> Config:
+def from_torch(
+    path: str | Path, output_dir: str | Path, target: Literal["lung", "infection"], image_size: int = 128
+) -> Config:
     """Converts a checkpoint of the original project to a folder that `load_model` takes.
 
     Architecture (filters, input channels) is read from the weights. Nothing in the file is executed.
@@ -139,7 +141,7 @@ def from_torch(path: Path, output_dir: Path, target: Literal["lung", "infection"
     Raises:
       InputError: PyTorch is not installed, the file is no such checkpoint, or the folder exists or cannot be written.
     """
-    torch = _import_torch()
+    torch, path, output_dir = _import_torch(), expand_user(path), expand_user(output_dir)
     require_absent(output_dir)
     arrays, counters = _read(torch, path)
     variables = params_from_state_dict(arrays)
@@ -153,7 +155,7 @@ def from_torch(path: Path, output_dir: Path, target: Literal["lung", "infection"
     return config
 
 
-def to_torch(path: Path, output_file: Path) -> None:
+def to_torch(path: str | Path, output_file: str | Path) -> None:
     """Writes a model as a checkpoint that the original project loads; the file appears atomically.
 
     A warning says where its slices are not prepared as the original prepares them.
@@ -165,7 +167,7 @@ def to_torch(path: Path, output_file: Path) -> None:
     Raises:
       InputError: PyTorch is not installed, there is no model, or the file exists or cannot be written.
     """
-    torch = _import_torch()
+    torch, path, output_file = _import_torch(), expand_user(path), expand_user(output_file)
     require_absent(output_file, "file")
     loaded = load_model(path)
     config = loaded.config

@@ -167,6 +167,14 @@ def test_infection_model_sees_the_closed_lung(models, image) -> None:
 
 
 def test_infection_model_without_lung_is_refused(models, image) -> None:
-    with pytest.raises(ValueError, match="lung"):
+    with pytest.raises(ValueError, match="give it a lung model"):
         infection_input(models[1], image, None)
+    with pytest.raises(ValueError, match="this model sees 1 channels, slices with 3 are given"):
+        infection_input(models[0], jnp.concatenate([image] * 3, axis=-1), None)
     np.testing.assert_array_equal(infection_input(models[0], image, None), image)
+
+
+@pytest.mark.parametrize("factor", [0, 3, -1])
+def test_patches_that_do_not_fill_a_slice_are_refused(factor: int) -> None:
+    with pytest.raises(ValueError, match=f"slices of 64×64 cannot be cut into {factor} × {factor} patches"):
+        split_patches(jnp.zeros((1, 64, 64, 1)), factor)

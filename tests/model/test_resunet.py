@@ -148,11 +148,36 @@ assert devices(key) == {first}
 with jax.default_device(second):
     assert devices(key) == {second}
 assert devices(jax.device_put(key, second)) == {second}
+everywhere = jax.sharding.NamedSharding(jax.make_mesh((2,), ("devices",)), jax.sharding.PartitionSpec())
+for one in (key, jax.random.PRNGKey(0)):
+    assert devices(jax.device_put(one, everywhere)) == {first}
 """
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
     environment = {**os.environ, "XLA_FLAGS": flags}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_same_numbers_are_another_key_by_another_generator() -> None:
+    model, key, drawn = ResUnet(1, (2, 2, 2, 2)), np.zeros(4, np.uint32), []
+    for generator in ("rbg", "unsafe_rbg", "rbg"):
+        with jax.default_prng_impl(generator):
+            drawn.append(init_variables(model, key)["params"]["output_conv"]["kernel"])
+    expected = init_variables(model, jax.random.wrap_key_data(key, impl="unsafe_rbg"))["params"]["output_conv"][
+        "kernel"
+    ]
+    np.testing.assert_array_equal(drawn[0], drawn[2])
+    np.testing.assert_array_equal(drawn[1], expected)
+    partitionable = jax.config.jax_threefry_partitionable
+    key = jax.random.key(0)
+    first = init_variables(model, key)
+    jax.config.update("jax_threefry_partitionable", not partitionable)
+    try:
+        other = init_variables(model, key)
+    finally:
+        jax.config.update("jax_threefry_partitionable", partitionable)
+    kernels = [one["params"]["bridge"]["conv1"]["kernel"] for one in (first, other)]
+    assert not np.array_equal(*kernels)
 
 
 def test_same_key_same_parameters_other_key_others() -> None:

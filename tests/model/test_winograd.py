@@ -185,6 +185,9 @@ def test_unsupported_options_fall_back_to_xla() -> None:
         conv_general_dilated(x.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1), (1, 1), "SAME"),
         lax.conv_general_dilated(x.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1), (1, 1), "SAME"),
     )
+    plain = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=NHWC)
+    new_option = conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=NHWC, out_sharding=None)
+    np.testing.assert_array_equal(new_option, plain)
     with pytest.raises(TypeError, match="rhs_dilatation"):
         conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=NHWC, rhs_dilatation=(2, 2))
 

@@ -199,6 +199,24 @@ def test_without_context_there_is_none_to_drop(pair) -> None:
     np.testing.assert_array_equal(mask, pair[1])
 
 
+def test_a_mask_that_does_not_tell_each_channels_infection_is_refused() -> None:
+    image = jnp.ones((2, 8, 8, 3))
+    with pytest.raises(ValueError, match="does not tell the infection in each channel"):
+        augment(jax.random.key(0), image, image[..., :1], only(lesion_fade_prob=1))
+    with pytest.raises(ValueError, match=r"it must be \(N, S, S, 1 \+ C\)"):
+        augment(jax.random.key(0), image, image[..., 0], NEVER)
+
+
+def test_the_type_of_the_mask_changes_nothing() -> None:
+    image = jax.random.uniform(jax.random.key(1), (4, 16, 16, 1))
+    mask = jnp.zeros((4, 16, 16, 2), jnp.uint8).at[:, 4:11, 3:12].set(1)
+    config = only(max_rotation_deg=30.0, lesion_densify_prob=1)
+    images, masks = zip(*(augment(jax.random.key(0), image, mask.astype(t), config) for t in ("u1", "f4")), strict=True)
+    np.testing.assert_array_equal(*images)
+    np.testing.assert_array_equal(*masks)
+    assert [one.dtype for one in masks] == [np.uint8, np.float32]
+
+
 def test_densified_lesions_follow_the_warped_mask() -> None:
     image, mask = jnp.full((1, 16, 16, 1), 0.4), jnp.zeros((1, 16, 16, 1)).at[0, :4].set(1.0)
     changed, warped = augment(jax.random.key(5), image, mask, only(vertical_flip_prob=1, lesion_densify_prob=1))

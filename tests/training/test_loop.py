@@ -128,9 +128,9 @@ def test_resumed_ends_where_uninterrupted_does(whole, sources, tmp_path: Path) -
     assert [record["epoch"] for record in without_times(tmp_path)] == [1, 2, 3]
 
 
-def loss_sums(value: float) -> dict[str, float]:
+def loss_sums(value: float) -> dict[str, dict[str, float]]:
     """Of which the binary cross-entropy is this."""
-    return {"bce.total": value, "bce.examples": 1.0}
+    return {"bce": {"total": value, "examples": 1.0}}
 
 
 def test_best_and_latest_are_kept_and_the_best_is_loaded(

@@ -102,6 +102,26 @@ def test_dice_of_two_empty_masks_is_zero() -> None:
     np.testing.assert_allclose(dice(jnp.full((1, 2, 2, 1), -50.0), jnp.zeros((1, 2, 2, 1))), [0], atol=1e-6)
 
 
+@pytest.mark.parametrize("loss", [bce, dice, pooled_dice])
+def test_a_mask_of_another_shape_is_refused(loss) -> None:
+    """Broadcast, it would give another loss: masks of batches have further channels."""
+    logits = jnp.zeros((2, 8, 8, 1))
+    for mask in (jnp.zeros((2, 8, 8, 2)), jnp.zeros((2, 8, 8)), jnp.zeros((1, 8, 8, 1))):
+        with pytest.raises(ValueError, match="give the target"):
+            jax.eval_shape(loss, logits, mask)
+
+
+@pytest.mark.parametrize("loss", [bce, dice, pooled_dice])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_sums_of_half_precision_do_not_overflow(loss, dtype) -> None:
+    logits = jnp.full((1, 512, 512, 1), 2.0, dtype)
+    mask = jnp.zeros((1, 512, 512, 1), jnp.uint8).at[:, :256].set(1)
+    value = loss(logits, mask)
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, loss(logits.astype(jnp.float32), mask.astype(jnp.float32)), rtol=1e-6)
+    assert 0.1 < value[0] < 1.5
+
+
 def added_up(loss: Loss, logits: np.ndarray, target: np.ndarray, size: int, rng: np.random.Generator) -> float:
     """Over batches of `size`, in a random order, each padded with anything, to its beginning, middle or end."""
     order, total = rng.permutation(len(logits)), {}
@@ -114,8 +134,10 @@ def added_up(loss: Loss, logits: np.ndarray, target: np.ndarray, size: int, rng:
         valid = np.zeros(padded, np.float32)
         batch_logits[places], batch_target[places], valid[places] = logits[picks], target[picks], 1
         sums = jax.jit(loss.sums)(batch_logits, batch_target, valid)
-        assert all(value.shape == () for value in sums.values())
-        total = {name: total.get(name, 0.0) + float(value) for name, value in sums.items()}
+        assert all(value.shape == () for value in jax.tree.leaves(sums))
+        total = jax.tree.map(
+            lambda one, all_before: float(one) + all_before, sums, total or jax.tree.map(lambda _: 0.0, sums)
+        )
     return float(loss.value(total))
 
 
@@ -146,7 +168,7 @@ def test_rows_are_the_means_of_the_functions(examples) -> None:
         ("bce", bce),
         ("bce:1", bce),
         ("bce:1,dice:1", bce_dice),
-        ("bce:1, pooled_dice:1", bce_pooled_dice),
+        ("bce : 1, pooled_dice:1", bce_pooled_dice),
         ("dice:0.25,bce:2", lambda x, t: 2 * bce(x, t) + 0.25 * dice(x, t)),
         ("pooled_dice:1e-3", lambda x, t: 1e-3 * pooled_dice(x, t)),
     ],
@@ -178,6 +200,7 @@ def test_a_row_that_is_added_is_a_term(examples) -> None:
         ("bce:1,dice:-1", "the weight of dice is '-1'"),
         ("bce:nan", "the weight of bce is 'nan'"),
         ("bce:inf", "the weight of bce is 'inf'"),
+        ("bce:", "the weight of bce is ''; it must"),
         ("bce:much", "the weight of bce is 'much'"),
         ("bce:1:2", "the weight of bce is '1:2'"),
     ],

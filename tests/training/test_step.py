@@ -1,6 +1,7 @@
 import dataclasses
 from functools import partial
 
+import flax.core
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -272,7 +273,7 @@ def test_evaluation_ignores_padding(batch) -> None:
     one_by_one = [eval_step(variables, {**batch, "valid": jnp.arange(4) == i}, None) for i in range(3)]
     added = jax.tree.map(lambda *values: sum(values), *one_by_one)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), sums, added)
-    assert float(sums["loss"]["bce.examples"]) == 3
+    assert float(sums["loss"]["bce"]["examples"]) == 3
     assert sum(float(sums[name]) for name in COUNTS) == 3 * 16 * 16
 
 
@@ -289,7 +290,7 @@ def test_infection_step_sees_lung_probability_and_leaves_the_lung_alone(batch) -
     closed_config = dataclasses.replace(config, cascade=CascadeConfig(closing_fraction=0.25))
     closed_step = jax.jit(make_train_step(closed_config, optimizer, frozen_lung(CONFIG)))
     assert float(metrics["loss"]) != float(closed_step(state, batch, KEY, lung_variables)[1]["loss"])
-    with pytest.raises(ValueError, match="lung"):
+    with pytest.raises(ValueError, match="give it a lung model"):
         train_step(state, batch, KEY, None)
     with pytest.raises(ValueError, match="lung"):
         frozen_lung(config)
@@ -356,7 +357,7 @@ def test_rows_that_are_added_to_the_tables_are_used(batch) -> None:
     assert float(metrics["tp"] + metrics["fn"]) == 4 * 16 * 16
     eval_step = jax.jit(make_eval_step(config, losses=losses, architectures=architectures))
     sums = eval_step(state.variables, batch, None)
-    np.testing.assert_allclose(sums["loss"]["toy.total"], 4 * batch["mask"].mean(), rtol=1e-5)
+    np.testing.assert_allclose(sums["loss"]["toy"]["total"], 4 * batch["mask"].mean(), rtol=1e-5)
     assert built == ["toy"] * 3
 
 
@@ -410,6 +411,14 @@ def test_a_trained_model_starts_one_with_further_channels() -> None:
         np.testing.assert_array_equal(kernel[:, :, 1:], fresh["params"][layer]["kernel"][:, :, 1:])
     other = init_variables(ResUnet(1, filters=(2, 4, 8, 8)), jax.random.key(0))
     assert transfer(other, fresh) is fresh
+    halves = transfer(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), source), fresh)
+    assert {leaf.dtype for leaf in jax.tree.leaves(halves)} == {jnp.dtype("float32")}
+
+
+def test_a_training_begins_with_variables_of_any_mapping() -> None:
+    initial = init_variables(build_model(CONFIG), jax.random.key(5))
+    state = create_state(CONFIG, make_optimizer(CONFIG, 10), initial_variables=flax.core.freeze(initial))
+    jax.tree.map(np.testing.assert_array_equal, state.variables, initial)
 
 
 @pytest.mark.parametrize("starts", [True, False])

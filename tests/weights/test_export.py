@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -29,7 +30,14 @@ from resunet_jax.metrics.calibration import apply_temperature
 from resunet_jax.model.build import averaging_of, build_model
 from resunet_jax.model.winograd import conv_general_dilated
 from resunet_jax.weights import export as module
-from resunet_jax.weights.export import export_cascade, export_cascade_from_hu, prepare_hu, resize_matrix, write_export
+from resunet_jax.weights.export import (
+    export_cascade,
+    export_cascade_from_hu,
+    prepare_hu,
+    resize_matrix,
+    scale_probability,
+    write_export,
+)
 from resunet_jax.weights.pretrained import load_pair
 from resunet_jax.weights.store import LoadedModel, fingerprint
 from tests.conftest import ROOT, TINY, run_script
@@ -295,6 +303,14 @@ def test_a_loader_of_ten_lines_needs_only_jax(written: Path, images: np.ndarray,
             np.testing.assert_allclose(found[name], one, rtol=0, atol=1e-6)
 
 
+def test_any_temperature_is_applied_as_by_numpy() -> None:
+    p = np.linspace(0, 1, 101, dtype=np.float32)
+    for temperature in (1e-4, 5e-3, 0.5, 1.0, 1.83, 1e4):
+        expected = apply_temperature(p, temperature)
+        assert np.isfinite(expected).all()
+        np.testing.assert_allclose(scale_probability(p, temperature), expected, atol=2e-5)
+
+
 def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     lung, infection = random_model("lung", 0), random_model("infection", 1)
     minmax = [
@@ -306,11 +322,15 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path: Pat
         ((infection, lung), THRESHOLDS, False, "expected a lung model"),
         ((lung, infection), {"lung": 0.5}, False, "that of infection is None"),
         ((lung, infection), {"lung": 1.0, "infection": 0.5}, False, "that of lung is 1"),
+        ((lung, infection), {"lung": "0.5", "infection": 0.5}, False, "that of lung is '0.5'"),
         ((lung, minmax[1]), THRESHOLDS, False, "prepared differently"),
         (minmax, THRESHOLDS, True, "`from_hu`"),
     ):
         with pytest.raises(InputError, match=message):
             write_export(path, *models, thresholds=thresholds, from_hu=from_hu)
+    for temperature in (0.0, math.inf, "2"):
+        with pytest.raises(InputError, match="`temperature`"):
+            write_export(path, lung, infection, thresholds=THRESHOLDS, temperature=temperature)
     assert not list(tmp_path.iterdir())
     write_export(path, *minmax, thresholds=THRESHOLDS)
     with pytest.raises(InputError, match="exists already"):

@@ -1,18 +1,21 @@
 """Model folders as plain orbax sees them: restored by both of its APIs, and of no machine."""
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 
+import flax.core
 import jax
 import numpy as np
 import pytest
 
 from resunet_jax import LoadedModel, create_state, load_model, make_optimizer, save_model
-from resunet_jax.config import Config
+from resunet_jax.config import Config, to_dict
 from resunet_jax.errors import InputError
 from resunet_jax.model.build import build_model
 from resunet_jax.model.resunet import init_variables
 from resunet_jax.training.checkpoints import Checkpoints
+from resunet_jax.weights.store import CONFIG_FILE, VARIABLES, fingerprint, write_folder
 from tests.conftest import TINY
 
 CONFIG = Config(task="infection", **TINY)
@@ -70,9 +73,25 @@ def save_checkpoint(workdir: Path) -> None:
 def test_a_model_whose_parameters_are_no_numbers_is_refused(saved: LoadedModel, tmp_path: Path) -> None:
     """It would find nothing in any scan, and say that of healthy lungs."""
     broken = jax.tree.map(lambda x: np.full_like(x, np.nan), saved.variables)
-    save_model(tmp_path / "model", broken, saved.config)
+    write_folder(tmp_path / "model", {VARIABLES: broken}, {CONFIG_FILE: to_dict(saved.config)})
     with pytest.raises(InputError, match="model: some of its parameters are NaN or infinite; train again"):
         load_model(tmp_path / "model")
+
+
+def test_what_could_not_be_loaded_is_not_saved(saved: LoadedModel, tmp_path: Path) -> None:
+    """The weights may be gone by then."""
+    params, other = saved.variables["params"], dataclasses.replace(saved.config.model, filters=(8, 8, 16, 32))
+    for variables, config, message in (
+        (jax.tree.map(lambda x: np.full_like(x, np.nan), saved.variables), saved.config, "NaN or infinite"),
+        ({"params": params}, saved.config, "not those of the config's model"),
+        (params, saved.config, "not those of the config's model"),
+        (saved.variables, dataclasses.replace(saved.config, model=other), "not those of the config's model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save_model(tmp_path / "model", variables, config)
+    assert not list(tmp_path.iterdir())
+    save_model(tmp_path / "model", flax.core.freeze(saved.variables), saved.config)
+    assert fingerprint(load_model(tmp_path / "model").variables) == fingerprint(saved.variables)
 
 
 def test_no_folder_names_where_it_was_made(saved: LoadedModel, tmp_path: Path) -> None:

@@ -185,9 +185,9 @@ def test_nothing_is_overwritten(trained: Trained, tmp_path: Path) -> None:
     original_file(tmp_path / "file.pt")
     (tmp_path / "model").mkdir()
     with pytest.raises(InputError, match="exists already"):
-        from_torch(tmp_path / "file.pt", tmp_path / "model", "lung")
+        from_torch(str(tmp_path / "file.pt"), str(tmp_path / "model"), "lung")
     with pytest.raises(InputError, match="exists already"):
-        to_torch(trained.lung, tmp_path / "file.pt")
+        to_torch(str(trained.lung), str(tmp_path / "file.pt"))
 
 
 def test_state_dict_has_every_key_of_the_original() -> None:
