@@ -86,6 +86,7 @@ class Totals:
         self.lung = {side: np.zeros(slices, np.int64) for side in ("left", "right")}
         self.infected = {side: np.zeros(slices, np.int64) for side in ("left", "right")}
         self.infection = np.zeros(slices, np.int64)
+        self.consolidation_hu = consolidation_hu  # from which infection counts as consolidation
         self.consolidation = 0
         self.infection_hu = 0.0
         # By level of density: voxels of both lungs that are infected, and that are not.
@@ -96,7 +97,6 @@ class Totals:
         self.by_row = {name: np.zeros(rows, np.int64) for name in ("lung", "bone")}
         self.lung_rows = np.zeros(slices)
         self.lobes: dict[int, npt.NDArray[np.int64]] = {}  # by label: voxels of the lobe, and of those infected
-        self._consolidation_hu = consolidation_hu
 
     def add(self, slices: Slices, lobes: npt.NDArray[np.uint8] | None = None) -> None:
         """Counts some slices; `lobes` are their labels, (rows, columns, slices), where lobes are known."""
@@ -108,7 +108,7 @@ class Totals:
             self.infected[side][some] = np.count_nonzero(mask & infection, axis=(0, 1))
         self.infection[some] = np.count_nonzero(infection, axis=(0, 1))
         values = slices.hu[infection]
-        self.consolidation += int(np.count_nonzero(values >= self._consolidation_hu))
+        self.consolidation += int(np.count_nonzero(values >= self.consolidation_hu))
         self.infection_hu += float(values.sum(dtype=np.float64))
         healthy = slices.hu[lung & ~infection]
         self.healthy_hu += float(healthy.sum(dtype=np.float64))
@@ -179,14 +179,7 @@ def _quantile_hu(counts: npt.NDArray[np.int64], q: float) -> float:
     return float(_LEVELS_HU[np.searchsorted(counts.cumsum(), q * counts.sum())]) if counts.any() else math.nan
 
 
-def measure(
-    segmented: SegmentedScan,
-    totals: Totals,
-    scan: Mapping[str, Any],
-    seconds: float,
-    *,
-    consolidation_hu: float = CONSOLIDATION_HU,
-) -> dict[str, Any]:
+def measure(segmented: SegmentedScan, totals: Totals, scan: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """All numbers of a scan.
 
     Args:
@@ -194,7 +187,6 @@ def measure(
       totals: over all of its slices.
       scan: what is known of its file: "name", "file", "format".
       seconds: that it took.
-      consolidation_hu: from which HU infection counts as consolidation.
 
     Returns:
       for report.json; undefined numbers are None:
@@ -246,7 +238,7 @@ def measure(
             "involvement_percent": _or_none(percent),
             "ground_glass_ml": (infection - totals.consolidation) * ml,
             "consolidation_ml": totals.consolidation * ml,
-            "consolidation_above_hu": consolidation_hu,
+            "consolidation_above_hu": totals.consolidation_hu,
             "mean_hu": totals.infection_hu / infection if infection else None,
             **_lesions(segmented, ml),
             "volume_interval_ml": intervals["infection_ml"],

@@ -61,7 +61,7 @@ def make_outputs(
       report: numbers as JSON, a page to open in a browser, and a picture; without it, masks are checked all the same.
       multilabel: both lungs and the infection in one file of labels.
       dicom_seg: the same as DICOM-SEG, for DICOM series.
-      consolidation_hu: see `measure`.
+      consolidation_hu: from which HU infection counts as consolidation.
       lobes: a mask whose labels are lobes, on the grid of the one scan; adds their numbers to the report.
       readers: the table of formats.
 
@@ -112,7 +112,7 @@ def _write_report(
             masks = slices.lung, slices.infection
             shown.extend(encode_slices(slices.hu, *masks, uncertainty=slices.uncertainty, file=file))
         scan = {"name": source.name, "file": source.path.name, "format": source.format}
-        report = measure(segmented, totals, scan, seconds, consolidation_hu=consolidation_hu)
+        report = measure(segmented, totals, scan, seconds)
         size_mm = (*grid.spacing_mm[:2], grid.slice_distance_mm)
         write_scan_page(folder / f"{source.name}{PAGE}", report, shown, size_mm)
         write_preview(folder / f"{source.name}{PREVIEW}", shown, size_mm)
