@@ -408,8 +408,7 @@ def _checked(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
 
 def _dataset(content: bytes, **options: Any) -> pydicom.Dataset:
     """Parses a file; raises whatever pydicom does at damaged ones. Its warnings are about values that we check."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         dataset = pydicom.dcmread(io.BytesIO(content), force=True, **options)
         list(dataset.iterall())  # values are converted when they are asked for
         return dataset
@@ -426,15 +425,10 @@ def _read_header(container: _Container, member: str) -> _Header | str:
     if len(content) < _PREAMBLE_BYTES and not member.lower().endswith(_SUFFIXES):
         return _EMPTY
     try:
-        dataset = _dataset(content, stop_before_pixels=True, specific_tags=_HEADER)
+        with warnings.catch_warnings(action="ignore"):
+            return _header(member, _dataset(content, stop_before_pixels=True, specific_tags=_HEADER))
     except Exception:  # pydicom has no common base for what a damaged file makes it raise
         return "unreadable"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return _header(member, dataset)
-        except Exception:
-            return "unreadable"
 
 
 def _header(member: str, dataset: pydicom.Dataset) -> _Header | str:
@@ -687,8 +681,7 @@ def _pixels(container: _Container, member: str, slices: Sequence[_Slice], decode
     if expected > _LEAST_BYTES + _MAX_RATIO * container.size(member):
         raise InputError(f"{label}: {expected} pixels are not in its {container.size(member)} bytes; export it again")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             plugin = DECODERS[str(syntax)]
             is_apart = plugin == "gdcm"
             values = decoder.decode(content) if is_apart else np.asarray(pixel_array(dataset, decoding_plugin=plugin))

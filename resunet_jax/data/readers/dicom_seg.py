@@ -56,8 +56,7 @@ def write_dicom_seg(path: Path, source: Source, grid: Grid, masks: Mapping[str, 
     frames = np.stack([grid.from_pls(mask).T for mask in found.values()], axis=-1).astype(np.uint8)
     datasets, places = series_datasets(source)
     frames = frames[np.argsort(places, kind="stable")]  # as they lie in a multi-frame file
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about values of the series, which are copied as they are
+    with warnings.catch_warnings(action="ignore"):  # about values of the series, which are copied as they are
         try:
             segmentation = hd.seg.Segmentation(
                 source_images=[_completed(dataset) for dataset in datasets],
