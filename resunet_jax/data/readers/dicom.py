@@ -354,14 +354,6 @@ class _Container:
         except Exception as error:  # zlib, lzma and zipfile raise what they like at damaged content
             raise InputError(f"{self.label(member)}: cannot be read ({first_line(error)}); export it again") from error
 
-    def size(self, member: str) -> int:
-        """Of a file, in bytes."""
-        if not self.is_zip:
-            return self._file(member).stat().st_size
-        with self.opened():
-            assert self._zip is not None
-            return self._zip.getinfo(member).file_size
-
     def _file(self, member: str) -> Path:
         return self.path / member if self.path.is_dir() else self.path
 
@@ -678,8 +670,8 @@ def _pixels(container: _Container, member: str, slices: Sequence[_Slice], decode
         )
     rows, columns = slices[0].shape
     expected = len(slices) * rows * columns
-    if expected > _LEAST_BYTES + _MAX_RATIO * container.size(member):
-        raise InputError(f"{label}: {expected} pixels are not in its {container.size(member)} bytes; export it again")
+    if expected > _LEAST_BYTES + _MAX_RATIO * len(content):
+        raise InputError(f"{label}: {expected} pixels are not in its {len(content)} bytes; export it again")
     try:
         with warnings.catch_warnings(action="ignore"):
             plugin = DECODERS[str(syntax)]
