@@ -362,7 +362,6 @@ def load_predictor(
                 "`validated_threshold`: the shipped pair has no validated threshold; leave it out, or give your models"
             )
     _check_pair(lung, infection, lung_checkpoint, infection_checkpoint)
-    record = _checked_record(record, lung, infection, infection_checkpoint)
     if min_component_fraction is not None:
         if lung is None:
             raise InputError(
@@ -373,7 +372,15 @@ def load_predictor(
         infection = _with_infection_postprocess(lung, infection, infection_postprocess)
     if validated_threshold:
         thresholds = _with_validated(thresholds, {"lung": lung_checkpoint, "infection": infection_checkpoint})
-    return Predictor(lung, infection, batch_size, _checked_thresholds(thresholds), record)
+    predictor = Predictor(lung, infection, batch_size, _checked_thresholds(thresholds), record)
+    if record is None or record.fingerprints == predictor.fingerprints:
+        return predictor
+    logger.warning(
+        "%s: %s was made for other weights than those given, and is not used; give the pair it is of, or run calibrate",
+        infection_checkpoint,
+        UNCERTAINTY_FILE,
+    )
+    return dataclasses.replace(predictor, record=None)
 
 
 def _with_validated(thresholds: Mapping[str, float], paths: Mapping[str, str | Path | None]) -> dict[str, float]:
@@ -414,25 +421,6 @@ def _check_pair(
             f"{lung_checkpoint} and {infection_checkpoint} were trained on slices prepared differently "
             f"({lung.config.preprocess}, {infection.config.preprocess}); use models trained alike"
         )
-
-
-def _checked_record(
-    record: UncertaintyRecord | None,
-    lung: LoadedModel | None,
-    infection: LoadedModel | None,
-    infection_checkpoint: str | Path | None,
-) -> UncertaintyRecord | None:
-    """The record where it is of these models; a warning, and None, where it is of others."""
-    models = {"lung": lung, "infection": infection}
-    found = {name: fingerprint(model.variables) for name, model in models.items() if model is not None}
-    if record is None or record.fingerprints == found:
-        return record
-    logger.warning(
-        "%s: %s was made for other weights than those given, and is not used; give the pair it is of, or run calibrate",
-        infection_checkpoint,
-        UNCERTAINTY_FILE,
-    )
-    return None
 
 
 def _with_infection_postprocess(
