@@ -270,7 +270,7 @@ class _Batch:
                 opened = stack.enter_context(open_scan(scan, self.readers, assumed=self.assumed, physical=physical))
             except InputError as error:
                 if self.manifest.exists:
-                    self.manifest.forget(scan)
+                    self.manifest.record(scan, None)
                 for file in (file for file in others if file.is_file()):
                     logger.warning("%s: removed, as nothing tells whether it is still of its scan", file)
                 with contextlib.suppress(InputError):
@@ -282,7 +282,7 @@ class _Batch:
             except InputError as error:
                 return ScanResult(scan, [], error=error)
             _warn_of_others(scan, [*masks, *others])
-            self.manifest.forget(scan)  # or it would list masks that are being replaced
+            self.manifest.record(scan, None)  # or it would list masks that are being replaced
             on_failure.pop_all()
             return _Claimed(scan, opened, state, stack)
 
@@ -394,15 +394,8 @@ class _Manifest:
         entries = ((key, entry) for key, entry in {**earlier, **scans}.items() if _is_of(entry, scan))
         return next((key for key, entry in entries if entry.get("digest") != state.get("digest")), None)
 
-    def forget(self, scan: Source) -> None:
-        """Vouches no longer for the masks of a scan, which are about to be replaced."""
-        self._update(scan, None)
-
-    def record(self, scan: Source, state: dict[str, Any]) -> None:
-        """Says that a scan is done."""
-        self._update(scan, {"name": scan.name, **state})
-
-    def _update(self, scan: Source, entry: Mapping[str, Any] | None) -> None:
+    def record(self, scan: Source, entry: Mapping[str, Any] | None) -> None:
+        """Says that a scan is done; None vouches no longer for its masks, which are about to be replaced."""
         make_output_dir(self._file.parent / LOCKS)
         with FileLock(self._file.parent / LOCKS / f".{MANIFEST}.lock"):
             settings, scans, earlier = self._read()
@@ -416,7 +409,7 @@ class _Manifest:
             if entry is None:
                 earlier |= replaced
             else:
-                scans[_key(scan)] = entry
+                scans[_key(scan)] = {"name": scan.name, **entry}
             write_json(self._file, {"settings": self._settings, "scans": scans, "earlier": earlier})
 
     def _read(self) -> tuple[Any, dict[str, Any], dict[str, Any]]:
