@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import threading
@@ -120,13 +121,11 @@ def segment_scans(
         concerns one scan is in its `ScanResult`.
     """
     outputs, output_dir = outputs or {}, expand_user(output_dir)
-    settings = _settings(predictor, save_probabilities, uncertainty, assumed, outputs)
     tables = [output_dir / name for output in outputs.values() for name in output.tables]
     existing = [file for file in tables if file.exists()]
-    manifest = _Manifest(output_dir / MANIFEST, settings)
-    if existing and not manifest.exists:
+    batch = _Batch(output_dir, predictor, save_probabilities, uncertainty, readers, assumed, outputs)
+    if existing and not batch.manifest.exists:
         raise _not_predicted(existing[0])
-    batch = _Batch(output_dir, predictor, save_probabilities, uncertainty, readers, assumed, outputs, manifest)
     with contextlib.ExitStack() as stack:
         claimed = stack.enter_context(contextlib.closing(prefetch(batch.claim(scans), dispose=_release)))
         stack.callback(batch.stopped.set)  # or the thread that waits for another process would outlive this one
@@ -165,8 +164,26 @@ class _Batch:
     readers: Mapping[str, Reader]
     assumed: tuple[float, float] | None
     outputs: Mapping[str, Output]
-    manifest: "_Manifest"
     stopped: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+    @functools.cached_property
+    def manifest(self) -> "_Manifest":
+        """Of the output folder; its settings are all that decides what the files of a scan are."""
+        predictor = self.predictor
+        record = None if predictor.record is None else json.loads(predictor.record.to_json())
+        settings = {
+            "models": {
+                name: {"fingerprint": predictor.fingerprints[name], "config": to_dict(model.config)}
+                for name, model in predictor.models.items()
+            },
+            "thresholds": predictor.mask_thresholds,
+            "probabilities": self.save_probabilities,
+            "assumed": None if self.assumed is None else list(self.assumed),
+            "outputs": {name: output.settings for name, output in self.outputs.items()},
+            **({"uncertainty": True} if self.uncertainty else {}),
+            **({"record": record} if record is not None else {}),
+        }
+        return _Manifest(self.output_dir / MANIFEST, settings)
 
     def claim(self, scans: Sequence[Source]) -> Iterator[_Claimed | ScanResult]:
         """Opens the scans that nobody else is at, then waits for the others, in case their process was killed."""
@@ -321,29 +338,6 @@ def _warn_of_others(scan: Source, replaced: Sequence[Path]) -> None:
             logger.warning(
                 "%s: stays next to the new masks, and is of an earlier prediction; remove it if not needed", path
             )
-
-
-def _settings(
-    predictor: Predictor,
-    save_probabilities: bool,
-    uncertainty: bool,
-    assumed: tuple[float, float] | None,
-    outputs: Mapping[str, Output],
-) -> dict[str, Any]:
-    """All that decides what the files of a scan are."""
-    record = None if predictor.record is None else json.loads(predictor.record.to_json())
-    return {
-        "models": {
-            name: {"fingerprint": predictor.fingerprints[name], "config": to_dict(model.config)}
-            for name, model in predictor.models.items()
-        },
-        "thresholds": predictor.mask_thresholds,
-        "probabilities": save_probabilities,
-        "assumed": None if assumed is None else list(assumed),
-        "outputs": {name: output.settings for name, output in outputs.items()},
-        **({"uncertainty": True} if uncertainty else {}),
-        **({"record": record} if record is not None else {}),
-    }
 
 
 def _key(scan: Source) -> str:
