@@ -12,6 +12,8 @@ uncertainty.json, goes next to the infection model, where `predict`, `evaluate` 
 checkpoint it is of the shipped pair, which --pair_dir writes with it.
 """
 
+import functools
+
 from absl import flags
 from common import settings
 from common.run import run
@@ -63,17 +65,18 @@ def main() -> None:
     arguments = settings.model_arguments()
     target = load_predictor(**arguments, architectures=tables.architectures)
     calibrate.require_pair(target)
-    evaluator = calibrate.HeldOutEvaluator(
+    evaluator = functools.partial(
+        calibrate.held_out_errors,
         settings.path("data_dir"),
         settings.path("cache_dir"),
-        output_dir,
-        FLAGS.batch_size,
-        tables,
-        settings.assumption(),
-        FLAGS.max_cache_gb,
+        output_dir=output_dir,
+        batch_size=FLAGS.batch_size,
+        tables=tables,
+        assumed=settings.assumption(),
+        max_cache_gb=FLAGS.max_cache_gb,
     )
     if study_dir is None:
-        errors = evaluator.errors(split_file=split_file, **{k: v for k, v in arguments.items() if k != "batch_size"})
+        errors = evaluator(split_file=split_file, **arguments)
         source = f"{len(errors.logits)} held-out patients"
     else:
         folds = calibrate.study_folds(study_dir, FLAGS.variant, FLAGS.seed)

@@ -1,6 +1,6 @@
 """What a pair of models gets wrong on held-out patients: its temperature, the residuals of its intervals.
 
-Two ways to such patients. Those of a split, segmented by the pair itself (`HeldOutEvaluator.errors`): intervals are
+Two ways to such patients. Those of a split, segmented by the pair itself (`held_out_errors`): intervals are
 split conformal. Those of a finished cross-validation, each segmented by the models that have not seen it
 (`fold_errors`): for a final pair trained on all of them these residuals are an estimate, and for a new scan that all
 fold models segment they make a CV+ interval (`cv_plus_coverage`).
@@ -12,14 +12,13 @@ import json
 import math
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from resunet_jax.config import differences, from_dict
-from resunet_jax.data.slice_cache import MAX_CACHE_GB
 from resunet_jax.errors import InputError, first_line
 from resunet_jax.evaluation.evaluate import evaluate
 from resunet_jax.files import read_json
@@ -92,52 +91,37 @@ class HeldOutErrors:
         return residuals
 
 
-@dataclasses.dataclass(frozen=True)
-class HeldOutEvaluator:
-    """How the models segment the scans of a data set.
+Evaluator = Callable[..., HeldOutErrors]
+"""`held_out_errors` of a data set, to which the models are given."""
 
-    Attributes:
+
+def held_out_errors(
+    data_dir: Path, cache_dir: Path, *, tables: Tables, fold: int = 0, uncertainty: bool = True, **options: Any
+) -> HeldOutErrors:
+    """How models segment the test cases of a split.
+
+    Args:
       data_dir: see `find_cases`.
       cache_dir: see `prepare_cases`.
-      output_dir: see `evaluate`.
-      batch_size: slices at a time.
       tables: of readers and architectures.
-      assumed: see `open_scan`.
-      max_cache_gb: see `prepare_cases`.
+      fold: of the models, see `ScanErrors`.
+      uncertainty: see `evaluate_cases`.
+      options: the models, and other keywords of `evaluate`.
+
+    Raises:
+      InputError: see `evaluate`; or one of the patients trained a model, or chose its epoch.
     """
-
-    data_dir: Path
-    cache_dir: Path
-    output_dir: Path
-    batch_size: int = 8
-    tables: Tables = dataclasses.field(default_factory=Tables)
-    assumed: tuple[float, float] | None = None
-    max_cache_gb: float = MAX_CACHE_GB
-
-    def errors(self, fold: int = 0, *, uncertainty: bool = True, **models: Any) -> HeldOutErrors:
-        """Of the test cases of a split; for `models` see `evaluate`.
-
-        Raises:
-          InputError: see `evaluate`; or one of the patients trained a model, or chose its epoch.
-        """
-        evaluation = evaluate(
-            self.data_dir,
-            self.cache_dir,
-            output_dir=self.output_dir,
-            batch_size=self.batch_size,
-            uncertainty=uncertainty,
-            assumed=self.assumed,
-            max_cache_gb=self.max_cache_gb,
-            **{**self.tables.for_evaluation, "metrics": {"dice": METRICS["dice"]}},
-            **models,
+    metrics = {"dice": METRICS["dice"]}
+    evaluation = evaluate(
+        data_dir, cache_dir, uncertainty=uncertainty, **{**tables.for_evaluation, "metrics": metrics}, **options
+    )
+    if seen := evaluation.settings["seen_patients"]:
+        raise InputError(
+            f"{', '.join(seen)}: in the training or validation of the models; calibrate on patients who are not, "
+            "named as the test cases of `split_file`"
         )
-        if seen := evaluation.settings["seen_patients"]:
-            raise InputError(
-                f"{', '.join(seen)}: in the training or validation of the models; calibrate on patients who are not, "
-                "named as the test cases of `split_file`"
-            )
-        scans = [_scan_errors(row, fold) for row in evaluation.volumes if row["structure"] == "infection"]
-        return HeldOutErrors(scans, evaluation.logits)
+    scans = [_scan_errors(row, fold) for row in evaluation.volumes if row["structure"] == "infection"]
+    return HeldOutErrors(scans, evaluation.logits)
 
 
 def _scan_errors(row: Mapping[str, Any], fold: int) -> ScanErrors:
@@ -206,17 +190,17 @@ def _missing_folds(protocols: Iterable[str]) -> set[int]:
     return {fold for match in named for fold in range(int(match[2]))} - {int(match[1]) for match in named}
 
 
-def fold_errors(evaluator: HeldOutEvaluator, folds: Sequence[Fold], target: Predictor) -> HeldOutErrors:
+def fold_errors(evaluator: Evaluator, folds: Sequence[Fold], target: Predictor) -> HeldOutErrors:
     """Each test case of a study by the models that have not seen it, with the masks made as `target` makes them.
 
     Raises:
-      InputError: see `HeldOutEvaluator.errors`.
+      InputError: see `held_out_errors`.
     """
     _warn_of_other_models(folds, target)
     scans: list[ScanErrors] = []
     logits: dict[str, LogitHistogram] = {}
     for number, fold in enumerate(folds):
-        errors = evaluator.errors(number, **_models(fold, target))
+        errors = evaluator(fold=number, **_models(fold, target))
         scans += errors.scans
         for patient, histogram in errors.logits.items():
             logits[patient] = logits[patient] + histogram if patient in logits else histogram
@@ -334,7 +318,7 @@ def coverage_of_unseen(errors: HeldOutErrors) -> dict[str, dict[str, float]]:
 
 
 def cv_plus_coverage(
-    evaluator: HeldOutEvaluator, folds: Sequence[Fold], errors: HeldOutErrors, target: Predictor, split_file: Path
+    evaluator: Evaluator, folds: Sequence[Fold], errors: HeldOutErrors, target: Predictor, split_file: Path
 ) -> dict[str, Any]:
     """CV+ intervals of scans that no fold has seen, the test cases of a split, by all fold models and their residuals.
 
@@ -342,7 +326,7 @@ def cv_plus_coverage(
       by quantity "level", "guarantee", "covered", "scans", "width" (median difference of the ends' square roots).
     """
     unseen = [
-        evaluator.errors(number, uncertainty=False, split_file=split_file, **_models(fold, target)).scans
+        evaluator(fold=number, uncertainty=False, split_file=split_file, **_models(fold, target)).scans
         for number, fold in enumerate(folds)
     ]
     fold_of = {scan.patient: scan.fold for scan in errors.scans}

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -18,16 +19,18 @@ from resunet_jax.errors import InputError
 from resunet_jax.evaluation.evaluate import evaluate
 from resunet_jax.metrics.calibration import LogitHistogram, fit_temperature, logit_histogram
 from resunet_jax.metrics.conformal import QUANTITIES, is_covered, split_interval
+from resunet_jax.plugins import Tables
 from resunet_jax.studies import calibrate as module
 from resunet_jax.studies.calibrate import (
+    Evaluator,
     HeldOutErrors,
-    HeldOutEvaluator,
     ScanErrors,
     calibration_of_unseen,
     coverage_of_unseen,
     cv_plus_coverage,
     failure_detection,
     fold_errors,
+    held_out_errors,
     make_record,
     require_pair,
     study_folds,
@@ -96,8 +99,9 @@ def target(trained: Trained) -> Predictor:
 
 
 @pytest.fixture(scope="module")
-def evaluator(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> HeldOutEvaluator:
-    return HeldOutEvaluator(trained.data, trained.cache, tmp_path_factory.mktemp("evaluator"))
+def evaluator(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Evaluator:
+    folder = tmp_path_factory.mktemp("evaluator")
+    return functools.partial(held_out_errors, trained.data, trained.cache, output_dir=folder, tables=Tables())
 
 
 @pytest.fixture
@@ -112,20 +116,20 @@ def study(trained: Trained, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_patients_that_trained_are_refused(evaluator: HeldOutEvaluator, trained: Trained, tmp_path: Path) -> None:
+def test_patients_that_trained_are_refused(evaluator: Evaluator, trained: Trained, tmp_path: Path) -> None:
     split = json.loads(trained.split_file.read_text())
     (tmp_path / "split.json").write_text(json.dumps({**split, "train": split["test"], "test": split["train"][:1]}))
     with pytest.raises(InputError, match="in the training or validation of the models"):
-        evaluator.errors(
+        evaluator(
             lung_checkpoint=trained.lung, infection_checkpoint=trained.infection, split_file=tmp_path / "split.json"
         )
 
 
 def test_folds_are_tested_on_their_own_cases_and_cv_plus_uses_all(
-    evaluator: HeldOutEvaluator, study: Path, target: Predictor, trained: Trained
+    evaluator: Evaluator, study: Path, target: Predictor, trained: Trained
 ) -> None:
     folds = study_folds(study)
-    own = evaluator.errors(lung_checkpoint=trained.lung, infection_checkpoint=trained.infection)
+    own = evaluator(lung_checkpoint=trained.lung, infection_checkpoint=trained.infection)
     assert {one.patient for one in own.scans} == set(own.logits)
     assert len(own.scans) == 2
     # Each fold is evaluated on the test cases of its models' own split: here both cases, of one pair of models.
@@ -153,16 +157,13 @@ def test_folds_are_tested_on_their_own_cases_and_cv_plus_uses_all(
         )
 
 
-def test_masks_of_the_folds_are_made_at_the_targets_thresholds(
-    evaluator: HeldOutEvaluator, study: Path, target: Predictor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_masks_of_the_folds_are_made_at_the_targets_thresholds(study: Path, target: Predictor) -> None:
     asked: list[object] = []
 
-    def errors(self: HeldOutEvaluator, fold: int = 0, **models: object) -> HeldOutErrors:
+    def evaluator(**models: object) -> HeldOutErrors:
         asked.append(models["thresholds"])
         return HeldOutErrors([], {"a": histogram(1.0, 0)})
 
-    monkeypatch.setattr(HeldOutEvaluator, "errors", errors)
     folds = study_folds(study)
     both = fold_errors(evaluator, folds, target).logits["a"]
     assert both.counts.sum() == 2 * histogram(1.0, 0).counts.sum()  # a patient whom two folds test
@@ -171,13 +172,11 @@ def test_masks_of_the_folds_are_made_at_the_targets_thresholds(
 
 
 def test_models_of_a_study_that_are_made_otherwise_are_named(
-    evaluator: HeldOutEvaluator,
-    study: Path,
-    target: Predictor,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    study: Path, target: Predictor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(HeldOutEvaluator, "errors", lambda *_, **__: HeldOutErrors([], {}))
+    def evaluator(**_: object) -> HeldOutErrors:
+        return HeldOutErrors([], {})
+
     fold_errors(evaluator, study_folds(study), target)
     assert not caplog.messages
     config = override(target.infection.config, {"model.mirroring": True, "train.epochs": 9})
@@ -206,7 +205,7 @@ def test_models_of_unknown_patients_are_named(target: Predictor, caplog: pytest.
     assert "do not list their training patients" in caplog.text
 
 
-def test_the_bound_of_the_cache_is_handed_on(evaluator: HeldOutEvaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bound_of_the_cache_is_handed_on(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
     bounds: list[object] = []
 
     def evaluate(*_: object, **options: object) -> SimpleNamespace:
@@ -214,14 +213,14 @@ def test_the_bound_of_the_cache_is_handed_on(evaluator: HeldOutEvaluator, monkey
         return SimpleNamespace(settings={"seen_patients": []}, volumes=[], logits={})
 
     monkeypatch.setattr(module, "evaluate", evaluate)
-    dataclasses.replace(evaluator, max_cache_gb=3.0).errors()
+    evaluator(max_cache_gb=3.0)
     assert bounds == [3.0]
 
 
-def test_without_a_defined_scan_cv_plus_has_no_width(
-    evaluator: HeldOutEvaluator, target: Predictor, study: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(HeldOutEvaluator, "errors", lambda *_, **__: HeldOutErrors([scan("x", math.nan, 3)], {}))
+def test_without_a_defined_scan_cv_plus_has_no_width(target: Predictor, study: Path) -> None:
+    def evaluator(**_: object) -> HeldOutErrors:
+        return HeldOutErrors([scan("x", math.nan, 3)], {})
+
     for values in cv_plus_coverage(evaluator, study_folds(study), ERRORS, target, study).values():
         assert values["scans"] == 0
         assert math.isnan(values["width"])
