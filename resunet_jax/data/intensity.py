@@ -34,10 +34,9 @@ LUNG_FRACTION = (0.06, 0.6)
 
 MUSCLE_HU = 45.0
 """Where muscle and blood lie; `rescaled_window` puts them there, and air at -1000."""
-ACCEPTED_AIR_HU = (-1015.0, -985.0)
-"""Where air lies in scans in Hounsfield units that are left as they are."""
-ACCEPTED_AIR_LEVEL = (34.0, 70.0)
-"""The same of scans in 0..255; `air_offset` shifts it to -1000 HU, once the body's box is found."""
+ACCEPTED_AIR: dict[IntensityScale, tuple[float, float]] = {"hu": (-1015.0, -985.0), "windowed": (34.0, 70.0)}
+"""Where air lies in scans that are left as they are, in HU or as a level of 0..255; there `air_offset` shifts it to
+-1000 HU, once the body's box is found."""
 ACCEPTED_MUSCLE_HU: dict[IntensityScale, tuple[float, float]] = {"hu": (5.0, 130.0), "windowed": (-5.0, 65.0)}
 """Where muscle, or an organ with contrast agent, lies in scans that are left as they are, air being at -1000 HU."""
 ACCEPTED_FAT_HU: dict[IntensityScale, tuple[float, float]] = {"hu": (-125.0, -62.0), "windowed": (-135.0, -50.0)}
@@ -134,7 +133,10 @@ def measure_levels(volume: Volume) -> Levels:
     least = _MIN_VISIBLE * values.size
 
     def mode(some: npt.NDArray[np.float32]) -> float | None:
-        return _mode(some, bin_width) if some.size > least else None
+        if some.size <= least:
+            return None
+        smooth, centres = _smooth_histogram(some, bin_width)
+        return float(centres[smooth.argmax()])
 
     inside, air, soft = values[dark & ~around], mode(outside), mode(tissue)
     return Levels(
@@ -163,11 +165,6 @@ def _touches_border(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     labels, _ = ndimage.label(mask)
     edge = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
     return np.isin(labels, edge[edge > 0])
-
-
-def _mode(values: npt.NDArray[np.float32], bin_width: float) -> float:
-    smooth, centres = _smooth_histogram(values, bin_width)
-    return float(centres[smooth.argmax()])
 
 
 def _landmarks(
@@ -227,9 +224,7 @@ def rescaled_window(levels: Levels, scale: IntensityScale) -> tuple[float, float
     if landmarks is None or found is None or found < FAT_HU:
         return None
     air, muscle, fat = landmarks
-    is_accepted = _within(air, ACCEPTED_AIR_HU if scale == "hu" else ACCEPTED_AIR_LEVEL) and _within(
-        found, ACCEPTED_MUSCLE_HU[scale]
-    )
+    is_accepted = _within(air, ACCEPTED_AIR[scale]) and _within(found, ACCEPTED_MUSCLE_HU[scale])
     if is_accepted and (fat is None or _within(_hu(fat, landmarks, scale), ACCEPTED_FAT_HU[scale])):
         return None
     slope = (muscle - air) / (MUSCLE_HU + 1000)
@@ -260,13 +255,13 @@ def parse_assumption(text: str) -> tuple[float, float]:
 
 
 def infer_scale(
-    path: Path, volume: Volume, value_range: tuple[float, float], *, physical: bool = True
+    path: Path, levels: Levels, value_range: tuple[float, float], *, physical: bool = True
 ) -> IntensityScale:
     """The intensity scale of a scan that can be used.
 
     Args:
       path: of the scan, for messages.
-      volume: the scan, or some of its slices.
+      levels: of the scan.
       value_range: smallest and largest value of all voxels.
       physical: False for models that scale each slice by its own range, for which any scale will do that shows a chest.
 
@@ -274,7 +269,6 @@ def infer_scale(
       InputError: the values are no CT of a chest, or on no scale that is known.
     """
     low, high = value_range
-    levels = measure_levels(volume)
     if levels.distinct < _MIN_DISTINCT:
         raise InputError(
             f"{path}: only {levels.distinct} different values from {low:g} to {high:g}, as in a label map; give the CT"

@@ -33,8 +33,8 @@ def chest(seed: int = 0, noise: float = 25.0, slices: int = 8) -> np.ndarray:
 
 
 def infer(values: np.ndarray, **kwargs) -> str:
-    volume = Volume(values, "hu", Grid(values.shape, np.eye(4)))
-    return infer_scale(PATH, volume, (float(values.min()), float(values.max())), **kwargs)
+    levels = measure_levels(Volume(values, "hu", Grid(values.shape, np.eye(4))))
+    return infer_scale(PATH, levels, (float(values.min()), float(values.max())), **kwargs)
 
 
 def exported(hu: np.ndarray, low: float, high: float) -> np.ndarray:

@@ -150,9 +150,9 @@ def grid(values: np.ndarray) -> Grid:
 
 def accepted(values: np.ndarray) -> Volume | None:
     """The scan as it is used, or None where it is refused by name."""
-    volume = Volume(values, "hu", grid(values))
+    levels = measure_levels(Volume(values, "hu", grid(values)))
     try:
-        scale = infer_scale(Path("scan.nii"), volume, (float(values.min()), float(values.max())))
+        scale = infer_scale(Path("scan.nii"), levels, (float(values.min()), float(values.max())))
     except InputError as error:
         check_line(error)
         return None

@@ -167,11 +167,10 @@ def with_intensity_scale(
         return dataclasses.replace(
             scan, intensity_scale="hu" if assumed == HU_WINDOW else "assumed", stored_window=assumed
         )
-    sample = scan.sample_slices(SAMPLED_SLICES)
-    scale = infer_scale(path, sample, (low, high), physical=physical)
+    levels = measure_levels(scan.sample_slices(SAMPLED_SLICES))
+    scale = infer_scale(path, levels, (low, high), physical=physical)
     if not physical:
         return dataclasses.replace(scan, intensity_scale=scale, notes=(*scan.notes, _NOT_CHECKED))
-    levels = measure_levels(sample)
     window, muscle = rescaled_window(levels, scale), muscle_hu(levels, scale)
     if muscle is not None and muscle < FAT_HU:
         logger.warning(
