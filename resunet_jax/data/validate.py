@@ -180,10 +180,8 @@ def _unused_files(
     findings = []
     for layout in LAYOUTS:
         for folder, column in zip(layout, COLUMNS, strict=True):
-            paths = [source.path for source in list_sources(data_dir / folder, readers)]
-            for path in paths:
-                reported = any(str(path) in finding.text for finding in named)
-                if path.resolve() not in used and not reported:
+            for path in (source.path for source in list_sources(data_dir / folder, readers)):
+                if path.resolve() not in used and not any(str(path) in finding.text for finding in named):
                     text = (
                         f"{path}: belongs to no case, so it is not read; name it after its scan, or in column {column}"
                     )
@@ -422,14 +420,8 @@ def _too_few(cases: Sequence[Case]) -> list[Finding]:
         )
         return [Finding("error", "", "patients", text)]
     if patients < NUM_FOLDS:
-        return [
-            Finding(
-                "warning",
-                "",
-                "patients",
-                f"{patients} patients are too few for {NUM_FOLDS} folds; use the protocol ratio",
-            )
-        ]
+        text = f"{patients} patients are too few for {NUM_FOLDS} folds; use the protocol ratio"
+        return [Finding("warning", "", "patients", text)]
     return []
 
 
