@@ -6,7 +6,7 @@ probabilities of a whole scan. `Predictor.to_native_grid` then gives probabiliti
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from resunet_jax.data.volume import Array, FloatArray, Grid
 from resunet_jax.errors import InputError
 from resunet_jax.inference.postprocess import gate_infection, remove_low_confidence_lesions, remove_small_components
 from resunet_jax.metrics.calibration import apply_temperature
-from resunet_jax.metrics.overlap import confusion_counts, hard_metrics
+from resunet_jax.metrics.overlap import COUNTS, confusion_counts, hard_metrics
 from resunet_jax.model.build import ARCHITECTURES, Architecture, averaging_of
 from resunet_jax.model.cascade import infection_input, lung_input, predict_probability
 from resunet_jax.model.resunet import Variables
@@ -462,7 +462,11 @@ def choose_threshold(
     with progress("choosing the threshold", len(with_structure)) as advance:
         for prepared, reference, grid in with_structure:
             unprocessed = predictor.slice_probabilities(prepared.images)
-            for threshold, counts in _counts(predictor, structure, unprocessed, prepared, reference, grid):
+            for threshold in THRESHOLDS:
+                chosen = dataclasses.replace(predictor, thresholds={**predictor.thresholds, structure: threshold})
+                probabilities = {name: array.copy() for name, array in unprocessed.items()}
+                chosen.postprocess(probabilities, prepared.boxes, grid)
+                counts = _counts(chosen, structure, probabilities[structure], prepared, reference)
                 dice[threshold] += hard_metrics(counts)["dice"] / len(with_structure)
             advance(prepared.case.id)
     best = max(THRESHOLDS, key=lambda threshold: (dice[threshold], -abs(threshold - 0.5)))
@@ -470,23 +474,13 @@ def choose_threshold(
 
 
 def _counts(
-    predictor: Predictor,
-    structure: Structure,
-    unprocessed: Mapping[str, FloatArray],
-    prepared: PreparedCase,
-    reference: Array,
-    grid: Grid,
-) -> Iterator[tuple[float, dict[str, int]]]:
-    """Confusion counts of a scan at each threshold."""
-    for threshold in THRESHOLDS:
-        chosen = dataclasses.replace(predictor, thresholds={**predictor.thresholds, structure: threshold})
-        probabilities = {name: array.copy() for name, array in unprocessed.items()}
-        chosen.postprocess(probabilities, prepared.boxes, grid)
-        counts = dict.fromkeys(("tp", "fp", "fn", "tn"), 0)
-        for start in range(0, len(prepared.boxes), _CHUNK_SLICES):
-            some = slice(start, start + _CHUNK_SLICES)
-            chunk: dict[str, FloatArray] = {structure: probabilities[structure][some]}
-            mask = chosen.to_native_grid(chunk, prepared.boxes[some], reference.shape[:2])[structure].mask
-            for name, count in confusion_counts(mask, reference[..., some]).items():
-                counts[name] += int(count)
-        yield threshold, counts
+    predictor: Predictor, structure: Structure, probability: FloatArray, prepared: PreparedCase, reference: Array
+) -> dict[str, int]:
+    """Confusion counts of a scan on its own grid, some slices at a time."""
+    counts = dict.fromkeys(COUNTS, 0)
+    for start in range(0, len(probability), _CHUNK_SLICES):
+        some = slice(start, start + _CHUNK_SLICES)
+        native = predictor.to_native_grid({structure: probability[some]}, prepared.boxes[some], reference.shape[:2])
+        for name, count in confusion_counts(native[structure].mask, reference[..., some]).items():
+            counts[name] += int(count)
+    return counts
