@@ -206,7 +206,9 @@ def segment_opened(
         advance = stack.enter_context(progress(name, passes * by_model + pasted))
 
         def new_array(shape: tuple[int, ...]) -> FloatArray:
-            return stack.enter_context(_temp_memmap(shape, name))
+            """Zeros in a temporary file; a full disk is reported here, not by a signal."""
+            file = stack.enter_context(temporary_file(4 * int(np.prod(shape)), name))
+            return np.memmap(file, np.float32, "r+", shape=shape)
 
         found: dict[str, FloatArray] = {}
         boxes: list[npt.NDArray[np.int32]] = []
@@ -227,8 +229,7 @@ def segment_opened(
         predictor.postprocess(found, all_boxes, scan.grid)
         mean, agreed = None, None
         if images is not None:
-            show = functools.partial(advance, "")
-            mean, dice = compare_members(predictor, images, all_boxes, scan.grid, new_array=new_array, advance=show)
+            mean, dice = compare_members(predictor, images, all_boxes, scan.grid, new_array=new_array, advance=advance)
             agreed = ScanUncertainty(len(MEMBERS), dice)
         packed: dict[str, list[npt.NDArray[np.uint8]]] = {structure: [] for structure in found}
         profiles = {structure: np.zeros(scan.grid.oriented_shape[1], np.int64) for structure in found}
@@ -294,10 +295,3 @@ def _release_free_memory() -> None:
     """Returns to the system what compiling and the models have freed: glibc's malloc keeps it, for each thread anew."""
     with contextlib.suppress(AttributeError, TypeError):  # another malloc; Windows
         ctypes.CDLL(None).malloc_trim(0)
-
-
-@contextlib.contextmanager
-def _temp_memmap(shape: tuple[int, ...], name: str) -> Iterator[FloatArray]:
-    """Zeros, float32, in a temporary file that is gone afterwards; a full disk is reported here, not by a signal."""
-    with temporary_file(4 * int(np.prod(shape)), name) as file:
-        yield np.memmap(file, np.float32, "r+", shape=shape)

@@ -67,7 +67,7 @@ def compare_members(
     *,
     members: Sequence[Member] = MEMBERS,
     new_array: Callable[[tuple[int, ...]], FloatArray] = lambda shape: np.zeros(shape, np.float32),
-    advance: Callable[[], object] = lambda: None,
+    advance: Callable[[str], object] = lambda note: None,
 ) -> tuple[FloatArray, float]:
     """Runs the members one after another, a chunk of slices at a time, without averaging within one.
 
@@ -78,7 +78,7 @@ def compare_members(
       grid: of the scan.
       members: how each sees the slices.
       new_array: makes an array of zeros, float32; called for each structure and for the mean.
-      advance: called after each chunk.
+      advance: called after each chunk, as `progress` wants it.
 
     Returns:
       float32 (slices, S, S), mean of the members' infection probabilities after `postprocess`; and the mean over pairs
@@ -100,7 +100,7 @@ def compare_members(
         for some in chunks:
             for structure, probability in models.slice_probabilities(member.apply(images[some])).items():
                 found[structure][some] = member.undo(probability)
-            advance()
+            advance("")
         predictor.postprocess(found, boxes, grid)
         masks.append(add(found["infection"]))
     areas = boxes[:, 2].astype(np.float64) * boxes[:, 3]
