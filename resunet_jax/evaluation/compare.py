@@ -156,7 +156,9 @@ def evaluate_cases(
             comparisons = _comparisons(predictor, prepared, volume, probabilities, tolerance_mm, readers)
             seen = _seen_in(predictor, prepared.case.patient)
             rows = [{**_names(prepared, c.structure), **_row(c, metrics), "seen_in": seen} for c in comparisons]
-            dice = _pairwise_dice(predictor, prepared, volume) if uncertainty else None
+            dice = math.nan if uncertainty else None
+            if uncertainty and predictor.infection is not None:
+                _, dice = compare_members(predictor, prepared.images, prepared.boxes, volume.grid)
             rows = [{**row, **_uncertainty(predictor, row, dice)} for row in rows]
             volumes += rows
             slices += [row for comparison in comparisons for row in _slice_rows(prepared, comparison)]
@@ -217,7 +219,8 @@ class _ModelGrid:
             target = masks[..., 0]
             self.soft[structure].add(probability, target)
             _accumulate(self.calibration, structure, calibration_sums(probability, target))
-            counts = _counts(probability > self._predictor.threshold(structure), target > 0)
+            mask = probability > self._predictor.threshold(structure)
+            counts = {name: int(count) for name, count in confusion_counts(mask, target > 0).items()}
             self.rows.append({**_names(prepared, structure), **hard_metrics(counts), **counts})
             if structure == "infection":
                 _accumulate(self.logits, prepared.case.patient, logit_histogram(probability, target))
@@ -241,13 +244,6 @@ def _settings(predictor: Predictor) -> dict[str, Any]:
     return settings
 
 
-def _pairwise_dice(predictor: Predictor, prepared: PreparedCase, volume: Volume) -> float:
-    if predictor.infection is None:
-        return math.nan
-    _, dice = compare_members(predictor, prepared.images, prepared.boxes, volume.grid)
-    return dice
-
-
 def _uncertainty(predictor: Predictor, row: Mapping[str, Any], pairwise_dice: float | None) -> dict[str, float]:
     """What a row has to say of its own error: columns of what was asked for, NaN but for the infection."""
     is_infection, record = row["structure"] == "infection", predictor.interval_record
@@ -267,10 +263,6 @@ def _seen_in(predictor: Predictor, patient: str) -> str:
     configs = [model.config for model in predictor.models.values()]
     subsets = {"train": [c.train_patients for c in configs], "val": [c.val_patients for c in configs]}
     return next((name for name, groups in subsets.items() if any(patient in group for group in groups)), "")
-
-
-def _counts(predicted: Array, reference: Array) -> dict[str, int]:
-    return {name: int(count) for name, count in confusion_counts(predicted, reference).items()}
 
 
 def _comparisons(
