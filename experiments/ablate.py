@@ -54,7 +54,7 @@ def _splits() -> list[SplitRequest]:
     if bool(FLAGS.protocol) == bool(FLAGS.split_files):
         raise InputError("give either --protocol or --split_files")
     if FLAGS.split_files:
-        return [SplitRequest(expand_user(file)) for file in FLAGS.split_files]
+        return [SplitRequest(expand_user(file), allow_missing=FLAGS.allow_missing) for file in FLAGS.split_files]
     return [
         SplitRequest(protocol=FLAGS.protocol, fold=fold, allow_missing=FLAGS.allow_missing) for fold in range(NUM_FOLDS)
     ]

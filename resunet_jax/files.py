@@ -100,14 +100,14 @@ def _sync(path: Path) -> None:
 
 def _partial(path: Path) -> Path:
     """Where `path` is written first: next to it, under a unique name. Removes what killed processes left there."""
-    ours, name = f"{_PARTIAL}{_machine()}-", _short(path.name)
+    ours = f"{_PARTIAL}{_machine()}-"
     for leftover in path.parent.iterdir() if path.parent.is_dir() else ():
-        match = re.fullmatch(rf"{re.escape(ours)}(\d+)-[0-9a-f]+-{re.escape(name)}", leftover.name)
+        match = re.match(rf"{re.escape(ours)}(\d+)-[0-9a-f]+-", leftover.name)
         if match and not _is_alive(int(match[1])):
             shutil.rmtree(leftover, ignore_errors=True)
             with contextlib.suppress(OSError):
                 leftover.unlink()
-    return path.with_name(f"{ours}{os.getpid()}-{uuid.uuid4().hex[:8]}-{name}")
+    return path.with_name(f"{ours}{os.getpid()}-{uuid.uuid4().hex[:8]}-{_short(path.name)}")
 
 
 def _short(name: str) -> str:

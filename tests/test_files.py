@@ -2,6 +2,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -185,7 +186,7 @@ def test_a_released_folder_keeps_nothing_but_an_empty_lock(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("make", [atomic_file, atomic_dir])
 def test_what_a_killed_process_left_is_removed(tmp_path: Path, make) -> None:
-    """Of the same name, on this machine, by a process that is dead; nothing else."""
+    """Of any name, on this machine, by a process that is dead; nothing else."""
     code = (
         "import os, sys; from pathlib import Path; from resunet_jax.files import *\n"
         f"with {make.__name__}(Path(sys.argv[1])) as partial:\n"
@@ -195,7 +196,9 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path, make) -> None:
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "result"], check=False)
     (left,) = tmp_path.iterdir()
-    others = [left.with_name(left.name.replace("result", "other")), left.with_name(".partial-elsewhere-1-result")]
+    left.with_name(left.name.replace("result", "other")).mkdir()
+    alive = left.with_name(re.sub(r"-\d+-([0-9a-f]+)-result", rf"-{os.getpid()}-\1-result", left.name))
+    others = [alive, left.with_name(".partial-elsewhere-1-result")]
     for other in others:
         other.mkdir()
     with make(tmp_path / "result") as partial:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -19,6 +20,7 @@ LAYOUTS = (
     ("COVID-19-CT-Seg_20cases", "Lung_Mask", "Infection_Mask"),
 )
 """Folders of Kaggle's and of Zenodo's layout, in the order of `COLUMNS`."""
+_PATIENT = "patient"  # a column that may be left out
 
 _CORONACASES = re.compile(r"coronacases_(?:org_)?(?:case)?0*(\d+)", re.IGNORECASE)
 _RADIOPAEDIA = re.compile(r"radiopaedia_(?:org_covid-19-pneumonia-)?((\d+)_\d+_\d+)(?:-dcm)?", re.IGNORECASE)
@@ -69,7 +71,8 @@ def find_cases(data_dir: Path, readers: Mapping[str, Reader] = READERS) -> list[
     """Lists the scans of a data folder.
 
     Takes Kaggle's layout with or without metadata.csv, and Zenodo's. An optional column `patient` in the CSV says which
-    scans show the same person; without it the known doubles are recognised by their names.
+    scans show the same person; where it is empty, the known doubles are recognised by their names. Rows of one scan, as
+    by several readers, are of one patient.
 
     Args:
       data_dir: the folder.
@@ -79,7 +82,8 @@ def find_cases(data_dir: Path, readers: Mapping[str, Reader] = READERS) -> list[
       The cases, in the order of metadata.csv, or by id without one.
 
     Raises:
-      InputError: no such folder, no scan in it, columns or files missing, doubly matched, or outside the folder.
+      InputError: no such folder, no scan in it, columns or files missing, doubly matched, or outside the folder, a
+        scan of two patients.
     """
     cases, problems = list_cases(data_dir, readers)
     if problems:
@@ -112,7 +116,7 @@ def list_cases(data_dir: Path, readers: Mapping[str, Reader] = READERS) -> tuple
     if not cases and not problems:
         formats = ", ".join(readers)
         raise InputError(f"{data_dir}: no scan in it; formats that are read: {formats} (README, 'Your data')")
-    return _without_doubles(data_dir, cases, problems), problems
+    return _without_doubles(metadata if metadata.is_file() else data_dir, cases, problems), problems
 
 
 def require_infection_masks(cases: Iterable[Case]) -> None:
@@ -155,7 +159,7 @@ def _without_doubles(where: Path, cases: Iterable[Case], problems: list[InputErr
         if not _is_text(case.id):
             problems.append(InputError(f"{where}: the file name of case {case.id!r} is not UTF-8; rename its files"))
         elif case.id in found:
-            problems.append(InputError(f"{where}: case {case.id} is there twice; remove or rename one of its files"))
+            problems.append(InputError(f"{where}: case {case.id} is there twice; remove one, or rename its files"))
         else:
             found[case.id] = case
     return list(found.values())
@@ -174,8 +178,8 @@ def _from_csv(metadata: Path, problems: list[InputError], readers: Mapping[str, 
     try:
         with metadata.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
-            columns = reader.fieldnames or []
-            rows = list(reader)
+            reader.fieldnames = columns = [name.strip().lower() for name in reader.fieldnames or []]
+            rows = [(reader.line_num, row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{metadata}: not a CSV file ({error}); export it as UTF-8 CSV") from error
     except OSError as error:
@@ -183,15 +187,23 @@ def _from_csv(metadata: Path, problems: list[InputError], readers: Mapping[str, 
     missing = [column for column in COLUMNS if column not in columns]
     if missing:
         raise InputError(f"{metadata}: no column {missing[0]}; it must have {', '.join(COLUMNS)}")
+    for column in (*COLUMNS, _PATIENT):
+        if columns.count(column) > 1:
+            raise InputError(f"{metadata}: two columns {column}; remove one")
+    alike = [column for column in columns if column.startswith(_PATIENT)]
+    if alike and _PATIENT not in alike:
+        raise InputError(
+            f"{metadata}: the column {alike[0]} would not be read; call it {_PATIENT}, or not {_PATIENT}..."
+        )
     cases = []
-    for line, row in enumerate(rows, start=2):
+    for line, row in rows:
         if not any((row.get(column) or "").strip() for column in COLUMNS):
             continue  # an empty line
         try:
             cases.append(_from_row(metadata, line, row, readers))
         except InputError as problem:
             problems.append(problem)
-    return _with_patients(cases, readers)
+    return _with_patients(metadata, cases, readers)
 
 
 def _from_row(metadata: Path, line: int, row: dict[str, str | None], readers: Mapping[str, Reader]) -> Case:
@@ -204,34 +216,53 @@ def _from_row(metadata: Path, line: int, row: dict[str, str | None], readers: Ma
         other, other_source, _ = (case_id, source, "") if path is None else identify(_name(path, readers))
         if "other" not in (source, other_source) and other != case_id:
             raise InputError(f"{metadata}, line {line}: {path} does not belong to {lung_mask}; fix the row")
-    return Case(case_id, source, (row.get("patient") or "").strip(), ct, lung_mask, infection_mask)
+    return Case(case_id, source, (row.get(_PATIENT) or "").strip(), ct, lung_mask, infection_mask)
 
 
-def _with_patients(cases: Sequence[Case], readers: Mapping[str, Reader]) -> list[Case]:
+def _with_patients(metadata: Path, cases: Sequence[Case], readers: Mapping[str, Reader]) -> list[Case]:
     """Tells the patients that the CSV does not name."""
-    told = {case.id: case.patient or _patient(case, readers) for case in cases}
-    # Of scans in several folders that have one name, as in p1/ct.nii and p2/ct.nii, it does not say whose they are.
-    first: dict[str, dict[Path, str]] = {}
+    by_scan: dict[str, list[Case]] = {}
     for case in cases:
-        if not case.patient and told[case.id] == _name(case.ct, readers):
-            first.setdefault(told[case.id], {}).setdefault(case.ct, case.id)
+        by_scan.setdefault(os.path.realpath(case.ct), []).append(case)
+    named, known, alike = {}, {}, Counter[str]()
+    also_called: dict[str, set[str]] = {}  # known patients by the names that the CSV has for them
+    for scan, rows in by_scan.items():
+        names = sorted({row.patient for row in rows} - {""})
+        if len(names) > 1:
+            raise InputError(f"{metadata}: {rows[0].ct} is of the patients {' and '.join(names)}; fix the rows")
+        named[scan], known[scan] = names[0] if names else "", _known_patient(rows, readers)
+        if named[scan]:
+            also_called.setdefault(known[scan], set()).add(named[scan])
+        elif not known[scan]:
+            alike[_patient(rows[0].ct, readers)] += 1
 
-    def patient(case: Case) -> str:
-        alike = first.get(told[case.id], {})
-        return alike[case.ct] if len(alike) > 1 and not case.patient and case.ct in alike else told[case.id]
+    def patient(scan: str) -> str:
+        if named[scan] or known[scan]:
+            names = also_called.get(known[scan], set())
+            return named[scan] or (min(names) if len(names) == 1 else known[scan])
+        # Of scans in several folders that have one name, as in p1/ct.nii and p2/ct.nii, it does not say whose they are.
+        first, name = by_scan[scan][0], _patient(by_scan[scan][0].ct, readers)
+        return first.id if alike[name] > 1 else name
 
-    return [dataclasses.replace(case, patient=patient(case)) for case in cases]
+    return [dataclasses.replace(case, patient=patient(os.path.realpath(case.ct))) for case in cases]
 
 
-def _patient(case: Case, readers: Mapping[str, Reader]) -> str:
-    """Told by the first of the scan's and masks' names that is a known one; otherwise by the scan's."""
-    paths = (case.ct, case.lung_mask, case.infection_mask)
-    identified = [identify(_name(path, readers)) for path in paths if path is not None]
-    return next((patient for _, source, patient in identified if source != "other"), identified[0][2])
+def _patient(path: Path, readers: Mapping[str, Reader]) -> str:
+    return identify(_name(path, readers))[2]
+
+
+def _known_patient(rows: Iterable[Case], readers: Mapping[str, Reader]) -> str:
+    """Told by the first of the scan's and masks' names that is a known one; "" without one."""
+    paths = [path for row in rows for path in (row.ct, row.lung_mask, row.infection_mask) if path is not None]
+    identified = (identify(_name(path, readers)) for path in paths)
+    return next((patient for _, source, patient in identified if source != "other"), "")
 
 
 def _resolve(metadata: Path, line: int, text: str | None, readers: Mapping[str, Reader]) -> Path | None:
-    """A path of the CSV under the data folder: Kaggle's `../input/<set>/` prefix dropped, .nii for .nii.gz taken."""
+    """A path of the CSV under the data folder, Kaggle's `../input/<set>/` prefix dropped.
+
+    A file that is not there may be there in another format, as Kaggle's .nii as .nii.gz.
+    """
     if not text or not text.strip():
         return None
     parts = PurePosixPath(text.strip().replace("\\", "/")).parts
@@ -242,13 +273,13 @@ def _resolve(metadata: Path, line: int, text: str | None, readers: Mapping[str, 
     folder, file = (Path(os.path.normpath(one.absolute())) for one in (data_dir, path))  # folders may be links
     if not file.is_relative_to(folder):
         raise InputError(f"{metadata}, line {line}: {text} lies outside {data_dir}; only files inside are read")
-    candidates = [
-        path,
-        *(source.path for source in list_sources(path.parent, readers) if source.name == _stem(path.name)),
-    ]
-    for candidate in candidates:
-        if os.path.exists(candidate):  # noqa: PTH110 - false for a name that no file can have, where `Path` raises
-            return candidate
+    if os.path.exists(path):  # noqa: PTH110 - false for a name that no file can have, where `Path` raises
+        return path
+    others = [source.path for source in list_sources(path.parent, readers) if source.name == _stem(path.name)]
+    if len(others) == 1 and others[0].exists():
+        return others[0]
+    if len(others) > 1:
+        raise InputError(f"{metadata}, line {line}: {text} may be {' or '.join(map(str, others))}; name the file")
     raise InputError(f"{path}: no such file, though {metadata} names it in line {line}; add it or fix the row")
 
 
@@ -262,7 +293,8 @@ def _from_folders(
         if case_id in lung_masks:
             lung_mask, infection_mask = lung_masks[case_id], infection_masks.get(case_id)
             case = Case(case_id, identify(case_id)[1], "", ct, lung_mask, infection_mask)
-            cases.append(dataclasses.replace(case, patient=_patient(case, readers)))
+            patient = _known_patient([case], readers) or _patient(ct, readers)
+            cases.append(dataclasses.replace(case, patient=patient))
         else:
             problems.append(InputError(f"{ct}: no lung mask for it in {lung_dir}; its name should begin {case_id}.nii"))
     return cases

@@ -149,4 +149,6 @@ def _unpack(file: Path, name: str, mask: Array, shape: tuple[int, ...]) -> Mask:
         mask = np.unpackbits(mask, axis=-1, count=shape[2])
     if mask.shape != shape or mask.dtype.kind not in "buif":
         raise InputError(f"{file}: {name} is {mask.dtype} {mask.shape}; it must be of the shape of image, or packed")
+    if not np.isfinite(mask).all():
+        raise InputError(f"{file}: {name} has values that are NaN or infinite; a mask is 0 or 1")
     return np.asarray(mask != 0)

@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,7 +21,7 @@ FOLD_PROTOCOLS: tuple[Protocol, ...] = ("few_shot", "five_fold", "patient_five_f
 NUM_FOLDS = 5
 """Of every protocol in `FOLD_PROTOCOLS`."""
 
-_BENCHMARK = ("few_shot", "five_fold")
+_SPLITS_PATIENTS = re.compile(rf"(few_shot|five_fold)(, fold \d of {NUM_FOLDS}.*)?$", re.DOTALL)  # and says so
 _GROUPS = (
     ("coronacases_008", "coronacases_007", "radiopaedia_36_86526_0", "radiopaedia_4_85506_1"),
     ("coronacases_009", "coronacases_004", "radiopaedia_14_85914_0", "radiopaedia_7_85703_0"),
@@ -33,7 +34,7 @@ _GROUPS = (
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Case ids of each subset, sorted as the cases are.
+    """Case ids of each subset, in the order of the cases, or of the split file.
 
     Attributes:
       train: to learn from.
@@ -110,7 +111,9 @@ def make_split(cases: Sequence[Case], request: SplitRequest = DEFAULT_SPLIT) -> 
     _check_request(request, protocol)
     match protocol:
         case "original":
-            return original_split(cases, allow_missing=request.allow_missing)
+            split = original_split(cases, allow_missing=request.allow_missing)
+            _check_patients("`protocol=original`", split, cases)
+            return split
         case "ratio":
             return ratio_split(cases, request.split_seed or 0)
         case "patient_five_fold":
@@ -257,10 +260,11 @@ def read_split(path: Path, cases: Sequence[Case] | None = None) -> Split:
       cases: if given, ids are checked against them and no patient may be in two subsets.
 
     Raises:
-      InputError: no such file, not of that form, unknown ids, an id more than once, or a patient in two subsets.
+      InputError: no such file, not of that form, unknown ids, an id more than once, or a patient in two subsets, which
+        only the benchmark's folds may have.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_doubles)
     except OSError as error:
         raise InputError(f"{path}: cannot read the split ({first_line(error)}); check `split_file`") from error
     except (ValueError, RecursionError) as error:
@@ -279,10 +283,16 @@ def read_split(path: Path, cases: Sequence[Case] | None = None) -> Split:
         raise InputError(f"{path}: {', '.join(doubled)} in it more than once; leave each case in one subset")
     if cases is not None:
         _check_ids(path, split, cases)
-    # The benchmark's folds split patients across sets, and say so.
-    if cases is not None and not protocol.startswith(_BENCHMARK):
+    if cases is not None and not _SPLITS_PATIENTS.match(protocol):
         _check_patients(path, split, cases)
     return split
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    doubled = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    if doubled:
+        raise ValueError(f"{doubled[0]} is there twice")
+    return dict(pairs)
 
 
 def _check_ids(path: Path, split: Split, cases: Sequence[Case]) -> None:
@@ -292,7 +302,7 @@ def _check_ids(path: Path, split: Split, cases: Sequence[Case]) -> None:
             raise InputError(f"{path}: no case {case_id} in the data; there are {', '.join(known)}")
 
 
-def _check_patients(path: Path, split: Split, cases: Sequence[Case]) -> None:
+def _check_patients(where: str | Path, split: Split, cases: Sequence[Case]) -> None:
     patients = {case.id: case.patient for case in cases}
     seen: dict[str, tuple[str, str]] = {}
     for subset in SUBSETS:
@@ -300,7 +310,8 @@ def _check_patients(path: Path, split: Split, cases: Sequence[Case]) -> None:
             other_subset, other = seen.setdefault(patients[case_id], (subset, case_id))
             if other_subset != subset:
                 raise InputError(
-                    f"{path}: {other} ({other_subset}) and {case_id} ({subset}) are one patient; put both in one subset"
+                    f"{where}: {other} ({other_subset}) and {case_id} ({subset}) are one patient; "
+                    "put both in one subset of a split file"
                 )
 
 

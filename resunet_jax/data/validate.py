@@ -416,7 +416,8 @@ def _too_few(cases: Sequence[Case]) -> list[Finding]:
     patients = len({case.patient for case in cases})
     if patients < 3:
         text = (
-            f"{patients} patient(s) are too few to train, validate and test on separate ones, which takes 3; add scans"
+            f"{patients} patient(s) are too few to train, validate and test on separate ones, which takes 3; "
+            "add scans, or name the subsets in `split_file`"
         )
         return [Finding("error", "", "patients", text)]
     if patients < NUM_FOLDS:

@@ -168,12 +168,11 @@ def begin_study(
         variant.name: _check_configs(variant, variant.configs(changes, seeds[0]), study) for variant in variants
     }
     cases = find_cases(study.data_dir, study.tables.readers)
-    require_infection_masks(cases)
     requests: dict[Split, SplitRequest] = {}
     for request in splits:
         split = make_split(cases, request)
-        split.cases("test", cases)
         requests.setdefault(split, request)
+        _check_split(split, cases, request, with_infection=any(variant.infection is not None for variant in variants))
     plan = []
     for seed in dict.fromkeys(seeds):
         for split, request in requests.items():
@@ -192,6 +191,15 @@ def begin_study(
             raise InputError(f"{study.workdir}: holds a study by another script; choose a new `workdir`")
     _check_data(study, cases, requests)
     return plan
+
+
+def _check_split(split: Split, cases: Sequence[Case], request: SplitRequest, *, with_infection: bool) -> None:
+    try:
+        used = [*split.cases("train", cases), *split.cases("test", cases)]
+    except InputError as error:
+        raise InputError(f"{request.split_file or request.protocol}: {error}") from error
+    if with_infection:
+        require_infection_masks([*used, *(case for case in cases if case.id in split.val)])
 
 
 def _warn_of_variants(variants: Sequence[Variant], changes: Mapping[str, Any], plan: Sequence[Run]) -> None:
@@ -243,7 +251,9 @@ def _check_configs(variant: Variant, configs: Mapping[Structure, Config], study:
 def _check_data(study: Study, cases: Sequence[Case], splits: Iterable[Split]) -> None:
     """Refuses data of which a report may show another state; notes what a new study, or what is new in it, uses."""
     used = {case_id for split in splits for case_id in (*split.train, *split.val, *split.test)}
-    digests = content_digests([case for case in cases if case.id in used], study.tables.readers, assumed=study.assumed)
+    some = [case for case in cases if case.id in used]
+    digests = content_digests(some, study.tables.readers, assumed=study.assumed)
+    digests |= {f"{case.id} (its patient)": case.patient for case in some}  # intervals are over patients
     with _begin_alone(study.workdir):
         check_data_unchanged(study.workdir, digests)
         write_data_record(study.workdir, digests)

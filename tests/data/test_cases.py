@@ -214,7 +214,73 @@ def test_a_patient_is_known_by_the_scan_or_the_mask(kaggle: Path) -> None:
         (second, "lung_mask/reader2_b.nii", ""),
         (second, "lung_mask/coronacases_001.nii", ""),
     )
-    assert [case.patient for case in find_cases(kaggle)] == ["coronacases_001", "scan_x", "coronacases_001"]
+    assert [case.patient for case in find_cases(kaggle)] == ["coronacases_001"] * 3
+
+
+WITH_PATIENT = ("ct_scan", "lung_mask", "infection_mask", "patient")
+
+
+def test_rows_of_one_scan_are_of_one_patient(kaggle: Path) -> None:
+    """However its path is written, and whether or not each row names the patient."""
+    touch(kaggle / "ct_scans", "a.nii")
+    touch(kaggle / "lung_mask", "a.nii", "a2.nii", "a3.nii")
+    scans = ("ct_scans/a.nii", "ct_scans/../ct_scans/a.nii", "ct_scans/a.nii")
+    rows = [(scan, f"lung_mask/{mask}.nii", "") for scan, mask in zip(scans, ("a", "a2", "a3"), strict=True)]
+    write_csv(kaggle, *rows)
+    assert {case.patient for case in find_cases(kaggle)} == {"a"}
+    write_csv(kaggle, *((*row, name) for row, name in zip(rows, ("", "anna", ""), strict=True)), columns=WITH_PATIENT)
+    assert {case.patient for case in find_cases(kaggle)} == {"anna"}
+    write_csv(kaggle, (*rows[0], "eva"), (*rows[1], "anna"), columns=WITH_PATIENT)
+    with pytest.raises(InputError, match=r"metadata\.csv: .*a\.nii is of the patients anna and eva; fix the rows"):
+        find_cases(kaggle)
+
+
+def test_a_known_patient_that_one_row_names_is_the_same_in_the_others(kaggle: Path) -> None:
+    names = [f"radiopaedia_10_85902_{number}" for number in (1, 3)]
+    for folder in ("ct_scans", "lung_mask"):
+        touch(kaggle / folder, *(f"{name}.nii" for name in names))
+    rows = [(f"ct_scans/{name}.nii", f"lung_mask/{name}.nii", "") for name in names]
+    write_csv(kaggle, (*rows[0], "eva"), (*rows[1], ""), columns=WITH_PATIENT)
+    assert [case.patient for case in find_cases(kaggle)] == ["eva", "eva"]
+
+
+@pytest.mark.parametrize("header", [" patient", "Patient", "PATIENT "])
+def test_the_column_of_patients_is_known_in_any_case(kaggle: Path, header: str) -> None:
+    write_csv(kaggle, *((*row, "eva") for row in ROWS), columns=(" CT_scan", "lung_mask ", "infection_mask", header))
+    assert [case.patient for case in find_cases(kaggle)] == ["eva", "eva"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ((*WITH_PATIENT[:3], "patient_id"), "the column patient_id would not be read; call it patient"),
+        ((*WITH_PATIENT, "Patient"), "two columns patient"),
+    ],
+)
+def test_a_column_that_may_tell_patients_is_not_passed_over(
+    kaggle: Path, columns: tuple[str, ...], message: str
+) -> None:
+    write_csv(kaggle, *((*row, *["eva"] * (len(columns) - 3)) for row in ROWS), columns=columns)
+    with pytest.raises(InputError, match=rf"metadata\.csv: {message}"):
+        find_cases(kaggle)
+
+
+def test_lines_are_those_of_the_file(kaggle: Path) -> None:
+    row = ",".join((ROWS[0][0], "", ""))
+    (kaggle / "metadata.csv").write_text(f'ct_scan,lung_mask,infection_mask,"a\nnote"\n\n\n{row},x\n')
+    with pytest.raises(InputError, match=r"metadata\.csv, line 5: ct_scan and lung_mask must both"):
+        find_cases(kaggle)
+
+
+def test_a_missing_file_that_two_may_stand_for_is_refused(kaggle: Path) -> None:
+    write_csv(kaggle, *ROWS)
+    (kaggle / "lung_mask" / "coronacases_001.nii").rename(kaggle / "lung_mask" / "coronacases_001.nii.gz")
+    assert find_cases(kaggle)[1].lung_mask.name == "coronacases_001.nii.gz"
+    touch(kaggle / "lung_mask", "coronacases_001.mha")
+    with pytest.raises(
+        InputError, match=r"line 3: .*coronacases_001\.nii may be .*\.mha or .*\.nii\.gz; name the file"
+    ):
+        find_cases(kaggle)
 
 
 def test_scans_of_one_name_in_several_folders_are_of_several_patients(kaggle: Path) -> None:

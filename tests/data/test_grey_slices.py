@@ -134,6 +134,7 @@ def test_slices_become_a_data_set(tmp_path: Path, packed: bool) -> None:
         ({"lung": arrays()["lung"][:, :4]}, "lung is bool (5, 4, 40); it must be of the shape of image, or packed"),
         ({"infection": arrays()["lung"][..., :5]}, "infection is bool (5, 32, 5)"),
         ({"lung": np.full((5, 32, 40), "yes")}, "lung is <U3 (5, 32, 40)"),
+        ({"lung": np.full((5, 32, 40), np.nan)}, "lung has values that are NaN or infinite"),
         ({"image": 255 - arrays()["image"]}, "the lung is lighter than the chest wall in a (0), a (1), b (2)"),
         ({name: array[:0] for name, array in arrays().items()}, "no slice in it"),
         ({"case": np.array(["a", "a", "../b", "/b", "b/c"])}, "case '../b', '/b', 'b/c': a name has letters, digits"),

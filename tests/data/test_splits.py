@@ -207,6 +207,11 @@ def test_file_round_trip(tmp_path: Path) -> None:
             "more than once",
         ),
         ("[" * 100_000, "not JSON"),
+        ('{"train": ["coronacases_001"], "test": [], "test": ["coronacases_002"]}', "test is there twice"),
+        (
+            '{"train": ["radiopaedia_10_85902_1"], "test": ["radiopaedia_10_85902_3"], "protocol": "few_shot by me"}',
+            "are one patient",
+        ),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
@@ -214,6 +219,20 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
     path.write_text(text)
     with pytest.raises(InputError, match=message):
         read_split(path, FULL)
+
+
+def test_a_file_of_an_editor_that_marks_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "split.json").write_text('{"train": ["coronacases_001"]}', encoding="utf-8-sig")
+    assert read_split(tmp_path / "split.json", FULL).train == ("coronacases_001",)
+
+
+def test_the_original_split_keeps_patients_together() -> None:
+    one = {"coronacases_001", "coronacases_010"}
+    cases = [dataclasses.replace(case, patient="p" if case.id in one else case.patient) for case in FULL]
+    with pytest.raises(
+        InputError, match=r"`protocol=original`: coronacases_001 \(train\) and coronacases_010 \(test\)"
+    ):
+        make_split(cases)
 
 
 def test_absent_file(tmp_path: Path) -> None:

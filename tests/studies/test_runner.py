@@ -1,5 +1,6 @@
 """Bookkeeping by trainings and evaluations that only say that they were called, and one real study."""
 
+import csv
 import dataclasses
 import itertools
 import json
@@ -309,7 +310,7 @@ def test_processes_that_begin_a_study_together_lose_no_record(
 
     with ThreadPoolExecutor(len(cases)) as executor:
         list(executor.map(begin, cases))
-    assert set(json.loads((tmp_path / "run" / "data.json").read_text())) == {case.id for case in cases}
+    assert {case.id for case in cases} <= set(json.loads((tmp_path / "run" / "data.json").read_text()))
 
 
 def test_damage_is_named(ablation: Ablation, calls: Calls, tmp_path: Path) -> None:
@@ -386,6 +387,14 @@ def test_a_study_whose_data_have_changed_is_not_resumed(
     content[-1] ^= 1
     file.write_bytes(content)
     run()
+    with (data / "metadata.csv").open(newline="", encoding="utf-8") as old:
+        rows = list(csv.reader(old))
+    with (data / "metadata.csv").open("w", newline="", encoding="utf-8") as new:
+        csv.writer(new).writerows(
+            [[*rows[0], "patient"], *([*row, f"p{number}"] for number, row in enumerate(rows[1:]))]
+        )
+    with pytest.raises(InputError, match=r"of .*coronacases_001 \(its patient\).* has changed"):
+        run()
 
 
 def test_a_study_takes_what_is_assumed_of_its_scans(ablation: Ablation, calls: Calls) -> None:
@@ -421,12 +430,34 @@ def test_a_study_takes_further_cases_and_guards_them_too(
 ) -> None:
     ablation()
     before = json.loads((tmp_path / "run" / "data.json").read_text())
-    assert sorted(before) == ["coronacases_001", "coronacases_002", "coronacases_003"]
+    cases = [f"coronacases_00{number}" for number in (1, 2, 3)]
+    assert sorted(before) == sorted([*cases, *(f"{case} (its patient)" for case in cases)])
     (tmp_path / "more.json").write_text(json.dumps({**SPLIT, "test": ["radiopaedia_14_85914_0"]}))
     ablation(splits=[SplitRequest(tmp_path / "more.json")])
     after = json.loads((tmp_path / "run" / "data.json").read_text())
     assert {**after, **before} == after
-    assert set(after) - set(before) == {"radiopaedia_14_85914_0"}
+    further = "radiopaedia_14_85914_0"
+    assert set(after) - set(before) == {further, f"{further} (its patient)"}
+
+
+def test_cases_without_infection_masks_hinder_only_those_who_use_them(
+    ablation: Ablation, calls: Calls, phantom: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(phantom, data)
+    rows = (data / "metadata.csv").read_text(encoding="utf-8").splitlines()
+    columns, first = rows[0].split(","), rows[1].split(",")
+    first[columns.index("infection_mask")] = ""
+    (data / "metadata.csv").write_text("\n".join([rows[0], ",".join(first), *rows[2:]]), encoding="utf-8")
+    without = next(case.id for case in find_cases(data) if case.infection_mask is None)
+    assert without in SPLIT["train"]
+    with pytest.raises(InputError, match=f"{without}: no infection mask"):
+        ablation(data_dir=data)
+    assert calls.trained == []
+    ablation(data_dir=data, variants=[Variant("lung alone", infection=None)])
+    other = {**SPLIT, "train": [case for case in SPLIT["train"] if case != without]}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    ablation(data_dir=data, splits=[SplitRequest(tmp_path / "other.json")])
 
 
 def test_what_cannot_be_run_is_told_before_anything_is_trained(
@@ -437,6 +468,9 @@ def test_what_cannot_be_run_is_told_before_anything_is_trained(
         ablation(variants=[lung_alone, LUNG_ALIKE[0]])
     with pytest.raises(InputError, match="two of these variants have one name: robust, robust"):
         ablation(variants=[LUNG_ALIKE[0], Variant("robust", "original")])
+    (tmp_path / "none.json").write_text('{"train": [], "test": ["coronacases_003"]}')
+    with pytest.raises(InputError, match=r"none\.json: the split has no train case"):
+        ablation(splits=[SplitRequest(tmp_path / "split.json"), SplitRequest(tmp_path / "none.json")])
     with pytest.raises(InputError, match=r"variant 'robust': there is no train\.epoch;"):
         ablation(changes={"train.epoch": 1})
     with pytest.raises(InputError, match=r"coronacases_004.*are missing.*`allow_missing`"):
