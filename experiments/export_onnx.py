@@ -1,9 +1,9 @@
 """Exports the cascade as one ONNX file, in an environment of its own: its converter wants an older orbax than we do.
 
-python -m venv onnx
-onnx/bin/pip install jax2onnx onnxruntime filelock lazy_loader nibabel pillow pydicom rich surface-distance
-onnx/bin/pip install --no-deps .
-onnx/bin/python experiments/export_onnx.py --output=cascade.onnx
+python -m venv .venv/onnx
+.venv/onnx/bin/pip install jax2onnx onnxruntime filelock lazy_loader nibabel pillow pydicom rich surface-distance
+.venv/onnx/bin/pip install --no-deps .
+.venv/onnx/bin/python experiments/export_onnx.py --output=cascade.onnx
 """
 
 import logging

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 FLAGS = flags.FLAGS
 _TERMINATED = 143  # the exit code of shells for SIGTERM
-settings.define_path("input", "A scan (NIfTI file, DICOM folder or zip), or a folder of scans.", required=True)
+settings.define_path(
+    "input",
+    "A scan (NIfTI, NRRD or MetaImage file, DICOM folder, zip or multi-frame file), or a folder of scans.",
+    required=True,
+)
 settings.define_path("output_dir", "Gets masks and reports; several processes may share it.", required=True)
 settings.define_model_flags()
 flags.DEFINE_string("series", None, "Of several DICOM series, only the one of this name or UID.")

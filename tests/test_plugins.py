@@ -1,4 +1,4 @@
-"""A package that adds a loss, an augmentation, a metric and a reader, used by the scripts in processes of their own."""
+"""A package that adds a row to every table, used by the scripts in processes of their own."""
 
 import csv
 import json
@@ -28,6 +28,7 @@ PLUGIN = """
     from resunet_jax.data.readers.source import by_suffix, file_digest
     from resunet_jax.data.volume import scan_from_array
     from resunet_jax.metrics import Metric
+    from resunet_jax.model.build import ARCHITECTURES
     from resunet_jax.training.losses import bce, mean_over_examples
 
     @contextlib.contextmanager
@@ -38,6 +39,7 @@ PLUGIN = """
         "losses": {"toy": mean_over_examples(lambda logits, mask: 3 * bce(logits, mask))},
         "augmentations": {"toy_negative": lambda key, image, mask, config: (1 - image, mask)},
         "metrics": {"toy_litres": Metric(lambda c: c.volumes_ml[0] / 1000, "predicted", "l")},
+        "architectures": {"toy_net": lambda config, convolution: ARCHITECTURES["resunet"](config, convolution)},
         "readers": {"npy": Reader(by_suffix((".npy",)), open_npy, file_digest)},
     }
 """
@@ -87,7 +89,8 @@ def test_a_plugin_trains_evaluates_and_predicts(phantom: Path, tmp_path: Path) -
     plain = (*common, f"--workdir={tmp_path / 'without'}", f"--split_file={split}", *TINY_FLAGS, "--epochs=1")
     transforms = '--set=augment.transforms=["spatial", "toy_negative"]'
     scan = next((data / "ct_scans").glob("*14_85914*"))
-    train = ("train_lung", *plain, "--loss=toy:1", transforms, f"--workdir={lung}")
+    own = ("--loss=toy:1", transforms, "--architecture=toy_net")
+    train = ("train_lung", *plain, *own, f"--workdir={lung}")
     evaluate = ("evaluate", *common, f"--lung_checkpoint={lung}", f"--output_dir={report}")
     predict = ("predict", f"--input={scan}", f"--lung_checkpoint={lung}", f"--output_dir={masks}")
 
@@ -106,9 +109,10 @@ def test_a_plugin_trains_evaluates_and_predicts(phantom: Path, tmp_path: Path) -
 
     without = {
         ("train_lung", *plain, "--loss=toy:1"): "'toy' is not one of bce",
-        ("train_lung", *plain, transforms): "augmentation 'toy_negative'",
+        ("train_lung", *plain, transforms): "augmentation 'toy_negative'.*install the plugin",
+        ("train_lung", *plain, "--architecture=toy_net"): "architecture 'toy_net'.*install the plugin",
         ("train_lung", *plain): r"\.npy: not a scan; formats that are read: nifti",
-        evaluate: r"\.npy: not a scan; formats that are read: nifti",
+        evaluate: "architecture 'toy_net'.*install the plugin",
         predict: r"\.npy: not a scan; formats that are read: nifti",
     }
     for command, message in without.items():

@@ -54,11 +54,14 @@ Run = Callable[[], Any]
 
 # Linux's ru_maxrss of a process counts what its parent held when it was started; VmHWM does not.
 _PRINT_PEAK = """
-import pathlib, resource, sys
+import pathlib, sys
 status = pathlib.Path("/proc/self/status")
 if status.is_file():
     peak = next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+elif sys.platform == "win32":
+    peak = float("nan")
 else:
+    import resource
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 print("\\n", peak / 1e9)
 """

@@ -146,7 +146,7 @@ def define_training_flags() -> None:
     for field in _FLAGGED:
         if field != "train.seed":
             _define_field(field)
-    flags.DEFINE_multi_string("set", [], "Any other field of config.json, as in --set=augment.max_scale=0.3.")
+    flags.DEFINE_multi_string("set", [], "As in --set=augment.max_scale=0.3: any other field of config.json.")
     flags.DEFINE_bool("allow_missing", False, "Forms a protocol of the full set from the cases that are there.")
     define_cache_flags()
 

@@ -77,5 +77,8 @@ def build_model(
     """
     name = config.model.architecture
     if name not in architectures:
-        raise InputError(f"architecture {name!r}: there is none of that name; there are {', '.join(architectures)}")
+        raise InputError(
+            f"architecture {name!r}: there is none of that name; there are {', '.join(architectures)}; "
+            "install the plugin that adds it"
+        )
     return architectures[name](config, convolution)

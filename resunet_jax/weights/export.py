@@ -289,13 +289,16 @@ def describe_cascade(
     size, postprocess = lung.config.preprocess.image_size, infection.config.postprocess
     fraction = infection.model.closing_fraction if TASKS[infection.config.task].uses_lung else 0.0
     probability = {"shape": ["b", size, size, 1], "dtype": "float32", "range": [0, 1]}
-    outputs = ["lung probability", "infection probability"]
-    if temperature is not None:
-        outputs.append("calibrated infection probability, to be reported; masks are made of the other")
+    outputs = {
+        "lung_probability": "of the lung's masks",
+        "infection_probability": "of the infection's masks",
+        "calibrated_infection_probability": "to be reported; masks are made of the other",
+    }
+    names = list(outputs)[: 2 if temperature is None else 3]
     return {
         "written_on": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "inputs": _inputs(infection, from_hu),
-        "outputs": [{"name": name, **probability} for name in outputs],
+        "outputs": [{"name": name, "description": outputs[name], **probability} for name in names],
         "preprocessing": _preprocessing(infection, from_hu),
         "thresholds": {name: thresholds[name] for name in ("lung", "infection")},
         "threshold_rule": "a voxel belongs to a mask where its probability is above the threshold; in slices without "
