@@ -180,7 +180,7 @@ def _quantile_hu(counts: npt.NDArray[np.int64], q: float) -> float:
 
 
 def measure(segmented: SegmentedScan, totals: Totals, scan: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """All numbers of a scan.
+    """All numbers of a scan that both models have segmented.
 
     Args:
       segmented: the scan and its masks.
@@ -305,8 +305,6 @@ def implausible(totals: Totals, voxel_ml: float, slice_mm: float) -> list[str]:
 
 
 def _lesions(segmented: SegmentedScan, voxel_ml: float) -> dict[str, Any]:
-    if "infection" not in segmented.packed:
-        return {"lesions": 0, "lesion_volumes_ml": []}
     masks = (
         segmented.mask("infection", start, stop)[..., k]
         for start, stop in segmented.chunks()
@@ -347,7 +345,7 @@ def _notes(segmented: SegmentedScan, totals: Totals) -> list[str]:
     notes = []
     if not segmented.scan.warnings:
         notes.append("Left and right follow the header of the scan, and so do front and back.")
-    lung = [k for k, packed in enumerate(segmented.packed.get("lung", [])) if packed.any()]
+    lung = [k for k, packed in enumerate(segmented.packed["lung"]) if packed.any()]
     ends = {0, len(segmented.boxes) - 1}
     if lung and ends & {lung[0], lung[-1]}:
         notes.append(
@@ -378,8 +376,6 @@ def _intervals(predictor: Predictor, values: Mapping[str, float]) -> dict[str, l
 def _interval_note(predictor: Predictor) -> list[str]:
     """One line on what the intervals are worth, or why there are none."""
     record = predictor.interval_record
-    if predictor.infection is None:
-        return []
     if predictor.record is None:
         return ["No interval, and probabilities as the model gives them: these models were not calibrated."]
     if record is None:
@@ -400,7 +396,7 @@ def _uncertainty(segmented: SegmentedScan) -> dict[str, Any]:
     return {
         "interval": interval,
         "temperature": None if predictor.record is None else predictor.record.temperature,
-        "probability_threshold": predictor.reported_threshold("infection") if predictor.infection is not None else None,
+        "probability_threshold": predictor.reported_threshold("infection"),
         "members": None if agreed is None else agreed.members,
         "pairwise_dice": None if agreed is None else _or_none(agreed.pairwise_dice),
     }

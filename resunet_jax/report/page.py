@@ -61,7 +61,7 @@ _GREYS = 48
 
 
 def write_scan_page(
-    path: Path, report: Mapping[str, Any], slices: Sequence[EncodedSlice], pixel_mm: Sequence[float]
+    path: Path, report: Mapping[str, Any], slices: Sequence[EncodedSlice], size_mm: Sequence[float]
 ) -> None:
     """Writes the page of a scan, atomically.
 
@@ -69,7 +69,7 @@ def write_scan_page(
       path: the .html to write.
       report: the numbers of the scan; keys that are not known are ignored.
       slices: all slices of the scan, from the feet to the head.
-      pixel_mm: size along rows and columns, in mm, and between slices where it is not `scan.spacing_mm[2]`.
+      size_mm: of a voxel along rows and columns, and distance of slices.
 
     Raises:
       InputError: it cannot be written.
@@ -80,7 +80,6 @@ def write_scan_page(
     counts = [len(values) for values in report["by_slice"].values()]
     if any(count != len(slices) for count in counts):
         raise ValueError(f"expected {len(slices)} values by slice, found {counts}")
-    size_mm = [float(v) for v in (*pixel_mm[:2], pixel_mm[2] if len(pixel_mm) > 2 else report["scan"]["spacing_mm"][2])]
     write_text(path, _page(report, slices, size_mm))
 
 
@@ -228,13 +227,13 @@ def _bars(values: Sequence[float]) -> str:
     return "".join(f"M0 {count - k - 0.9:g}h{100 * v / top:.1f}v.8H0z" for k, v in enumerate(values) if v > 0)
 
 
-def write_preview(path: Path, slices: Sequence[EncodedSlice], pixel_mm: Sequence[float]) -> None:
+def write_preview(path: Path, slices: Sequence[EncodedSlice], size_mm: Sequence[float]) -> None:
     """Writes up to 12 slices with the contours of the masks as a PNG, atomically; for arguments see `write_scan_page`.
 
     Raises:
       InputError: it cannot be written.
     """
-    image, _ = _draw_montage(slices, choose_sampling(slices), pixel_mm)
+    image, _ = _draw_montage(slices, choose_sampling(slices), size_mm)
     with atomic_file(path) as partial:
         image.save(partial, "png", optimize=True)
 

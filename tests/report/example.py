@@ -7,6 +7,7 @@ import numpy as np
 
 from resunet_jax.report.slices import EncodedSlice, encode_slices
 
+SIZE_MM = (0.8, 0.8, 5.0)
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'\u2028"
 
 
@@ -23,7 +24,7 @@ def example_report(name: str = "scan_1", slices: int = 12, **changes: Any) -> di
             "file": f"{name}.nii.gz",
             "format": "nifti",
             "shape": [512, 512, slices],
-            "spacing_mm": [0.8, 0.8, 5.0],
+            "spacing_mm": list(SIZE_MM),
             "slices": slices,
         },
         "lung": {"volume_ml": 4321.0, "left_ml": 2000.0, "right_ml": None},

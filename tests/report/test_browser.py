@@ -13,7 +13,7 @@ import pytest
 
 from resunet_jax.report.cohort import write_cohort_page
 from resunet_jax.report.page import LAYERS, write_scan_page
-from tests.report.example import HOSTILE, encode, example_arrays, example_report
+from tests.report.example import HOSTILE, SIZE_MM, encode, example_arrays, example_report
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 if not (CHROMIUM and DRIVER):
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     report["infection"] |= {"involvement_interval_percent": [0.0, 37.9], "volume_interval_ml": [0.0, 1491.6]}
     uncertainty = 100 * ARRAYS["infection"].astype(np.uint8)
-    write_scan_page(folder / "scan.html", report, encode(**ARRAYS, uncertainty=uncertainty), (0.8, 0.8))
+    write_scan_page(folder / "scan.html", report, encode(**ARRAYS, uncertainty=uncertainty), SIZE_MM)
     volumes = {"b": 5.0, "a": None, "c": -2.0, "a10": 30.0, "a9": 30.5}
     reports = [example_report(name) for name in volumes]
     for one, volume in zip(reports, volumes.values(), strict=True):

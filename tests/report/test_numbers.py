@@ -22,7 +22,7 @@ PREDICTOR = SimpleNamespace(
     mask_thresholds={},
     infection_postprocess={"gate": "none"},
     min_component_fraction=0.1,
-    infection=None,
+    reported_threshold=lambda structure: 0.4,
     record=None,
     interval_record=None,
     preprocess=SimpleNamespace(image_size=128, context_mm=5.0),
@@ -302,10 +302,9 @@ def record(guarantee: float | None, level: float = 0.9) -> SimpleNamespace:
 
 def test_intervals_and_what_they_are_worth_go_into_the_report() -> None:
     scan = segmented()
-    models = {"infection": object(), "reported_threshold": lambda structure: 0.4}
 
     def report(**changes: object) -> dict:
-        predictor = SimpleNamespace(**{**vars(PREDICTOR), **models, **changes})
+        predictor = SimpleNamespace(**{**vars(PREDICTOR), **changes})
         return report_of(dataclasses.replace(scan, predictor=predictor))
 
     for one, words in (

@@ -15,7 +15,7 @@ from resunet_jax.errors import InputError
 from resunet_jax.report.markup import DISCLAIMER, json_block, number
 from resunet_jax.report.page import write_preview, write_scan_page
 from resunet_jax.report.slices import HU_LOWEST, HU_STEP, Bytes2D, choose_sampling, encode_slices, pack
-from tests.report.example import HOSTILE, encode, example_arrays, example_report, example_slices
+from tests.report.example import HOSTILE, SIZE_MM, encode, example_arrays, example_report, example_slices
 
 
 def unpack(data: bytes, shape: tuple[int, int]) -> Bytes2D:
@@ -32,7 +32,7 @@ def unpack(data: bytes, shape: tuple[int, int]) -> Bytes2D:
 
 def page(tmp_path: Path, **changes: Any) -> str:
     path = tmp_path / "scan_1_report.html"
-    write_scan_page(path, example_report(**changes), example_slices(), (0.8, 0.8))
+    write_scan_page(path, example_report(**changes), example_slices(), SIZE_MM)
     return path.read_text(encoding="utf-8")
 
 
@@ -75,7 +75,7 @@ def test_a_page_holds_the_very_voxels(tmp_path: Path) -> None:
                 **{key: a[..., k : k + 5] for key, a in {**arrays, "uncertainty": uncertainty}.items()}, file=file
             )
         ]
-        write_scan_page(tmp_path / "a.html", example_report(), slices, (0.8, 0.8, 5.0))
+        write_scan_page(tmp_path / "a.html", example_report(), slices, SIZE_MM)
         assert file.tell() == 3 * arrays["hu"].size
     data = data_of((tmp_path / "a.html").read_text(encoding="utf-8"))
     grid = np.ix_(data["rows"], data["columns"])
@@ -140,7 +140,7 @@ def test_an_empty_scan_has_a_page(tmp_path: Path, value: float) -> None:
     hu = np.full((30, 40, 1), value, np.float32)
     slices = encode(hu=hu, lung=np.zeros(hu.shape, np.uint8), infection=np.zeros(hu.shape, bool))
     write_scan_page(
-        tmp_path / "a.html", example_report(by_slice={"lung_ml": [0.0], "infection_ml": [0.0]}), slices, (1, 2)
+        tmp_path / "a.html", example_report(by_slice={"lung_ml": [0.0], "infection_ml": [0.0]}), slices, (1, 2, 5)
     )
     assert len(data_of((tmp_path / "a.html").read_text(encoding="utf-8"))["rows"]) == 30
 
@@ -151,7 +151,7 @@ def test_a_noisy_scan_of_300_slices_stays_below_15_mb(tmp_path: Path) -> None:
     slices = encode(**arrays)
     sampling = choose_sampling(slices * 5)
     assert len(sampling.columns) >= 256
-    write_scan_page(tmp_path / "a.html", example_report(slices=30), (slices * 5)[::10], (0.8, 0.8))
+    write_scan_page(tmp_path / "a.html", example_report(slices=30), (slices * 5)[::10], SIZE_MM)
     html = (tmp_path / "a.html").read_text(encoding="utf-8")
     montage = len(html) - len(json.dumps(data_of(html)["planes"]))
     packed = sum(len(pack(sampling(p))) for s in slices[::5] for p in s.planes().values()) / 12
@@ -233,11 +233,11 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="labels"):
         encode(**{**arrays, "lung": arrays["lung"] + 1})
     with pytest.raises(ValueError, match="one shape"):
-        write_scan_page(tmp_path / "a.html", example_report(), [], (1, 1))
+        write_scan_page(tmp_path / "a.html", example_report(), [], SIZE_MM)
     with pytest.raises(ValueError, match="by slice"):
-        write_scan_page(tmp_path / "a.html", example_report(slices=3), example_slices(), (1, 1))
+        write_scan_page(tmp_path / "a.html", example_report(slices=3), example_slices(), SIZE_MM)
     with pytest.raises(InputError, match="cannot be written"):
-        write_scan_page(tmp_path / "none" / "a.html", example_report(), example_slices(), (1, 1))
+        write_scan_page(tmp_path / "none" / "a.html", example_report(), example_slices(), SIZE_MM)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_intervals_stand_beside_their_numbers_where_there_are_any(
     report = example_report(uncertainty={"members": 4, "pairwise_dice": 0.8412, "interval": interval})
     report["infection"] |= {"volume_interval_ml": [400.0, 700.25], "involvement_interval_percent": [8.0, 16.04]}
     path = tmp_path / "a.html"
-    write_scan_page(path, report, example_slices(), (0.8, 0.8))
+    write_scan_page(path, report, example_slices(), SIZE_MM)
     html = path.read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
     assert f"12.6 %<small class=interval>8.0 to 16.0 %{said}</small>" in html
     assert f"543.2 ml<small class=interval>400.0 to 700.2 ml{said}</small>" in html
