@@ -95,7 +95,7 @@ def main() -> None:
                 print(f"{result.scan.name}: {result.summary}", flush=True)
     finally:  # interrupted, the table is of what is done
         failed = _conclude(results, len(scans))
-        for file in write_cohort(output_dir) if "report" in outputs else ():
+        for file in write_cohort(output_dir) if results and "report" in outputs else ():
             print(file)
     if failed:
         sys.exit(BAD_INPUT)

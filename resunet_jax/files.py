@@ -123,8 +123,9 @@ def is_leftover(path: Path) -> bool:
 
 def _machine() -> str:
     """Where a process id means something: this machine, and on Linux this container."""
-    namespace = Path("/proc/self/ns/pid")
-    return f"{socket.gethostname()}-{namespace.stat().st_ino if namespace.exists() else 0}"
+    namespace, boot = Path("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id")  # host names may be alike
+    parts = (namespace.stat().st_ino if namespace.exists() else 0, boot.read_text()[:8] if boot.exists() else 0)
+    return "-".join(map(str, (socket.gethostname(), *parts)))
 
 
 def _is_alive(process: int) -> bool:

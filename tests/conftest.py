@@ -81,7 +81,9 @@ def run_script(name: str, *flags: object, env: Mapping[str, str] | None = None) 
 def run_file(file: Path, *arguments: object, env: Mapping[str, str] | None = None) -> Done:
     """The same for any file of Python code."""
     env = {**os.environ, **(env or {})}
-    if hasattr(os, "fork") and {name for name, _ in env.items() ^ _ENVIRONMENT.items()} <= _READ_WHEN_NEEDED:
+    is_usual = {name for name, _ in env.items() ^ _ENVIRONMENT.items()} <= _READ_WHEN_NEEDED
+    folders = [Path(folder) for folder in env.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    if hasattr(os, "fork") and is_usual and not any((folder / "sitecustomize.py").exists() for folder in folders):
         return run_forked(file, *arguments, env=env)
     return subprocess.run(
         [sys.executable, file, *map(str, arguments)],
@@ -95,7 +97,7 @@ def run_file(file: Path, *arguments: object, env: Mapping[str, str] | None = Non
 
 _ENVIRONMENT = dict(os.environ)
 # By scripts, or the process that is forked; Python and jax read other variables as they start.
-_READ_WHEN_NEEDED = {"HOME", "USERPROFILE", "XLA_FLAGS", "PYTEST_CURRENT_TEST", "PYTHONPATH"}
+_READ_WHEN_NEEDED = {"HOME", "USERPROFILE", "XLA_FLAGS", "PYTEST_CURRENT_TEST", "PYTHONPATH", "PYTHONIOENCODING"}
 _SCRIPTS_IMPORT = "resunet_jax.studies.runner,resunet_jax.inference.batch,resunet_jax.report.outputs"
 
 
@@ -216,6 +218,14 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, module: ModuleType, call: int) -> l
 
     monkeypatch.setattr(module, "train", train)
     return trained
+
+
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """For the shipped models, which are not tiny: running them would take longer than compiling them."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

@@ -35,12 +35,15 @@ def run_forked(folder: str, environment: dict[str, str], file: str, arguments: l
             os.environ.update(environment)
             os._exit(_exit_code(file, arguments))
         _, status = os.waitpid(pid, 0)
-        texts = [(output.seek(0), output.read().decode())[1] for output in (stdout, stderr)]
+        encoding = environment.get("PYTHONIOENCODING", "utf-8")
+        texts = [(output.seek(0), output.read().decode(encoding))[1] for output in (stdout, stderr)]
     return os.waitstatus_to_exitcode(status), texts[0], texts[1]
 
 
 def _exit_code(file: str, arguments: list[str]) -> int:
     sys.argv = [file, *arguments]
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding=os.environ.get("PYTHONIOENCODING", "utf-8"))  # type: ignore[union-attr]
     added = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry and entry not in sys.path]
     sys.path[:1] = [str(Path(file).parent), *added]
     code: Any = 0

@@ -208,9 +208,9 @@ import os, runpy, signal, sys
 from resunet_jax.inference import batch
 from resunet_jax.report import outputs
 
-def segment_scans(*args, **kwargs):
+def segment_scans(scans, *args, **kwargs):
+    yield batch.ScanResult(scans[0], [])
     os.kill(os.getpid(), signal.SIGTERM)
-    yield
 
 batch.segment_scans, outputs.write_cohort = segment_scans, lambda folder: ["the table"]
 sys.argv = sys.argv[1:]
@@ -226,6 +226,18 @@ def test_a_prediction_that_is_ended_leaves_its_table(phantom: Path, trained: Tra
     flags = (f"--input={phantom / 'ct_scans'}", f"--output_dir={tmp_path / 'out'}", *models)
     result = run_file(script, ROOT / "experiments" / "predict.py", *flags)
     assert (result.returncode, "the table" in result.stdout) == (143, True), result.stderr
+
+
+def test_a_table_that_is_not_of_predictions_stays(phantom: Path, trained: Trained, tmp_path: Path) -> None:
+    """Also beside a file that is named as a report is."""
+    for name in ("cohort.csv", "x_report.json"):
+        (tmp_path / name).write_text("{}")
+    models = (f"--lung_checkpoint={trained.lung}", f"--infection_checkpoint={trained.infection}")
+    result = run_script("predict", f"--input={phantom / 'ct_scans'}", f"--output_dir={tmp_path}", *models)
+    assert result.returncode == 2
+    assert "cohort.csv: would be replaced" in result.stderr
+    assert "choose another --output_dir" in result.stderr
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"cohort.csv": "{}", "x_report.json": "{}"}
 
 
 @pytest.mark.slow

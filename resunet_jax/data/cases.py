@@ -21,6 +21,7 @@ LAYOUTS = (
 )
 """Folders of Kaggle's and of Zenodo's layout, in the order of `COLUMNS`."""
 _PATIENT = "patient"  # a column that may be left out
+_LIKE_PATIENT = ("patients", "patientid", "patientname", "subject", "subjectid", "person")
 
 _CORONACASES = re.compile(r"coronacases_(?:org_)?(?:case)?0*(\d+)", re.IGNORECASE)
 _RADIOPAEDIA = re.compile(r"radiopaedia_(?:org_covid-19-pneumonia-)?((\d+)_\d+_\d+)(?:-dcm)?", re.IGNORECASE)
@@ -95,7 +96,8 @@ def list_cases(data_dir: Path, readers: Mapping[str, Reader] = READERS) -> tuple
     """As `find_cases`, but with the problems of single cases returned next to the good cases.
 
     Raises:
-      InputError: nothing can be listed: no such folder, no scan in it, columns missing.
+      InputError: nothing can be listed: no such folder, no scan in it, columns missing or doubled, one scan of two
+        patients.
     """
     if not data_dir.is_dir():
         raise InputError(f"{data_dir}: no such folder; give the data set's folder with `data_dir`")
@@ -190,10 +192,10 @@ def _from_csv(metadata: Path, problems: list[InputError], readers: Mapping[str, 
     for column in (*COLUMNS, _PATIENT):
         if columns.count(column) > 1:
             raise InputError(f"{metadata}: two columns {column}; remove one")
-    alike = [column for column in columns if column.startswith(_PATIENT)]
-    if alike and _PATIENT not in alike:
+    alike = [column for column in columns if re.sub(r"[\W_]", "", column) in _LIKE_PATIENT]
+    if alike and _PATIENT not in columns:
         raise InputError(
-            f"{metadata}: the column {alike[0]} would not be read; call it {_PATIENT}, or not {_PATIENT}..."
+            f"{metadata}: the column {alike[0]} is not read; call it {_PATIENT}, or splits do not know whose"
         )
     cases = []
     for line, row in rows:
@@ -275,8 +277,9 @@ def _resolve(metadata: Path, line: int, text: str | None, readers: Mapping[str, 
         raise InputError(f"{metadata}, line {line}: {text} lies outside {data_dir}; only files inside are read")
     if os.path.exists(path):  # noqa: PTH110 - false for a name that no file can have, where `Path` raises
         return path
-    others = [source.path for source in list_sources(path.parent, readers) if source.name == _stem(path.name)]
-    if len(others) == 1 and others[0].exists():
+    sources = (source for source in list_sources(path.parent, readers) if source.name == _stem(path.name))
+    others = [source.path for source in sources if source.path.exists()]
+    if len(others) == 1:
         return others[0]
     if len(others) > 1:
         raise InputError(f"{metadata}, line {line}: {text} may be {' or '.join(map(str, others))}; name the file")

@@ -269,7 +269,7 @@ def read_split(path: Path, cases: Sequence[Case] | None = None) -> Split:
         raise InputError(f"{path}: cannot read the split ({first_line(error)}); check `split_file`") from error
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{path}: not JSON ({error}); expected {{'train': [ids], 'val': [ids], 'test': [ids]}}"
+            f"{path}: cannot be read as JSON ({error}); expected {{'train': [ids], 'val': [ids], 'test': [ids]}}"
         ) from error
     protocol = values.pop("protocol", "") if isinstance(values, dict) else ""
     good = isinstance(values, dict) and set(values) <= set(SUBSETS) and "train" in values and isinstance(protocol, str)

@@ -289,9 +289,9 @@ class _Batch:
                 if self.manifest.exists:
                     self.manifest.record(scan, None)
                 for file in (file for file in others if file.is_file()):
-                    logger.warning("%s: removed, as nothing tells whether it is still of its scan", file)
-                with contextlib.suppress(InputError):
-                    _remove(others)  # or the table would have the numbers of what the scan was before
+                    with contextlib.suppress(InputError):
+                        _remove([file])  # or the table would have the numbers of what the scan was before
+                        logger.warning("%s: removed: it is of before, and its scan can no longer be read", file)
                 return ScanResult(scan, [], error=error)
             try:
                 for output in self.outputs.values():

@@ -93,7 +93,7 @@ def conv_general_dilated(
       window_strides: for this and the rest see `jax.lax.conv_general_dilated`.
       padding: see there.
       **options: lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, batch_group_count, precision and
-        preferred_element_type, with the same defaults; with other ones it is XLA's.
+        preferred_element_type, with the same defaults; any other option is handed to XLA's convolution.
 
     Returns:
       the convolution. Differentiable in reverse mode, to any order; `jax.jvp` raises TypeError.

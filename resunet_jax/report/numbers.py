@@ -351,7 +351,7 @@ def _notes(segmented: SegmentedScan, totals: Totals) -> list[str]:
         notes.append(
             "The lungs reach the end of the scan, so their volume may be that of a part; intervals are of wholes."
         )
-    if segmented.scan.intensity_scale == "windowed":
+    if segmented.scan.intensity_scale == "windowed" and segmented.scan.stored_window is None:
         shift = f", shifted by {1500 * segmented.offset:+.0f} HU to air at -1000 HU" if segmented.offset else ""
         notes.append(
             f"Stored in 0..255 without its window: HU [-1250, 250] is assumed{shift}, and what is denser is cut off."

@@ -197,7 +197,7 @@ def _check_split(split: Split, cases: Sequence[Case], request: SplitRequest, *, 
     try:
         used = [*split.cases("train", cases), *split.cases("test", cases)]
     except InputError as error:
-        raise InputError(f"{request.split_file or request.protocol}: {error}") from error
+        raise InputError(f"{request.split_file or split.protocol}: {error}") from error
     if with_infection:
         require_infection_masks([*used, *(case for case in cases if case.id in split.val)])
 

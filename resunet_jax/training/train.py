@@ -382,7 +382,7 @@ def check_data_unchanged(workdir: Path, digests: Mapping[str, str]) -> None:
 
     Args:
       workdir: of the run or study; nothing is compared where `write_data_record` has not written there yet.
-      digests: by case, of all that its slices come from; what the record lacks is new, not changed.
+      digests: by case, of all that its slices come from, and of a study the patients; what the record lacks is new.
 
     Raises:
       InputError: one has changed, or the record cannot be read.

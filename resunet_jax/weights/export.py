@@ -22,6 +22,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import math
+import numbers
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -300,10 +301,10 @@ def describe_cascade(
         "inputs": _inputs(infection, from_hu),
         "outputs": [{"name": name, "description": outputs[name], **probability} for name in names],
         "preprocessing": _preprocessing(infection, from_hu),
-        "thresholds": {name: thresholds[name] for name in ("lung", "infection")},
+        "thresholds": {name: float(thresholds[name]) for name in ("lung", "infection")},
         "threshold_rule": "a voxel belongs to a mask where its probability is above the threshold; in slices without "
         "lung above its threshold the infection probability is 0",
-        "temperature": temperature,
+        "temperature": None if temperature is None else float(temperature),
         "lung_closing": {"fraction": fraction, "pixels": 2 * round(fraction * size / 2) + 1},
         "models": {
             name: {
@@ -357,17 +358,22 @@ def _metadata_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
+def _is_within(value: Any, high: float) -> bool:
+    """Whether it is a number in (0, high)."""
+    return isinstance(value, numbers.Real) and 0 < float(value) < high
+
+
 def _check(
     lung: LoadedModel, infection: LoadedModel, thresholds: Mapping[str, float], temperature: float | None
 ) -> None:
-    if temperature is not None and not (isinstance(temperature, float | int) and 0 < temperature < math.inf):
+    if temperature is not None and not _is_within(temperature, math.inf):
         raise InputError(f"`temperature`: {temperature!r}; it must be a number above 0")
     for name, model in (("lung", lung), ("infection", infection)):
         if (found := TASKS[model.config.task].target) != name:
             raise InputError(f"`{name}`: expected a {name} model, this one segments {found}; give the other model")
         threshold = thresholds.get(name)
-        if not (isinstance(threshold, float | int) and 0 < threshold < 1):
-            raise InputError(f"`thresholds`: that of {name} is {threshold!r}; it must be in (0, 1)")
+        if not _is_within(threshold, 1):
+            raise InputError(f"`thresholds`: that of {name} is {threshold!r}; it must be a number in (0, 1)")
     if not lung.config.preprocess.can_feed(infection.config.preprocess):
         raise InputError(
             f"the models were trained on slices prepared differently ({lung.config.preprocess}, "

@@ -244,6 +244,11 @@ def test_a_known_patient_that_one_row_names_is_the_same_in_the_others(kaggle: Pa
     assert [case.patient for case in find_cases(kaggle)] == ["eva", "eva"]
 
 
+def test_other_columns_are_left_alone(kaggle: Path) -> None:
+    write_csv(kaggle, *((*row, "61") for row in ROWS), columns=(*WITH_PATIENT[:3], "patient_age"))
+    assert len(find_cases(kaggle)) == 2
+
+
 @pytest.mark.parametrize("header", [" patient", "Patient", "PATIENT "])
 def test_the_column_of_patients_is_known_in_any_case(kaggle: Path, header: str) -> None:
     write_csv(kaggle, *((*row, "eva") for row in ROWS), columns=(" CT_scan", "lung_mask ", "infection_mask", header))
@@ -253,7 +258,7 @@ def test_the_column_of_patients_is_known_in_any_case(kaggle: Path, header: str) 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ((*WITH_PATIENT[:3], "patient_id"), "the column patient_id would not be read; call it patient"),
+        ((*WITH_PATIENT[:3], "patient_id"), "the column patient_id is not read; call it patient"),
         ((*WITH_PATIENT, "Patient"), "two columns patient"),
     ],
 )

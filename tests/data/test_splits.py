@@ -190,7 +190,7 @@ def test_file_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not JSON"),
+        ("{", "cannot be read as JSON"),
         ("[]", "expected"),
         ('{"val": []}', "expected"),
         ('{"train": "coronacases_001"}', "expected"),
@@ -206,7 +206,7 @@ def test_file_round_trip(tmp_path: Path) -> None:
             '{"train": ["coronacases_001"], "test": ["coronacases_001"], "protocol": "five_fold, fold 0 of 5"}',
             "more than once",
         ),
-        ("[" * 100_000, "not JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
         ('{"train": ["coronacases_001"], "test": [], "test": ["coronacases_002"]}', "test is there twice"),
         (
             '{"train": ["radiopaedia_10_85902_1"], "test": ["radiopaedia_10_85902_3"], "protocol": "few_shot by me"}',

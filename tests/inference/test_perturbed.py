@@ -2,10 +2,8 @@
 
 import functools
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -22,12 +20,7 @@ NAMES = ("lung", "infection")
 LEAST_DICE = 0.9
 
 
-@pytest.fixture(autouse=True)
-def _optimized() -> Iterator[None]:
-    """The shipped models are not tiny: running them would take longer than compiling them."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
+pytestmark = pytest.mark.usefixtures("optimized")
 
 
 @functools.cache

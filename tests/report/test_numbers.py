@@ -362,4 +362,6 @@ def test_a_window_that_is_assumed_is_told(offset: float, shift: str) -> None:
     windowed = dataclasses.replace(scan, scan=dataclasses.replace(scan.scan, intensity_scale="windowed"), offset=offset)
     note = f"Stored in 0..255 without its window: HU [-1250, 250] is assumed{shift}, and what is denser is cut off."
     assert note in report_of(windowed)["notes"]
-    assert not any("window" in note for note in report_of(scan)["notes"])
+    measured = dataclasses.replace(windowed, scan=dataclasses.replace(windowed.scan, stored_window=(-1300.0, 260.0)))
+    for other in (scan, measured):
+        assert not any("window" in note for note in report_of(other)["notes"])

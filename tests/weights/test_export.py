@@ -332,7 +332,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path: Pat
         with pytest.raises(InputError, match="`temperature`"):
             write_export(path, lung, infection, thresholds=THRESHOLDS, temperature=temperature)
     assert not list(tmp_path.iterdir())
-    write_export(path, *minmax, thresholds=THRESHOLDS)
+    write_export(path, *minmax, thresholds={name: np.float32(value) for name, value in THRESHOLDS.items()})
     with pytest.raises(InputError, match="exists already"):
         write_export(path, lung, infection, thresholds=THRESHOLDS)
 
