@@ -122,10 +122,11 @@ def is_leftover(path: Path) -> bool:
 
 
 def _machine() -> str:
-    """Where a process id means something: this machine, and on Linux this container."""
-    namespace, boot = Path("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id")  # host names may be alike
-    parts = (namespace.stat().st_ino if namespace.exists() else 0, boot.read_text()[:8] if boot.exists() else 0)
-    return "-".join(map(str, (socket.gethostname(), *parts)))
+    """Where a process id means something: this machine, whatever its name, and on Linux this container."""
+    namespace, machine = Path("/proc/self/ns/pid"), Path("/etc/machine-id")
+    inode = namespace.stat().st_ino if namespace.exists() else 0
+    identity = hashlib.sha256(machine.read_bytes() if machine.is_file() else b"").hexdigest()[:8]
+    return f"{socket.gethostname()}-{identity}-{inode}"
 
 
 def _is_alive(process: int) -> bool:

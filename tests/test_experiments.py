@@ -557,6 +557,11 @@ def bad_flags(root: Path, trained: Trained) -> list[Bad]:
         ),
         Bad("ablate", [*training(root, data), f"--split_files={root / 'none'}"], "check --split_files"),
         Bad(
+            "ablate",
+            [*training(root, data), f"--split_files={trained.split_file}", "--allow_missing"],
+            "--split_files decides alone; drop .*--allow_missing",
+        ),
+        Bad(
             "calibrate",
             [f"--data_dir={data}", f"--output_dir={root / 'run'}"],
             "which cases have the models not seen. Give --split_file",
@@ -579,6 +584,15 @@ def test_bad_flags_give_one_clear_line(trained: Trained, tmp_path: Path) -> None
         assert len(errors) == 1, result.stderr
         assert re.search(bad.message, errors[0]), (bad, errors[0])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_scan_that_is_refused_is_told_with_the_flag_that_helps(trained: Trained, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(3000, 3766, (48, 48, 8)).astype(np.int16)
+    nib.save(nib.Nifti1Image(values, np.diag([4.0, 4.0, 8.0, 1.0])), tmp_path / "scan.nii")
+    flags = (f"--input={tmp_path / 'scan.nii'}", f"--output_dir={tmp_path / 'out'}")
+    result = run_script("predict", *flags, f"--lung_checkpoint={trained.lung}")
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert (result.returncode, "--assume" in error, "`" in error) == (2, True, False), error
 
 
 @pytest.mark.parametrize("flags", [[], ["--threshold=0.5"]])

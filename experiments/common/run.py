@@ -111,7 +111,7 @@ def with_flags(message: str) -> str:
 
 
 class _WithFlags(logging.Formatter):
-    """Of what the library says."""
+    """What the library logs, with its arguments as flags."""
 
     def format(self, record: logging.LogRecord) -> str:
         return with_flags(super().format(record))

@@ -195,7 +195,7 @@ def _from_csv(metadata: Path, problems: list[InputError], readers: Mapping[str, 
     alike = [column for column in columns if re.sub(r"[\W_]", "", column) in _LIKE_PATIENT]
     if alike and _PATIENT not in columns:
         raise InputError(
-            f"{metadata}: the column {alike[0]} is not read; call it {_PATIENT}, or splits do not know whose"
+            f"{metadata}: the column {alike[0]} is not read; call it {_PATIENT}, or splits may part a person's scans"
         )
     cases = []
     for line, row in rows:

@@ -56,7 +56,7 @@ class Output(NamedTuple):
         them where a scan has nothing to write.
       settings: on which the files depend, for masks.json.
       check: (source, grid of the scan), raises `InputError` where it cannot be written; before anything is replaced.
-      tables: files of the folder, of all of its scans, that its caller makes in the end.
+      tables: names of files about all scans of the folder, which the caller of `segment_scans` writes in the end.
     """
 
     suffixes: tuple[str, ...]
@@ -291,7 +291,9 @@ class _Batch:
                 for file in (file for file in others if file.is_file()):
                     with contextlib.suppress(InputError):
                         _remove([file])  # or the table would have the numbers of what the scan was before
-                        logger.warning("%s: removed: it is of before, and its scan can no longer be read", file)
+                        logger.warning(
+                            "%s: removed: it is of an earlier prediction, and its scan can no longer be read", file
+                        )
                 return ScanResult(scan, [], error=error)
             try:
                 for output in self.outputs.values():

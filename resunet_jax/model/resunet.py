@@ -232,8 +232,8 @@ def init_variables(model: Any, key: jax.Array, image_size: int = 64) -> Variable
         return _draw(model, image_size, key)
     config: Any = jax.config
     devices = sorted(key.devices(), key=lambda device: device.id) if key.committed else [config.jax_default_device]
-    settings = config.jax_threefry_partitionable
-    return _compiled_draw(model, image_size, jax.ShapeDtypeStruct(key.shape, key.dtype), devices[0], settings)(key)
+    shape, partitionable = jax.ShapeDtypeStruct(key.shape, key.dtype), config.jax_threefry_partitionable
+    return _compiled_draw(model, image_size, shape, devices[0], partitionable)(key)
 
 
 def _draw(model: Any, image_size: int, key: jax.Array) -> Variables:

@@ -349,7 +349,7 @@ def _notes(segmented: SegmentedScan, totals: Totals) -> list[str]:
     ends = {0, len(segmented.boxes) - 1}
     if lung and ends & {lung[0], lung[-1]}:
         notes.append(
-            "The lungs reach the end of the scan, so their volume may be that of a part; intervals are of wholes."
+            "The lungs reach the end of the scan, so their volume may be that of a part; intervals are for whole scans."
         )
     if segmented.scan.intensity_scale == "windowed" and segmented.scan.stored_window is None:
         shift = f", shifted by {1500 * segmented.offset:+.0f} HU to air at -1000 HU" if segmented.offset else ""

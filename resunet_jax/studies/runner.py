@@ -157,7 +157,7 @@ def begin_study(
 
     Raises:
       InputError: data, configs, initial models or splits are not fit for it, or the workdir was begun by an older
-        version, by another script, or before a scan or mask of it was changed.
+        version, by another script, or before a scan, mask or patient of it was changed.
     """
     require_backend()
     if len({variant.name for variant in variants}) < len(variants):
@@ -253,7 +253,7 @@ def _check_data(study: Study, cases: Sequence[Case], splits: Iterable[Split]) ->
     used = {case_id for split in splits for case_id in (*split.train, *split.val, *split.test)}
     some = [case for case in cases if case.id in used]
     digests = content_digests(some, study.tables.readers, assumed=study.assumed)
-    digests |= {f"{case.id} (its patient)": case.patient for case in some}  # intervals are over patients
+    digests |= {f"{case.id} (patient)": case.patient for case in some}  # intervals are over patients
     with _begin_alone(study.workdir):
         check_data_unchanged(study.workdir, digests)
         write_data_record(study.workdir, digests)

@@ -391,8 +391,8 @@ def check_data_unchanged(workdir: Path, digests: Mapping[str, str]) -> None:
     changed = [case_id for case_id, digest in digests.items() if before.get(case_id, digest) != digest]
     if changed:
         raise InputError(
-            f"{workdir}: a scan or mask of {', '.join(changed)} has changed since this run began, or `assumed` "
-            "has, or an older version prepared it otherwise; restore it, or choose a new `workdir`"
+            f"{workdir}: a scan, mask or patient of {', '.join(changed)} has changed since this run began, or "
+            "`assumed` has, or an older version prepared it otherwise; restore it, or choose a new `workdir`"
         )
 
 

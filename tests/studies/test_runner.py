@@ -380,7 +380,9 @@ def test_a_study_whose_data_have_changed_is_not_resumed(
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(InputError, match=rf"run: a scan or mask of {case.id} has changed since .*`workdir`") as refused:
+    with pytest.raises(
+        InputError, match=rf"run: a scan, mask or patient of {case.id} has changed since .*`workdir`"
+    ) as refused:
         run()
     assert "\n" not in str(refused.value)
     assert (calls.trained, calls.evaluated) == ([], [])
@@ -393,7 +395,7 @@ def test_a_study_whose_data_have_changed_is_not_resumed(
         csv.writer(new).writerows(
             [[*rows[0], "patient"], *([*row, f"p{number}"] for number, row in enumerate(rows[1:]))]
         )
-    with pytest.raises(InputError, match=r"of .*coronacases_001 \(its patient\).* has changed"):
+    with pytest.raises(InputError, match=r"of .*coronacases_001 \(patient\).* has changed"):
         run()
 
 
@@ -431,13 +433,13 @@ def test_a_study_takes_further_cases_and_guards_them_too(
     ablation()
     before = json.loads((tmp_path / "run" / "data.json").read_text())
     cases = [f"coronacases_00{number}" for number in (1, 2, 3)]
-    assert sorted(before) == sorted([*cases, *(f"{case} (its patient)" for case in cases)])
+    assert sorted(before) == sorted([*cases, *(f"{case} (patient)" for case in cases)])
     (tmp_path / "more.json").write_text(json.dumps({**SPLIT, "test": ["radiopaedia_14_85914_0"]}))
     ablation(splits=[SplitRequest(tmp_path / "more.json")])
     after = json.loads((tmp_path / "run" / "data.json").read_text())
     assert {**after, **before} == after
     further = "radiopaedia_14_85914_0"
-    assert set(after) - set(before) == {further, f"{further} (its patient)"}
+    assert set(after) - set(before) == {further, f"{further} (patient)"}
 
 
 def test_cases_without_infection_masks_hinder_only_those_who_use_them(
