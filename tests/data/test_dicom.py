@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import re
-import sys
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from pydicom import uid as uids
 
 from resunet_jax.data.readers import READERS, decode_worker, digest, find_sources, list_sources, open_scan
 from resunet_jax.data.readers.dicom import series_datasets
-from resunet_jax.data.readers.itk import open_itk
 from resunet_jax.data.readers.source import Source
 from resunet_jax.data.volume import Grid
 from resunet_jax.errors import InputError
@@ -628,62 +627,37 @@ def test_dicom_seg_follows_frames_in_any_order(hu: np.ndarray, tmp_path: Path, r
     check_seg_of_frames(seg, source, grid, rng)
 
 
-@pytest.mark.parametrize("suffix", ["nrrd", "mha", "MHD"])
-def test_nrrd_and_metaimage_are_the_same_volume(hu: np.ndarray, tmp_path: Path, suffix: str) -> None:
-    sitk = pytest.importorskip("SimpleITK")
-    image = sitk.GetImageFromArray(np.moveaxis(hu, -1, 0).astype(np.int16))
-    image.SetSpacing((0.7, 0.8, 5.0))
-    image.SetOrigin((-20.0, -30.0, 100.0))
-    path = tmp_path / f"scan.{suffix.lower()}"
-    sitk.WriteImage(image, str(path))
-    if suffix == "MHD":
-        path = path.rename(tmp_path / "scan.MHD")
-    (source,) = find_sources(path)
-    with READERS["itk"].open(source) as scan:
-        np.testing.assert_array_equal(scan.read(2, 0, SHAPE[-1]), hu.swapaxes(0, 1))
-        np.testing.assert_allclose(scan.grid.affine, expected_affine(), atol=1e-6)
-    before = digest(source)
-    voxels = tmp_path / "scan.raw" if suffix == "MHD" else path
-    if suffix == "MHD":
-        voxels.write_bytes(voxels.read_bytes()[:-2] + b"\x07\x00")
-        assert digest(source) != before
-    path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
-    refuse_file(path)
-    path.write_bytes(b"words")
-    refuse_file(path)
+@pytest.mark.parametrize("uids", [("anon-1", "anon-2"), ("1.2.03.1", "1.2.03.2")])
+def test_uids_that_break_the_rules_tell_series_apart_too(hu: np.ndarray, tmp_path: Path, uids: tuple[str, str]) -> None:
+    write_series(tmp_path / "scan", hu, uid=uids[0], number=1)
+    between = [[-20.0, -30.0, 102.5 + 5 * k] for k in range(hu.shape[-1])]  # taken for one, a stack of half the step
+    write_series(
+        tmp_path / "scan",
+        hu[..., ::-1],
+        uid=uids[1],
+        number=2,
+        change=lambda dataset, k: setattr(dataset, "ImagePositionPatient", between[k]),
+    )
+    sources = find_sources(tmp_path / "scan")
+    assert [len(source.members) for source in sources] == [hu.shape[-1]] * 2
+    assert not any("anon" in source.series for source in sources)
 
 
-@pytest.mark.parametrize("suffix", ["nrrd", "mha"])
-def test_oblique_volumes_lie_where_simpleitk_has_them(tmp_path: Path, suffix: str) -> None:
-    sitk = pytest.importorskip("SimpleITK")
-    cos, sin = np.cos(0.4), np.sin(0.4)
-    image = sitk.GetImageFromArray(np.zeros((4, 5, 6), np.int16))
-    image.SetSpacing((0.7, 0.8, 5.0))
-    image.SetDirection((1, 0, 0, 0, cos, -sin, 0, sin, cos))
-    sitk.WriteImage(image, str(tmp_path / f"scan.{suffix}"))
-    with READERS["itk"].open(find_sources(tmp_path / f"scan.{suffix}")[0]) as scan:
-        affine = scan.grid.affine
-    for index in ((0, 0, 0), (5, 0, 0), (0, 4, 0), (0, 0, 3)):
-        expected = np.array(image.TransformIndexToPhysicalPoint(index)) * (-1, -1, 1)
-        np.testing.assert_allclose((affine @ (*index, 1))[:3], expected, atol=1e-4)
+def test_a_zip_is_opened_once_for_all_headers(hu: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_series(tmp_path / "scan", hu)
+    archive, opened = pack(tmp_path / "scan", tmp_path / "scan.zip"), []
+    real = zipfile.ZipFile
+    monkeypatch.setattr(zipfile, "ZipFile", lambda *args: opened.append(args) or real(*args))
+    (source,) = find_sources(archive)
+    with READERS["dicom"].open(source):
+        assert len(opened) < hu.shape[-1]
 
 
-def refuse_file(path: Path) -> None:
-    with pytest.raises(InputError, match=re.escape(path.name)) as caught, READERS["itk"].open(find_sources(path)[0]):
-        pass
-    assert "\n" not in str(caught.value)
-
-
-def test_a_file_without_voxel_size_and_orientation_is_warned_of(tmp_path: Path) -> None:
-    sitk = pytest.importorskip("SimpleITK")
-    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 5, 6), np.int16)), str(tmp_path / "scan.mha"))
-    (source,) = find_sources(tmp_path / "scan.mha")
-    with open_itk(source) as scan:
-        assert "neither voxel size nor orientation" in scan.warnings[0]
-
-
-def test_without_simpleitk_one_line_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "SimpleITK", None)
-    (tmp_path / "scan.nrrd").touch()
-    with pytest.raises(InputError, match=r"resunet-jax\[itk\]"), READERS["itk"].open(find_sources(tmp_path)[0]):
-        pass
+def test_opening_leaves_the_warnings_of_the_process_as_they_are(hu: np.ndarray, tmp_path: Path) -> None:
+    write_series(tmp_path / "scan", np.tile(hu, 10), step=(0.0, 0.0, 0.5))
+    before = list(warnings.filters)
+    for _ in range(5):
+        (source,) = find_sources(tmp_path / "scan")
+        with READERS["dicom"].open(source):
+            pass
+    assert warnings.filters == before

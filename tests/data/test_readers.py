@@ -1,4 +1,5 @@
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -196,3 +197,16 @@ def test_grids_without_a_header_are_written_with_their_affine(tmp_path: Path, su
     np.testing.assert_array_equal(image.affine, affine.astype(np.float32))
     np.testing.assert_array_equal(read_mask(path, Path("scan"), grid), labels)
     np.testing.assert_array_equal(np.asarray(image.dataobj), grid.from_pls(labels))
+
+
+def test_files_in_folders_below_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They may be masks beside the scans; or the scans of patients, a folder each."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ct.nii.gz").touch()
+    left_out = r": 2 files in folders below it are left out, as one.ct\.nii\.gz; give that folder itself"
+    with pytest.raises(InputError, match=f"no scan in it{left_out}"):
+        find_sources(tmp_path)
+    (tmp_path / "scan.nii").touch()
+    assert [source.name for source in find_sources(tmp_path)] == ["scan"]
+    assert re.search(left_out, caplog.text)

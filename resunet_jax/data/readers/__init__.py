@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from resunet_jax.data.intensity import FAT_HU, SAMPLED_SLICES, infer_scale, measure_levels, muscle_hu, rescaled_window
 from resunet_jax.data.readers import dicom, itk, nifti
+from resunet_jax.data.readers.disk import CHUNK_BYTES
 from resunet_jax.data.readers.source import Source as Source
 from resunet_jax.data.readers.source import by_suffix, file_digest
 from resunet_jax.data.volume import HU_WINDOW, Array, Grid, Scan, Volume, max_corner_distance_mm
@@ -19,7 +20,6 @@ from resunet_jax.errors import InputError, first_line
 from resunet_jax.files import expand_user
 from resunet_jax.progress import logger
 
-_CHUNK_BYTES = 2**25  # of a scan, in memory at a time
 _RESCALED = "Intensities were off the scale: they are rescaled, air to -1000 HU and muscle to 45 HU."
 _NOT_CHECKED = "This model takes any intensity scale: densities are right only for HU, or 0..255 over HU [-1250, 250]."
 _ROUNDING = 1e-3  # of labels that were scaled by a slope, as in 1.00001526
@@ -74,9 +74,12 @@ def find_sources(path: str | Path, readers: Mapping[str, Reader] = READERS, seri
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({first_line(error)}); check the path and its permissions") from error
     sources = list_sources(path, readers)
+    below = _below(path)
     if not sources:
-        where = "no scan in it" if path.is_dir() else "not a scan"
+        where = f"no scan in it{below}" if path.is_dir() else "not a scan"
         raise InputError(f"{path}: {where}; formats that are read: {', '.join(readers)}; convert it, or check the path")
+    if below:
+        logger.warning("%s%s", path, below)
     if series is not None:
         names = [source.name for source in sources]
         sources = [source for source in sources if series in (source.name, source.series)]
@@ -88,6 +91,19 @@ def find_sources(path: str | Path, readers: Mapping[str, Reader] = READERS, seri
             same = " and ".join(source.path.name for source in sources if source.name.casefold() == name)
             raise InputError(f"{path}: {same} would write the same masks; remove or rename one of them")
     return sources
+
+
+def _below(path: Path) -> str:
+    """Tells of files in subfolders, of formats that are single files: they may be masks, and are not segmented."""
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if file.parent != path and file.name.lower().endswith((*nifti.SUFFIXES, *itk.SUFFIXES))
+    )
+    if not files:
+        return ""
+    first = files[0].relative_to(path)
+    return f": {len(files)} files in folders below it are left out, as {first}; give that folder itself"
 
 
 def digest(scan: Path | Source, readers: Mapping[str, Reader] = READERS) -> str:
@@ -158,7 +174,7 @@ def with_intensity_scale(
       InputError: see `open_scan`.
     """
     planes = scan.grid.shape[2]
-    step = max(1, _CHUNK_BYTES // scan.plane_bytes)
+    step = max(1, CHUNK_BYTES // scan.plane_bytes)
     ranges = [_range(path, scan.read(2, k, min(k + step, planes))) for k in range(0, planes, step)]
     low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
     if low == high:

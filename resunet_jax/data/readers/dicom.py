@@ -115,7 +115,8 @@ def find_dicom(path: Path) -> list[Source]:
     container = _Container(path)
     if not container.is_candidate:
         return []
-    headers = {member: _read_header(container, member) for member in container.members()}
+    with container.opened():
+        headers = {member: _read_header(container, member) for member in container.members()}
     slices = [header for header in headers.values() if isinstance(header, _Header) and header.slices]
     kinds = dict(_left_out(headers, slices))
     unreadable = [member for member, kind in kinds.items() if kind == "unreadable"]
@@ -173,7 +174,9 @@ def _sources(path: Path, series: Sequence[Sequence[_Header]], unreadable: Sequen
         folder = _own_folder(headers, series) if path.is_dir() else ""
         if folder:
             members = [member.removeprefix(f"{folder}/") for member in members]
-        sources.append(Source(path / folder, name, headers[0].series, tuple(members)))
+        # Free text in place of a UID may be a name, and no name reaches an output.
+        uid = headers[0].series if re.fullmatch("[0-9.]+", headers[0].series) else ""
+        sources.append(Source(path / folder, name, uid, tuple(members)))
     return sources
 
 
@@ -210,12 +213,13 @@ def open_dicom(source: Source) -> Iterator[Scan]:
     if not source.members:
         container.members()  # says what is wrong with a zip or folder
         raise InputError(f"{source.path}: no CT slices in it; give the folder of one series")
-    for member in source.members:
-        header = _read_header(container, member)
-        if isinstance(header, str) or not header.slices:
-            why = header if isinstance(header, str) else _NO_POSITION
-            raise InputError(f"{container.label(member)}: a damaged DICOM file ({why}); export the series again")
-        slices += header.slices
+    with container.opened():
+        for member in source.members:
+            header = _read_header(container, member)
+            if isinstance(header, str) or not header.slices:
+                why = header if isinstance(header, str) else _NO_POSITION
+                raise InputError(f"{container.label(member)}: a damaged DICOM file ({why}); export the series again")
+            slices += header.slices
     slices, affine, notes = _arrange(source.path, slices)
     dtype = _value_type(slices)
     rows, columns = slices[0].shape
@@ -235,7 +239,7 @@ def series_datasets(source: Source) -> tuple[list[pydicom.Dataset], list[int]]:
       InputError: as `open_dicom`.
     """
     container = _Container(source.path)
-    with container.opened():
+    with container.opened(), warnings.catch_warnings(action="ignore"):
         headers = [_read_header(container, member) for member in source.members]
         slices = [one for header in headers if isinstance(header, _Header) for one in header.slices]
         arranged = _arrange(source.path, slices)[0]
@@ -400,10 +404,9 @@ def _checked(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
 
 def _dataset(content: bytes, **options: Any) -> pydicom.Dataset:
     """Parses a file; raises whatever pydicom does at damaged ones. Its warnings are about values that we check."""
-    with warnings.catch_warnings(action="ignore"):
-        dataset = pydicom.dcmread(io.BytesIO(content), force=True, **options)
-        list(dataset.iterall())  # values are converted when they are asked for
-        return dataset
+    dataset = pydicom.dcmread(io.BytesIO(content), force=True, **options)
+    list(dataset.iterall())  # values are converted when they are asked for
+    return dataset
 
 
 def _read_header(container: _Container, member: str) -> _Header | str:
@@ -431,7 +434,6 @@ def _header(member: str, dataset: pydicom.Dataset) -> _Header | str:
         return "unreadable" if member.lower().endswith(_SUFFIXES) else _NO_IMAGE
     is_localizer = any(word in kind for kind in kinds for word in _LOCALIZERS)
     uid = str(dataset.get("SeriesInstanceUID") or "")
-    uid = uid if UID(uid).is_valid else ""
     number = dataset.get("SeriesNumber")
     if not modality and uid and not is_localizer:  # a slice, where others of its series are of a CT
         return _Header(member, uid, "" if number is None else str(int(number)), ())
@@ -638,7 +640,9 @@ def _decode(container: _Container, slices: Sequence[_Slice], array: DiskArray) -
             free.put(decoder)
 
     threads = 1 if container.is_zip else 2
-    with container.opened(), contextlib.ExitStack() as stack, ThreadPoolExecutor(threads) as executor:
+    # Warnings are silenced here: two threads that do so at once leave them silenced for good.
+    silent = warnings.catch_warnings(action="ignore")
+    with silent, container.opened(), contextlib.ExitStack() as stack, ThreadPoolExecutor(threads) as executor:
         for _ in range(threads):
             decoder = Decoder()
             stack.callback(decoder.close)
@@ -673,10 +677,9 @@ def _pixels(container: _Container, member: str, slices: Sequence[_Slice], decode
     if expected > _LEAST_BYTES + _MAX_RATIO * len(content):
         raise InputError(f"{label}: {expected} pixels are not in its {len(content)} bytes; export it again")
     try:
-        with warnings.catch_warnings(action="ignore"):
-            plugin = DECODERS[str(syntax)]
-            is_apart = plugin == "gdcm"
-            values = decoder.decode(content) if is_apart else np.asarray(pixel_array(dataset, decoding_plugin=plugin))
+        plugin = DECODERS[str(syntax)]
+        is_apart = plugin == "gdcm"
+        values = decoder.decode(content) if is_apart else np.asarray(pixel_array(dataset, decoding_plugin=plugin))
     except Exception as error:  # each decoder has its own errors
         raise InputError(
             f"{label}: its pixels cannot be decoded as {syntax.name} ({first_line(error)}); export the series again"

@@ -13,7 +13,8 @@ from resunet_jax.data.volume import Array
 from resunet_jax.errors import InputError, first_line
 from resunet_jax.files import reserve
 
-_CHUNK_BYTES = 2**25  # of a file, in memory at a time
+CHUNK_BYTES = 2**25
+"""Of a file, in memory at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class DiskArray:
     def _pieces(self, axis: int, start: int, stop: int) -> Iterator[tuple[int, int, tuple[slice, ...]]]:
         """Runs of planes of the last axis, by first and number, and their place in the values from start to stop."""
         begin, end = (start, stop) if axis == 2 else (0, self.shape[2])
-        step = max(1, _CHUNK_BYTES // self.plane_bytes)
+        step = max(1, CHUNK_BYTES // self.plane_bytes)
         for first in range(begin, end, step):
             planes = min(step, end - first)
             yield first, planes, (slice(None), slice(None), slice(first - begin, first - begin + planes))
@@ -107,7 +108,7 @@ def axis_last(voxels: DiskArray, axis: int, scan: Path) -> Iterator[DiskArray]:
     copied = DiskArray(voxels.file, 0, voxels.dtype, (first, second, voxels.shape[axis]))
     with temporary_file(copied.plane_bytes * voxels.shape[axis], scan) as file:
         copy = dataclasses.replace(copied, file=file)
-        step = max(1, _CHUNK_BYTES // voxels.plane_bytes)
+        step = max(1, CHUNK_BYTES // voxels.plane_bytes)
         for start in range(0, second, step):  # the last axis of the file is the second of the copy
             values = np.moveaxis(voxels.read(2, start, min(start + step, second)), axis, 2)
             for k in range(values.shape[2]):

@@ -18,7 +18,7 @@ from nibabel.openers import Opener
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
-from resunet_jax.data.readers.disk import DiskArray, axis_last, temporary_file
+from resunet_jax.data.readers.disk import CHUNK_BYTES, DiskArray, axis_last, temporary_file
 from resunet_jax.data.readers.source import Source
 from resunet_jax.data.volume import Array, Grid, Scan, is_valid_affine, max_corner_distance_mm
 from resunet_jax.errors import InputError, first_line
@@ -30,7 +30,6 @@ _MM = {1: 1000.0, 3: 0.001}  # by the code of the header's unit of length: metre
 
 _DAMAGED = (ImageFileError, HeaderDataError, WrapStructError, OSError, EOFError, OverflowError, ValueError, zlib.error)
 _MAX_DEFLATE_RATIO = 1032  # gzip cannot shrink more than this (zlib's documentation)
-_CHUNK_BYTES = 2**25  # of a file, in memory at a time
 
 
 @contextlib.contextmanager
@@ -139,7 +138,7 @@ def slice_writer(path: Path, dtype: npt.DTypeLike, grid: Grid, name: Path) -> It
             header.write_to(target)
             target.write(bytes(int(header["vox_offset"]) - target.tell()))
             file.seek(0)
-            shutil.copyfileobj(file, target, _CHUNK_BYTES)
+            shutil.copyfileobj(file, target, CHUNK_BYTES)
 
 
 def _new_header(grid: Grid) -> Any:
@@ -217,7 +216,7 @@ def _voxels(path: Path, image: Any) -> Iterator[DiskArray]:
     with temporary_file(needed, path) as unpacked:
         try:
             with gzip.open(path) as packed:
-                while unpacked.tell() < needed and (chunk := packed.read(min(_CHUNK_BYTES, needed - unpacked.tell()))):
+                while unpacked.tell() < needed and (chunk := packed.read(min(CHUNK_BYTES, needed - unpacked.tell()))):
                     unpacked.write(chunk)
                 packed.read(1)  # checks, where the voxels are the end, that they are what was packed
             unpacked.flush()

@@ -1,0 +1,42 @@
+"""A process that reads NRRD and MetaImage: SimpleITK is C++, and ends its process at some headers.
+
+python itk_worker.py FILE IMAGE_IO writes to standard output a line of JSON with the geometry; when it is sent a line,
+one with the type of the voxels, and the voxels, the first axis fastest. Instead of either line there may be {"error":
+REASON}. It is started as a file, so that it imports nothing but NumPy and SimpleITK.
+"""
+
+import json
+import os
+import sys
+from typing import Any
+
+
+def _serve(path: str, image_io: str) -> None:
+    import SimpleITK as sitk  # noqa: N813, PLC0415 - an extra; its own customary name
+
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what ITK prints is no answer
+
+    def answer(values: dict[str, Any]) -> None:
+        answers.write(json.dumps(values).encode() + b"\n")
+        answers.flush()
+
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(path)
+    reader.SetImageIO(image_io)
+    try:
+        reader.ReadImageInformation()
+        names = ("Size", "NumberOfComponents", "Spacing", "Origin", "Direction")
+        answer({name.lower(): getattr(reader, f"Get{name}")() for name in names})
+        if not sys.stdin.readline():
+            return
+        voxels = sitk.GetArrayViewFromImage(reader.Execute())
+        answer({"dtype": voxels.dtype.str})
+        answers.write(voxels.data)
+        answers.flush()
+    except RuntimeError as error:
+        answer({"error": str(error).strip().splitlines()[-1][:200]})
+
+
+if __name__ == "__main__":
+    _serve(*sys.argv[1:])
