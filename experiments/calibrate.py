@@ -39,7 +39,7 @@ def main() -> None:
     from resunet_jax.plugins import load_plugins
     from resunet_jax.studies import calibrate
     from resunet_jax.weights.pretrained import load_pair, save_pair
-    from resunet_jax.weights.uncertainty import UNCERTAINTY_FILE, Method, save_record
+    from resunet_jax.weights.uncertainty import UNCERTAINTY_FILE, save_record
 
     output_dir, study_dir = settings.path("output_dir"), settings.optional_path("study_dir")
     split_file, checkpoint = settings.optional_path("split_file"), settings.optional_path("infection_checkpoint")
@@ -80,10 +80,10 @@ def main() -> None:
         source = f"{len(errors.logits)} held-out patients"
     else:
         folds = calibrate.study_folds(study_dir, FLAGS.variant, FLAGS.seed)
+        calibrate.check_of_no_fold(folds, split_file, settings.path("data_dir"), tables)
         errors = calibrate.fold_errors(evaluator, folds, target)
         source = f"{len(folds)} folds of {len(errors.logits)} patients"
-    method: Method = "split_conformal" if study_dir is None else "fold_residuals"
-    record = calibrate.make_record(errors, target, method, source)
+    record = calibrate.make_record(errors, target, "split_conformal" if study_dir is None else "fold_residuals", source)
     summary = calibrate.summarize_errors(errors)
     if study_dir is not None and split_file is not None:
         summary["cv_plus"] = calibrate.cv_plus_coverage(evaluator, folds, errors, target, split_file)

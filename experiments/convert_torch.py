@@ -31,6 +31,8 @@ def main() -> None:
     if (output_dir is None) == (output_file is None):
         raise InputError("give --output_dir to convert from PyTorch, or --output_file to convert to it")
     if output_file is not None:
+        if FLAGS["image_size"].present:
+            raise InputError("--image_size is of a model from PyTorch; leave it out, ours knows its own")
         if FLAGS.task is not None:
             load_model_for(source, FLAGS.task)  # refuses a model of another structure
         to_torch(source, output_file)

@@ -8,6 +8,7 @@ from absl import flags
 from common import settings
 from common.run import run
 
+from resunet_jax.errors import InputError
 from resunet_jax.metrics.overlap import TOLERANCE_MM
 
 FLAGS = flags.FLAGS
@@ -33,6 +34,10 @@ def main() -> None:
     from resunet_jax.plugins import load_plugins
 
     output_dir = settings.path("output_dir")
+    given = {structure: FLAGS[f"{structure}_checkpoint"].value for structure in TOLERANCE_MM}
+    for structure in TOLERANCE_MM:
+        if FLAGS[f"{structure}_tolerance_mm"].present and any(given.values()) and not given[structure]:
+            raise InputError(f"--{structure}_tolerance_mm: give --{structure}_checkpoint too, or leave it out")
     evaluation = evaluate(
         settings.path("data_dir"),
         settings.path("cache_dir"),

@@ -109,7 +109,7 @@ def save_comparison(path: Path, slices: Mapping[str, Sequence[tuple[float, Overl
         _tint(row[1], overlay.reference)
         for axis, (name, own) in zip(row[2:], slices.items(), strict=True):
             value, overlay = own[pick]
-            _show(axis, overlay.image, f"{name}, Dice {value:.3f}")
+            _show(axis, overlay.image, f"{name}, Dice {'–' if np.isnan(value) else f'{value:.3f}'}")
             _tint(axis, overlay.predicted)
     _save(figure, path, dpi=110)
 

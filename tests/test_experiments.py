@@ -521,6 +521,16 @@ def bad_flags(root: Path, trained: Trained) -> list[Bad]:
         ),
         Bad("evaluate", [*evaluation, f"--output_dir={root / 'run'}", "--lung_tolerance_mm=inf"], "a finite number"),
         Bad(
+            "evaluate",
+            [*evaluation, f"--output_dir={root / 'run'}", "--infection_tolerance_mm=7"],
+            "--infection_tolerance_mm: give --infection_checkpoint too",
+        ),
+        Bad(
+            "convert_torch",
+            [f"--input={trained.lung}", f"--output_file={root / 'run' / 'x.pt'}", "--image_size=64"],
+            "--image_size is of a model from PyTorch",
+        ),
+        Bad(
             "predict",
             [f"--input={root / 'scans'}", f"--output_dir={root / 'run'}", lung, "--consolidation_hu=-100"],
             "--consolidation_hu is of the report",

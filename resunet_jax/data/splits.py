@@ -41,13 +41,17 @@ class Split:
       val: to choose the best epoch and the threshold; may be empty.
       test: to report.
       protocol: how the subsets were chosen, in words, with what is missing; empty for a split file of the user's.
-        Splits into the same subsets are equal, however chosen.
+        Splits into the same subsets, in the same order, are equal, however chosen.
     """
 
     train: tuple[str, ...]
     val: tuple[str, ...]
     test: tuple[str, ...]
     protocol: str = dataclasses.field(default="", compare=False)
+
+    def has_subsets_of(self, other: "Split") -> bool:
+        """Whether the same cases are in each subset, in any order."""
+        return all(set(getattr(self, name)) == set(getattr(other, name)) for name in ("train", "val", "test"))
 
     def cases(self, subset: str, cases: Sequence[Case]) -> list[Case]:
         """The cases of a subset: "train", "val" or "test".

@@ -95,7 +95,7 @@ class Evaluation:
         }
         return json_text(values)
 
-    def reported_calibration(self) -> dict[str, dict[str, object]]:
+    def reported_calibration(self) -> dict[str, dict[str, Any]]:
         """Of the infection's probability where postprocessing has left any: without and with the temperature."""
         if not self.logits:
             return {}
@@ -251,9 +251,12 @@ def _uncertainty(predictor: Predictor, row: Mapping[str, Any], pairwise_dice: fl
     if record is None:
         return columns
     percent = 100 * row["lung_involvement"]
-    ml = record.interval("infection_ml", row["volume_ml"]) if is_infection else (math.nan, math.nan)
-    is_defined = is_infection and not math.isnan(percent)
-    involvement = record.interval("involvement_percent", percent) if is_defined else (math.nan, math.nan)
+    ml = involvement = (math.nan, math.nan)
+    if is_infection and not math.isnan(percent):  # without lung there is nothing to be near to
+        ml, involvement = (
+            record.interval("infection_ml", row["volume_ml"]),
+            record.interval("involvement_percent", percent),
+        )
     names = "volume_low_ml", "volume_high_ml", "involvement_low_percent", "involvement_high_percent"
     return {**columns, **dict(zip(names, (*ml, *involvement), strict=True))}
 

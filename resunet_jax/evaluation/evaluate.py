@@ -107,10 +107,10 @@ def evaluate(
 def _subset(cases: Sequence[Case], subset: str, files: Sequence[Path]) -> tuple[list[Case], str]:
     """The cases of a subset of the first of some split files, or all of them, and what that is in words."""
     if subset == "all":
-        return list(cases), "all cases of the folder, those of the training among them"
+        return list(cases), "all cases of the folder, whether a model has seen them or not"
     if not files:
         raise InputError(f"which cases are the {subset} subset? Give `split_file`, or `subset=all`")
     splits = [read_split(file, cases) for file in files]
-    if any(split != splits[0] for split in splits):
+    if not all(split.has_subsets_of(splits[0]) for split in splits):
         logger.warning("%s and %s differ: a case may have trained one of the models; using the first", *files)
     return splits[0].cases(subset, cases), f"{subset} subset of {splits[0].protocol or 'a split file'}"

@@ -95,7 +95,7 @@ def print_table(evaluation: Evaluation) -> None:
                 f"{row['case']}, {row['structure']}: {_EMPTY[row['empty']]}; – is undefined, left out of means"
             )
     if burden := dice_by_burden(evaluation.volumes):
-        groups = ", ".join(f"{name}: {g['mean']:.3f} ({g['volumes']:.0f} volumes)" for name, g in burden.items())
+        groups = ", ".join(f"{name}: {g['mean']:.3f} (n = {g['volumes']:.0f})" for name, g in burden.items())
         console.print(f"Dice of the infection by disease burden (lung involvement): {groups}")
     for structure, calibration in evaluation.calibration.items():
         numbers = f"ECE {calibration.ece:.4f}, Brier {calibration.brier:.4f}"
@@ -112,14 +112,18 @@ def _print_uncertainty(evaluation: Evaluation, console: Console) -> None:
     settings = evaluation.settings
     for name, values in evaluation.reported_calibration().items() if "temperature" in settings else ():
         console.print(
-            f"Infection, {name.replace('_', ' ')}, where postprocessing has left it: ECE {values['ece']:.4f}, Brier "
-            f"{values['brier']:.4f}"
+            f"Infection, {name.replace('_', ' ')}, where postprocessing has left it: ECE {_format(values['ece'])}, "
+            f"Brier {_format(values['brier'])}"
         )
     rows = [row for row in evaluation.volumes if row["structure"] == "infection"]
-    if "interval" in settings and rows:
-        covered = sum(is_covered((row["volume_low_ml"], row["volume_high_ml"]), row["reference_ml"]) for row in rows)
+    with_interval = [row for row in rows if not math.isnan(row.get("volume_low_ml", math.nan))]
+    if with_interval:
+        covered = [
+            is_covered((row["volume_low_ml"], row["volume_high_ml"]), row["reference_ml"]) for row in with_interval
+        ]
         console.print(
-            f"Intervals at {settings['interval']['level']:.2f} cover the infection's volume in {covered} of {len(rows)}"
+            f"Intervals at {settings['interval']['level']:.2f} cover the infection's volume in {sum(covered)} of "
+            f"{len(covered)}"
         )
     pairs = [(row["pairwise_dice"], row["dice"]) for row in rows if "pairwise_dice" in row]
     pairs = [pair for pair in pairs if not any(map(math.isnan, pair))]

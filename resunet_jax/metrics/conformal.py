@@ -22,6 +22,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 DEFAULT_LEVEL = 0.9
 _ROUNDING = 1e-9
@@ -169,5 +170,11 @@ def worst_third_found(score: Sequence[float], quality: Sequence[float]) -> float
       quality: of each scan, as its Dice.
     """
     count = math.ceil(len(score) / 3)
-    worst, doubted = (set(np.argsort(np.asarray(v), kind="stable")[:count].tolist()) for v in (quality, score))
-    return len(worst & doubted) / count if count else math.nan
+    return float(_lowest(quality, count) @ _lowest(score, count)) / count if count else math.nan
+
+
+def _lowest(values: Sequence[float], count: int) -> npt.NDArray[np.float64]:
+    """How much each belongs to the `count` lowest, in [0, 1]; equal ones share the places left."""
+    array: npt.NDArray[np.float64] = np.asarray(values, float)
+    lower, equal = (compare.outer(array, array).sum(axis=1) for compare in (np.greater, np.equal))
+    return np.clip((count - lower) / equal, 0.0, 1.0)

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from resunet_jax.config import differences, from_dict
+from resunet_jax.data.cases import find_cases
+from resunet_jax.data.splits import read_split
 from resunet_jax.errors import InputError, first_line
 from resunet_jax.evaluation.evaluate import evaluate
 from resunet_jax.files import read_json
@@ -117,8 +119,8 @@ def held_out_errors(
     )
     if seen := evaluation.settings["seen_patients"]:
         raise InputError(
-            f"{', '.join(seen)}: in the training or validation of the models; calibrate on patients who are not, "
-            "named as the test cases of `split_file`"
+            f"{', '.join(seen)}: in the training or validation of the models; calibrate on patients who are not: "
+            "test cases of a split file, or of a study whose folds keep patients together (patient_five_fold)"
         )
     scans = [_scan_errors(row, fold) for row in evaluation.volumes if row["structure"] == "infection"]
     return HeldOutErrors(scans, evaluation.logits)
@@ -174,9 +176,16 @@ def study_folds(study_dir: Path, variant: str | None = None, seed: int | None = 
         raise InputError(f"{file}: runs of {_names(kinds)}; choose one with `variant` and `seed`")
     if left := _missing_folds(run["split"]["protocol"] for run in runs):
         raise InputError(f"{study_dir}: fold {', '.join(map(str, sorted(left)))} is not tested; run its command again")
-    tested = [case for fold in found for case in fold.test]
-    if len(set(tested)) < len(tested):
-        raise InputError(f"{file}: a case is tested by two runs; the folds of one protocol are needed")
+    tested_by: dict[str, str] = {}
+    for run in runs:
+        folder = run["folders"]["infection"]
+        for case in run["split"]["test"]:
+            if case in tested_by:
+                raise InputError(
+                    f"{file}: {case} is tested by two runs, {tested_by[case]} and {folder}; a study is needed whose "
+                    "runs have the same settings and test each case once, as by patient_five_fold"
+                )
+            tested_by[case] = folder
     return found
 
 
@@ -188,6 +197,24 @@ def _missing_folds(protocols: Iterable[str]) -> set[int]:
     """The folds of a protocol that are not among these, by what `make_split` calls them."""
     named = [match for text in protocols if (match := re.search(r"fold (\d+) of (\d+)", text))]
     return {fold for match in named for fold in range(int(match[2]))} - {int(match[1]) for match in named}
+
+
+def check_of_no_fold(folds: Sequence[Fold], split_file: Path | None, data_dir: Path, tables: Tables) -> None:
+    """Checks, before long work, that CV+ intervals are not tried on patients that they are made from.
+
+    Raises:
+      InputError: a test case of the split is of a patient whom a fold has tested; or see `read_split`.
+    """
+    if split_file is None:
+        return
+    cases = find_cases(data_dir, tables.readers)
+    tried = {case.patient for case in read_split(split_file, cases).cases("test", cases)}
+    tested = {case_id for fold in folds for case_id in fold.test}
+    if both := sorted(tried & {case.patient for case in cases if case.id in tested}):
+        raise InputError(
+            f"{split_file}: {', '.join(both)}: tested by a fold, so the intervals are made from them; its test cases "
+            "must be of other patients"
+        )
 
 
 def fold_errors(evaluator: Evaluator, folds: Sequence[Fold], target: Predictor) -> HeldOutErrors:
@@ -209,7 +236,10 @@ def fold_errors(evaluator: Evaluator, folds: Sequence[Fold], target: Predictor) 
 
 def _warn_of_other_models(folds: Sequence[Fold], target: Predictor) -> None:
     """Where the models of the folds are not made as the target's are: their errors may be others."""
-    for structure, folder in (("lung", folds[0].lung), ("infection", folds[0].infection)):
+    folders = [
+        (name, folder) for fold in folds for name, folder in (("lung", fold.lung), ("infection", fold.infection))
+    ]
+    for structure, folder in dict.fromkeys(folders):
         file = folder / CONFIG_FILE
         config = from_dict(read_json(file, "run the study again"), str(file))
         paths = differences(config, target.models[structure].config)
@@ -396,5 +426,5 @@ def to_markdown(summary: Mapping[str, Any], record: UncertaintyRecord) -> str:
     for name, values in summary.get("cv_plus", {}).items():
         level = f"{values['level']:.2f}, guaranteed {values['guarantee']:.2f}"
         covered = f"{values['covered']} of {values['scans']} scans of no fold"
-        lines.append(f"| {name}, CV+ | {level} | {covered} | {values['width'] / 2:.2f} |")
+        lines.append(f"| {name}, CV+ | {level} | {covered} | {values['width']:.2f} from end to end |")
     return "\n".join(lines) + "\n"

@@ -322,7 +322,7 @@ def _split_cases(
 def _warn_of_lung_split(lung_checkpoint: Path, lung: LoadedModel, split: Split, held_out: Sequence[Case]) -> None:
     """Warns of a lung model of another split, or that has seen more than this one trains on."""
     split_file = lung_checkpoint / "split.json"
-    if split_file.is_file() and read_split(split_file) != split:
+    if split_file.is_file() and not read_split(split_file).has_subsets_of(split):
         logger.warning(
             "%s differs from this split: the lung model may have seen this run's validation or test cases", split_file
         )

@@ -142,6 +142,13 @@ def test_protocol_travels_with_the_file(protocol, tmp_path: Path) -> None:
     assert read.protocol == split.protocol
 
 
+def test_subsets_are_compared_in_any_order() -> None:
+    split = Split(("a", "b"), (), ("c",))
+    assert split.has_subsets_of(Split(("b", "a"), (), ("c",), "by hand"))
+    assert not split.has_subsets_of(Split(("a",), ("b",), ("c",)))
+    assert not split.has_subsets_of(Split(("a", "b"), (), ("d",)))
+
+
 def test_splits_into_the_same_subsets_are_equal_however_chosen() -> None:
     split = make_split(FULL, SplitRequest(protocol="patient_five_fold", fold=2))
     assert split == Split(split.train, split.val, split.test)

@@ -24,6 +24,7 @@ from resunet_jax.metrics import COLUMNS, LEGACY_KEYS, METRICS, Metric, with_lega
 from resunet_jax.metrics.overlap import soft_metrics
 from resunet_jax.plugins import Tables
 from tests.conftest import WITH_CONTEXT, Trained
+from tests.inference.test_uncertainty import record_of
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +270,20 @@ def test_protocol_with_missing_cases_marks_the_numbers(trained: Trained, tmp_pat
     assert evaluation.settings["protocol"] == f"test subset of {protocol}"
     write_report(evaluation, tmp_path / "report")
     assert protocol in (tmp_path / "report" / "volumes.csv").read_text().splitlines()[1]
+
+
+def test_without_lung_there_is_no_interval(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    predictor = load_predictor(trained.lung, trained.infection, thresholds={"lung": 0.999})
+    predictor = dataclasses.replace(predictor, record=record_of(predictor))
+    prepared = prepare_cases(find_cases(trained.data)[:1], WITH_CONTEXT, trained.cache)
+    evaluation = evaluate_cases(predictor, prepared)
+    (row,) = (row for row in evaluation.volumes if row["structure"] == "infection")
+    assert row["volume_ml"] == 0
+    assert np.isnan([row["volume_low_ml"], row["volume_high_ml"], row["involvement_low_percent"]]).all()
+    print_table(evaluation)
+    out = capsys.readouterr().out
+    assert "where postprocessing has left it: ECE –, Brier –" in " ".join(out.split())
+    assert "cover the infection's volume" not in out
 
 
 def test_split_comes_from_the_models_or_a_file(trained: Trained, tmp_path: Path) -> None:

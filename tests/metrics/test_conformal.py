@@ -128,3 +128,12 @@ def test_rank_correlation_and_worst_third() -> None:
     assert worst_third_found([0.1, 0.2, 0.8, 0.9, 0.7, 0.3], [0, 0.6, 0.7, 0.8, 0.9, 0.5]) == 0.5
     assert worst_third_found([1, 2, 3], [3, 2, 1]) == 0
     assert worst_third_found([1, 2, 3, 4], [2, 1, 3, 4]) == 1  # a third of four are two
+
+
+def test_ties_find_what_chance_finds_in_any_order() -> None:
+    for quality in ([0.0, 0.5, 0.9], [0.9, 0.5, 0.0]):
+        assert worst_third_found([1, 1, 1], quality) == pytest.approx(1 / 3)
+    assert worst_third_found([0.1, 0.5, 0.9, 0.95], [0, 0, 0, 0.9]) == pytest.approx(2 / 3)
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]):
+        score, quality = np.array([0.5, 0.5, 0.8, 0.9])[order], np.array([0.1, 0.2, 0.2, 0.9])[order]
+        assert worst_third_found(score, quality) == pytest.approx(0.75)

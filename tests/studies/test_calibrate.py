@@ -8,24 +8,28 @@ import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 
 from resunet_jax import Predictor, load_predictor
-from resunet_jax.config import override
+from resunet_jax.config import Config, override, to_dict
 from resunet_jax.data.cases import find_cases
 from resunet_jax.errors import InputError
 from resunet_jax.evaluation.evaluate import evaluate
+from resunet_jax.files import write_json
 from resunet_jax.metrics.calibration import LogitHistogram, fit_temperature, logit_histogram
 from resunet_jax.metrics.conformal import QUANTITIES, is_covered, split_interval
 from resunet_jax.plugins import Tables
 from resunet_jax.studies import calibrate as module
 from resunet_jax.studies.calibrate import (
     Evaluator,
+    Fold,
     HeldOutErrors,
     ScanErrors,
     calibration_of_unseen,
+    check_of_no_fold,
     coverage_of_unseen,
     cv_plus_coverage,
     failure_detection,
@@ -91,6 +95,13 @@ def test_what_is_undefined_is_a_dash_in_the_table(target: Predictor) -> None:
     text = to_markdown(summarize_errors(errors), make_record(errors, target, "fold_residuals", "Folds"))
     assert "| Spearman with Dice, 0 scans | – |" in text
     assert "nan" not in text
+
+
+def test_cv_plus_stands_with_its_whole_width(target: Predictor) -> None:
+    tried = {"level": 0.9, "guarantee": 0.8, "covered": 3, "scans": 4, "width": 21.25}
+    summary = {**summarize_errors(ERRORS), "cv_plus": {"infection_ml": tried}}
+    text = to_markdown(summary, make_record(ERRORS, target, "fold_residuals", "Folds"))
+    assert "| infection_ml, CV+ | 0.90, guaranteed 0.80 | 3 of 4 scans of no fold | 21.25 from end to end |" in text
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +252,36 @@ def test_what_is_no_study_is_named(study: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="fold 0 is not tested; run its command again"):
         study_folds(study)
     (study / "runs.jsonl").write_text("".join([*lines, lines[0]]))
-    with pytest.raises(InputError, match="tested by two runs"):
+    with pytest.raises(
+        InputError, match=r"coronacases_003 is tested by two runs, \S+ and \S+; a study is needed whose"
+    ):
         study_folds(study)
+
+
+def test_cv_plus_is_tried_on_patients_of_no_fold(phantom: Path, tmp_path: Path) -> None:
+    folds = [Fold(Path("lung"), Path("infection"), (case,)) for case in ("radiopaedia_10_85902_1", "coronacases_001")]
+    file = tmp_path / "split.json"
+    file.write_text('{"train": [], "test": ["coronacases_003"]}')
+    check_of_no_fold(folds, file, phantom, Tables())
+    check_of_no_fold(folds, None, phantom, Tables())
+    file.write_text('{"train": [], "test": ["radiopaedia_10_85902_3"]}')  # another scan of one whom a fold has tested
+    with pytest.raises(InputError, match="radiopaedia_10: tested by a fold"):
+        check_of_no_fold(folds, file, phantom, Tables())
+    with pytest.raises(InputError, match="cannot read the split"):
+        check_of_no_fold(folds, tmp_path / "none.json", phantom, Tables())
+
+
+def test_the_models_of_every_fold_are_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    infection, lung = Config(task="infection"), Config()
+    narrow = override(infection, {"model.filters": [4, 8, 16, 32]})
+    for name, config in (("lung", lung), ("first", infection), ("second", narrow)):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "config.json", to_dict(config))
+    folds = [Fold(tmp_path / "lung", tmp_path / name, ()) for name in ("first", "second")]
+    models = {"lung": SimpleNamespace(config=lung), "infection": SimpleNamespace(config=infection)}
+    target = cast("Predictor", SimpleNamespace(models=models, mask_settings={}))
+    fold_errors(lambda **_: HeldOutErrors([], {}), folds, target)
+    assert "second/config.json: other than the infection model" in caplog.text
 
 
 def test_from_patients_left_out_to_the_report_of_a_scan(trained: Trained, tmp_path: Path) -> None:
