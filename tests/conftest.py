@@ -24,7 +24,9 @@ from hypothesis import settings
 from resunet_jax.config import CascadeConfig, Config, ModelConfig, PostprocessConfig, PreprocessConfig, TrainConfig
 from resunet_jax.data.phantom import SMALL, make_phantom
 from resunet_jax.data.readers import open_scan
+from resunet_jax.data.readers.nifti import nifti_writer
 from resunet_jax.data.splits import SplitRequest
+from resunet_jax.data.volume import Array, Grid
 from resunet_jax.recipes import recipe
 from resunet_jax.training.train import train
 from resunet_jax.weights.store import LoadedModel
@@ -68,6 +70,12 @@ WITH_CONTEXT = dataclasses.replace(TINY["preprocess"], context_mm=5.0)
 """How the tiny infection model's slices are prepared."""
 
 TINY_FLAGS = ("--image_size=32", "--filters=4,8,16,32", "--learning_rate=3e-3", "--batch_size=4")
+
+
+def write_nifti(path: Path, array: Array, grid: Grid) -> None:
+    """Writes an array (rows, columns, slices) whole."""
+    with nifti_writer(path, array.dtype, grid) as write:
+        write(0, array)
 
 
 Done = subprocess.CompletedProcess[str]

@@ -27,11 +27,12 @@ from resunet_jax.data.readers import (
     read_volume,
 )
 from resunet_jax.data.readers.disk import temporary_file
-from resunet_jax.data.readers.nifti import header_problems, nifti_writer, write_nifti
+from resunet_jax.data.readers.nifti import header_problems, nifti_writer
 from resunet_jax.data.readers.source import Source, by_suffix, file_digest
 from resunet_jax.data.slice_cache import prepare_cases
 from resunet_jax.data.volume import Grid, scan_from_array
 from resunet_jax.errors import InputError
+from tests.conftest import write_nifti
 
 AFFINE = np.diag([-2.0, -2.0, 5.0, 1.0])
 

@@ -11,11 +11,12 @@ import pytest
 from resunet_jax.config import PreprocessConfig
 from resunet_jax.data.cases import find_cases
 from resunet_jax.data.readers import READERS, Reader, Source, digest, find_sources, list_sources, read_mask, read_volume
-from resunet_jax.data.readers.nifti import form_codes, write_nifti
+from resunet_jax.data.readers.nifti import form_codes
 from resunet_jax.data.readers.source import by_suffix, file_digest
 from resunet_jax.data.slice_cache import prepare_cases
 from resunet_jax.data.volume import Grid, Scan, scan_from_array
 from resunet_jax.errors import InputError
+from tests.conftest import write_nifti
 
 AFFINE = np.diag([-0.7, -0.8, 5.0, 1.0])
 CONFIG = PreprocessConfig(image_size=16)

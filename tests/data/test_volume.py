@@ -10,9 +10,10 @@ import pytest
 
 from resunet_jax.data import readers
 from resunet_jax.data.readers import nifti, open_scan, read_mask
-from resunet_jax.data.readers.nifti import nifti_writer, write_nifti
+from resunet_jax.data.readers.nifti import nifti_writer
 from resunet_jax.data.volume import HU_WINDOW, Grid, Volume, max_corner_distance_mm
 from resunet_jax.errors import InputError
+from tests.conftest import write_nifti
 
 SPACING = (0.7, 0.8, 5.0)
 LPS = np.diag([-SPACING[0], -SPACING[1], SPACING[2], 1.0])

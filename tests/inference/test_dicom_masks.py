@@ -10,11 +10,10 @@ import pytest
 from resunet_jax import Predictor, load_predictor
 from resunet_jax.data.cases import find_cases
 from resunet_jax.data.readers import READERS, find_sources, open_scan, read_grid, read_mask
-from resunet_jax.data.readers.nifti import write_nifti
 from resunet_jax.data.volume import Grid
 from resunet_jax.inference.batch import segment_scans
 from resunet_jax.report.outputs import make_outputs
-from tests.conftest import Trained
+from tests.conftest import Trained, write_nifti
 from tests.dicom_files import SPACING, pack, write_series
 
 

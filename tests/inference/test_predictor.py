@@ -24,7 +24,6 @@ from resunet_jax import (
 from resunet_jax.data.cases import find_cases
 from resunet_jax.data.preprocess import air_offset, prepare_volume
 from resunet_jax.data.readers import open_scan, read_mask, read_volume
-from resunet_jax.data.readers.nifti import write_nifti
 from resunet_jax.data.slice_cache import PreparedCase, prepare_cases
 from resunet_jax.data.volume import Grid
 from resunet_jax.errors import InputError
@@ -34,7 +33,7 @@ from resunet_jax.metrics.overlap import confusion_counts, hard_metrics
 from resunet_jax.model.build import build_model
 from resunet_jax.model.resunet import Variables
 from resunet_jax.weights.store import load_threshold
-from tests.conftest import TINY, WITH_CONTEXT, Trained, with_averaging
+from tests.conftest import TINY, WITH_CONTEXT, Trained, with_averaging, write_nifti
 
 
 @pytest.fixture(scope="module")

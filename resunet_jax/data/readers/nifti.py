@@ -89,12 +89,6 @@ def _qform(header: Any) -> npt.NDArray[np.float64] | None:
         return None
 
 
-def write_nifti(path: Path, array: Array, grid: Grid) -> None:
-    """Writes an array (rows, columns, slices) whole; for the rest see `nifti_writer`."""
-    with nifti_writer(path, array.dtype, grid) as write:
-        write(0, array)
-
-
 @contextlib.contextmanager
 def nifti_writer(path: Path, dtype: npt.DTypeLike, grid: Grid) -> Iterator[Callable[[int, Array], None]]:
     """As `slice_writer`, and the file appears atomically, when the block has ended well."""
