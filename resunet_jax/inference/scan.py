@@ -92,18 +92,12 @@ def iter_chunks(
     scan: Scan, preprocess: PreprocessConfig, offset: float
 ) -> Iterator[tuple[int, FloatArray, npt.NDArray[np.int32]]]:
     """Of an open scan, a chunk in memory at a time: its first slice, images and boxes; see `prepare_volume`."""
-    slices = scan.grid.oriented_shape[-1]
+    slices, around = scan.grid.oriented_shape[-1], context_slices(preprocess, scan.grid)
     for start in range(0, slices, CHUNK_SLICES):
-        yield start, *prepare_slices(scan, preprocess, offset, start, min(start + CHUNK_SLICES, slices))
-
-
-def prepare_slices(
-    scan: Scan, preprocess: PreprocessConfig, offset: float, start: int, stop: int
-) -> tuple[FloatArray, npt.NDArray[np.int32]]:
-    """Slices start to stop of an open scan, with the context around them; see `prepare_volume`."""
-    around = context_slices(preprocess, scan.grid)
-    first, last = max(start - around, 0), min(stop + around, scan.grid.oriented_shape[-1])
-    return prepare_volume(scan.read_slices(first, last), preprocess, offset, start - first, stop - first)
+        stop = min(start + CHUNK_SLICES, slices)
+        first, last = max(start - around, 0), min(stop + around, slices)
+        volume = scan.read_slices(first, last)
+        yield start, *prepare_volume(volume, preprocess, offset, start - first, stop - first)
 
 
 def prefetch(items: Iterator[_T], dispose: Callable[[_T], object] = lambda item: None) -> Generator[_T]:

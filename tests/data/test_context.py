@@ -14,7 +14,7 @@ from resunet_jax.data.readers import open_scan, read_mask, read_volume
 from resunet_jax.data.roi import crop_resize
 from resunet_jax.data.slice_cache import prepare_cases
 from resunet_jax.data.volume import Grid
-from resunet_jax.inference.scan import prepare_slices
+from resunet_jax.inference import scan as module
 
 CONFIG = PreprocessConfig(image_size=32, context_mm=5.0)
 
@@ -45,15 +45,19 @@ def test_channels_are_the_slices_around_cropped_by_the_slices_own_box(phantom: P
     assert images.flags.c_contiguous
 
 
-def test_some_slices_are_prepared_as_in_the_whole_scan(phantom: Path) -> None:
+@pytest.mark.parametrize("step", [1, 2, 5, 1000])
+def test_some_slices_are_prepared_as_in_the_whole_scan(
+    phantom: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    monkeypatch.setattr(module, "CHUNK_SLICES", step)
     case = find_cases(phantom)[0]
     whole, boxes = prepare_volume(read_volume(case.ct), CONFIG, 0.0)
-    count = len(whole)
     with open_scan(case.ct) as scan:
-        for start, stop in ((0, 1), (0, count), (3, 5), (count - 1, count)):
-            some, own = prepare_slices(scan, CONFIG, 0.0, start, stop)
-            np.testing.assert_array_equal(some, whole[start:stop])
-            np.testing.assert_array_equal(own, boxes[start:stop])
+        chunks = list(module.iter_chunks(scan, CONFIG, 0.0))
+    assert [start for start, _, _ in chunks] == list(range(0, len(whole), step))
+    for start, some, own in chunks:
+        np.testing.assert_array_equal(some, whole[start : start + step])
+        np.testing.assert_array_equal(own, boxes[start : start + step])
 
 
 def test_batches_have_the_infection_of_each_channel(phantom: Path, tmp_path: Path) -> None:
