@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from filelock import FileLock
 
 from resunet_jax.data.readers import READERS, Reader, Source, digest, read_mask
@@ -80,8 +79,22 @@ def make_outputs(
             raise InputError(f"{lobes}: every voxel is 0; give a mask with a label for each lobe")
 
     def write_report(source: Source, segmented: SegmentedScan, seconds: float, folder: Path) -> Summary:
-        labels = None if lobes is None else read_mask(lobes, source.path, segmented.scan.grid, readers)
-        return _write_report(source, segmented, seconds, folder, consolidation_hu, labels)
+        grid, has_uncertainty = segmented.scan.grid, segmented.uncertainty is not None
+        labels = None if lobes is None else read_mask(lobes, source.path, grid, readers)
+        totals, shown = Totals(segmented, consolidation_hu), []
+        with temporary_file((2 + has_uncertainty) * math.prod(grid.oriented_shape), source.path) as file:
+            for slices in iter_slices(segmented):
+                stop = slices.start + slices.hu.shape[-1]
+                totals.add(slices, None if labels is None else labels[..., slices.start : stop])
+                masks = slices.lung, slices.infection
+                shown.extend(encode_slices(slices.hu, *masks, uncertainty=slices.uncertainty, file=file))
+            scan = {"name": source.name, "file": source.path.name, "format": source.format}
+            report = measure(segmented, totals, scan, seconds)
+            size_mm = (*grid.spacing_mm[:2], grid.slice_distance_mm)
+            write_scan_page(folder / f"{source.name}{PAGE}", report, shown, size_mm)
+            write_preview(folder / f"{source.name}{PREVIEW}", shown, size_mm)
+        write_json(folder / f"{source.name}{REPORT}", report)
+        return Summary(summary_line(report), tuple(report["warnings"]))
 
     settings = [SCHEMA_VERSION, consolidation_hu, None if lobes is None else digest(lobes, readers)]
     table = {
@@ -94,30 +107,6 @@ def make_outputs(
         ),
     }
     return {name: output for name, (is_asked_for, output) in table.items() if is_asked_for}
-
-
-def _write_report(
-    source: Source,
-    segmented: SegmentedScan,
-    seconds: float,
-    folder: Path,
-    consolidation_hu: float,
-    lobes: npt.NDArray[np.uint8] | None,
-) -> Summary:
-    grid, has_uncertainty = segmented.scan.grid, segmented.uncertainty is not None
-    totals, shown = Totals(segmented, consolidation_hu), []
-    with temporary_file((2 + has_uncertainty) * math.prod(grid.oriented_shape), source.path) as file:
-        for slices in iter_slices(segmented):
-            totals.add(slices, None if lobes is None else lobes[..., slices.start : slices.start + slices.hu.shape[-1]])
-            masks = slices.lung, slices.infection
-            shown.extend(encode_slices(slices.hu, *masks, uncertainty=slices.uncertainty, file=file))
-        scan = {"name": source.name, "file": source.path.name, "format": source.format}
-        report = measure(segmented, totals, scan, seconds)
-        size_mm = (*grid.spacing_mm[:2], grid.slice_distance_mm)
-        write_scan_page(folder / f"{source.name}{PAGE}", report, shown, size_mm)
-        write_preview(folder / f"{source.name}{PREVIEW}", shown, size_mm)
-    write_json(folder / f"{source.name}{REPORT}", report)
-    return Summary(summary_line(report), tuple(report["warnings"]))
 
 
 def _warn(_: Source, segmented: SegmentedScan, __: float, ___: Path) -> Summary:
@@ -153,9 +142,8 @@ def write_cohort(folder: Path) -> list[Path]:
     """
     make_output_dir(folder / LOCKS)
     with FileLock(folder / LOCKS / f".{COHORT}.lock"):  # or an older list could replace a newer one
-        paths = [
-            path for path in sorted(folder.glob(f"*{REPORT}")) if not path.name.startswith(".")
-        ]  # not half written
+        # A hidden one is half written.
+        paths = [path for path in sorted(folder.glob(f"*{REPORT}")) if not path.name.startswith(".")]
         reports = [report for path in paths if (report := _read(path)) is not None]
         if not reports and not (folder / MANIFEST).exists():
             return []
