@@ -39,12 +39,7 @@ class Calibration:
     squared_error: float
 
     def __add__(self, other: "Calibration") -> "Calibration":
-        return Calibration(
-            self.pixels + other.pixels,
-            self.probability + other.probability,
-            self.positive + other.positive,
-            self.squared_error + other.squared_error,
-        )
+        return Calibration(**{name: value + vars(other)[name] for name, value in vars(self).items()})
 
     @property
     def brier(self) -> float:
@@ -89,13 +84,16 @@ def calibration_sums(probability: npt.NDArray[np.float32], target: npt.NDArray[n
     """
     p: npt.NDArray[np.float64] = np.asarray(probability, np.float64).ravel()
     t: npt.NDArray[np.float64] = np.asarray(target, np.float64).ravel()
+    return _calibration(p, (None, p, t), float(np.sum((p - t) ** 2)))
+
+
+def _calibration(
+    p: npt.NDArray[np.float64], weights: Sequence[npt.NDArray[np.float64] | None], squared_error: float
+) -> Calibration:
+    """Sums of the weights by bin of the probability: of pixels (None counts them), probabilities and positives."""
     bins = np.minimum((p * BINS).astype(np.int64), BINS - 1)
-    return Calibration(
-        np.bincount(bins, minlength=BINS).astype(np.float64),
-        np.bincount(bins, weights=p, minlength=BINS).astype(np.float64),
-        np.bincount(bins, weights=t, minlength=BINS).astype(np.float64),
-        float(np.sum((p - t) ** 2)),
-    )
+    pixels, probability, positive = (np.bincount(bins, one, BINS).astype(np.float64) for one in weights)
+    return Calibration(pixels, probability, positive, squared_error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,15 +125,9 @@ class LogitHistogram:
 
     def calibration(self, temperature: float = 1.0) -> Calibration:
         """Sums as of `calibration_sums` over probabilities of that temperature; ECE and Brier to about 0.001."""
-        p = 1 / (1 + np.exp(-_CENTRES / temperature))
-        bins = np.minimum((p * BINS).astype(np.int64), BINS - 1)
-        pixels = self.counts.sum(axis=0)
-        return Calibration(
-            np.bincount(bins, pixels, BINS).astype(np.float64),
-            np.bincount(bins, p * pixels, BINS).astype(np.float64),
-            np.bincount(bins, self.counts[1], BINS).astype(np.float64),
-            float((self.counts * (p**2, (1 - p) ** 2)).sum()),
-        )
+        p, pixels = 1 / (1 + np.exp(-_CENTRES / temperature)), self.counts.sum(axis=0)
+        squared_error = float((self.counts * (p**2, (1 - p) ** 2)).sum())
+        return _calibration(p, (pixels, p * pixels, self.counts[1]), squared_error)
 
 
 _CENTRES = (np.arange(LOGIT_BINS) + 0.5) * (2 * LOGIT_LIMIT / LOGIT_BINS) - LOGIT_LIMIT
