@@ -1,7 +1,9 @@
 """Random transforms of slices and their masks, on the device.
 
-A transform is one function of one slice and one row of `AUGMENTATIONS`: (key, image, mask, config) to (image, mask).
-The first channel of the mask is the target, the others are the infection in each channel of the image.
+A transform is one function of one slice and one row of `AUGMENTATIONS`: from a JAX random key, the image, float32
+(S, S, C) in [0, 1], its mask, float32 (S, S, 1 + C) in [0, 1], and the config to image and mask of the same shapes and
+ranges. The first channel of the image is the slice itself; the first channel of the mask is the target, the others are
+the infection in each channel of the image. What the config has at 0 is left as it is.
 """
 
 from collections.abc import Callable, Mapping
@@ -81,16 +83,9 @@ def warp(image: jax.Array, matrix: jax.Array, fill: float) -> jax.Array:
 
 
 def spatial(key: jax.Array, image: jax.Array, mask: jax.Array, config: AugmentConfig) -> tuple[jax.Array, jax.Array]:
-    """Flips, rotates and scales a slice and its mask alike; see `random_affine`.
+    """Flips, rotates and scales a slice and its mask alike, see `random_affine`.
 
-    Args:
-      key: a JAX random key.
-      image: float32 (S, S, C) in [0, 1].
-      mask: float32 (S, S, 1 + C) in [0, 1].
-      config: probabilities and limits.
-
-    Returns:
-      both resampled, the same shapes and ranges; what comes from outside the slice is `fill`, and not in the mask.
+    What comes from outside the slice is `fill`, and not in the mask.
     """
     matrix = random_affine(key, config)
     return warp(image, matrix, config.fill), warp(mask, matrix, 0.0)
@@ -101,16 +96,8 @@ def lesion_intensity(
 ) -> tuple[jax.Array, jax.Array]:
     """Makes the infection denser or fainter, everywhere by the same random fraction of the way.
 
-    Denser goes up to soft tissue, and what is denser already stays; fainter goes most of the way down to healthy lung.
-
-    Args:
-      key: a JAX random key.
-      image: float32 (S, S, C), HU [-1250, 250] as [0, 1].
-      mask: float32 (S, S, 1 + C) in [0, 1]; its last C channels are the infection.
-      config: how often either happens; never both.
-
-    Returns:
-      image of the same shape and range, and the mask as it is.
+    Denser goes up to soft tissue, and what is denser already stays; fainter goes most of the way down to healthy lung;
+    never both. The image is HU [-1250, 250] as [0, 1]; the mask stays.
 
     Raises:
       ValueError: the mask has fewer channels than the image.
@@ -129,14 +116,7 @@ def lesion_intensity(
 def intensity(key: jax.Array, image: jax.Array, mask: jax.Array, config: AugmentConfig) -> tuple[jax.Array, jax.Array]:
     """Changes the intensities of a slice as another scanner might: contrast and brightness, gamma, noise.
 
-    Args:
-      key: a JAX random key.
-      image: float32 (S, S, C) in [0, 1].
-      mask: of any shape.
-      config: by how much at most; where all of it is 0, the image comes back unprocessed.
-
-    Returns:
-      image of the same shape and range, and the mask as it is.
+    The mask, of any shape, stays.
     """
     if config.max_contrast or config.max_brightness or config.max_gamma or config.max_noise:
         contrast, brightness, gamma, noise = jax.random.uniform(key, (4,), minval=-1)
@@ -155,15 +135,6 @@ def context_dropout(
     """Puts the slice itself in the place of those below and above it, so that a model learns to do without them.
 
     Where slices lie far apart, their neighbours say little, and mislead a model that never saw such a scan.
-
-    Args:
-      key: a JAX random key.
-      image: float32 (S, S, C); its first channel is the slice.
-      mask: float32 (S, S, 1 + C); its last C channels are the infection in each channel of the image.
-      config: how often.
-
-    Returns:
-      both, of the same shapes and ranges.
     """
     if config.context_dropout_prob and image.shape[-1] > 1:
         dropped = jax.random.uniform(key) < config.context_dropout_prob
