@@ -146,9 +146,7 @@ def _check_request(request: SplitRequest, protocol: Protocol) -> None:
 def original_split(cases: Sequence[Case], *, allow_missing: bool = False) -> Split:
     """Of each source the first 8 cases train, the 9th validates, the 10th tests, as in the original project.
 
-    Args:
-      cases: all cases.
-      allow_missing: leaves out what is not there, and says so in the protocol.
+    `allow_missing` leaves out what is not there of `cases`, which are all, and says so in the protocol.
 
     Raises:
       InputError: cases are missing, or a subset would be empty.
@@ -163,14 +161,8 @@ def benchmark_split(
 ) -> Split:
     """The benchmark's folds: no validation cases, as all epochs are trained there.
 
-    Args:
-      cases: all cases.
-      protocol: "few_shot" trains on one group and tests on the other four; "five_fold" the other way round.
-      fold: 0 to 4, the group that is held out: to train ("few_shot") or to test ("five_fold").
-      allow_missing: leaves out what is not there, and says so in the protocol.
-
-    Raises:
-      InputError: cases are missing, or a subset would be empty.
+    "few_shot" trains on the group `fold`, 0 to 4, and tests on the other four; "five_fold" the other way round. For the
+    other arguments and errors see `original_split`.
     """
     held_out = _GROUPS[fold]
     rest = tuple(case for case in KNOWN_CASES if case not in held_out)
@@ -202,11 +194,7 @@ def patient_five_fold_split(cases: Sequence[Case], fold: int) -> Split:
     """Five folds that keep each patient together and distribute each source evenly; one tests, the others train.
 
     Formed from whatever cases there are: patients of each source, those with most scans first, go one by one to the
-    fold with fewest scans of that source, of equals to the one with fewest scans.
-
-    Args:
-      cases: all cases.
-      fold: 0 to 4, the fold that tests.
+    fold with fewest scans of that source, of equals to the one with fewest scans. `fold`, 0 to 4, tests.
 
     Raises:
       InputError: fewer patients than folds.
@@ -234,11 +222,7 @@ def patient_five_fold_split(cases: Sequence[Case], fold: int) -> Split:
 
 
 def ratio_split(cases: Sequence[Case], seed: int) -> Split:
-    """Patients in random order: the first fifth tests, the next validates, at least one each; the rest train.
-
-    Args:
-      cases: all cases.
-      seed: of the order.
+    """Patients in a random order: the first fifth tests, the next validates, at least one each; the rest train.
 
     Raises:
       InputError: fewer than three patients.
