@@ -188,13 +188,6 @@ def update_average(
     return jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, average, variables)
 
 
-def _averaged(state: TrainState, variables: Variables, config: Config) -> Variables | None:
-    if state.average is None:
-        return None
-    decay, accumulated = config.train.ema_decay, config.train.accumulate_steps
-    return update_average(state.average, variables, state.step, decay, accumulated)
-
-
 def _pixel_counts(logits: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
     """Confusion counts at probability 0.5 of each example, (N,) float32, in pixels."""
     counts = confusion_counts(logits > 0, mask > 0.5, axis=(1, 2, 3))
@@ -261,8 +254,10 @@ def make_train_step(
                 (state.variables["batch_stats"], jax.tree.map(jnp.zeros_like, counts)),
             )
         variables = {"params": optax.apply_updates(params, updates), "batch_stats": batch_stats}
-        after = TrainState(state.step + 1, variables, opt_state, _averaged(state, variables, config))
-        return after, {"loss": value, "finite": finite, **counts}
+        average, settings = state.average, config.train
+        if average is not None:
+            average = update_average(average, variables, state.step, settings.ema_decay, settings.accumulate_steps)
+        return TrainState(state.step + 1, variables, opt_state, average), {"loss": value, "finite": finite, **counts}
 
     return step
 
@@ -275,14 +270,9 @@ def compile_train_step(
     augmentations: Mapping[str, Augmentation] = AUGMENTATIONS,
     architectures: Mapping[str, Architecture] = ARCHITECTURES,
 ) -> tuple[Any, TrainState]:
-    """The compiled step of a config, with the state donated, without running it.
+    """The compiled step of a config, with the state donated, without running it; for the tables see `make_train_step`.
 
-    Args:
-      config: of the training.
-      lung: of the frozen lung model, for task "infection".
-      losses: the table of loss terms.
-      augmentations: the table of transforms.
-      architectures: the table of models.
+    `lung` is the config of the frozen lung model, for task "infection".
 
     Returns:
       the compiled step, whose `memory_analysis()` tells what it holds, and the shapes of the state.
