@@ -77,14 +77,9 @@ def apply_logits(
 def predict_probability(
     model: ResUnet, variables: Variables, x: jax.Array, *, patch_grid: int = 1, averaging: Averaging = _ONE_VIEW
 ) -> jax.Array:
-    """Probabilities by the running statistics.
+    """Probabilities of slices `x`, (N, H, W, C) in [0, 1], by the running statistics; for arguments see `apply_logits`.
 
-    Args:
-      model: see `apply_logits`.
-      variables: see `apply_logits`.
-      x: see `apply_logits`.
-      patch_grid: see `apply_logits`.
-      averaging: over which views; `averaging.context` is for models with context alone.
+    `averaging` says over which views; `averaging.context` is for models with context alone.
 
     Returns:
       float32 (N, H, W, 1) in [0, 1].

@@ -162,13 +162,8 @@ def export_cascade_from_hu(
     Its inputs are slices in Hounsfield units, float32 (b, H, W, C) of any size, oriented (posterior, left), channels as
     in `prepare_volume`, and their boxes, int32 (b, 4): row, column, height and width, at least 1 and within the slice;
     for models without context the slices are (b, H, W). HU are mapped to [0, 1] over
-    `HU_WINDOW`, cropped, and resized with antialiasing by `resize_matrix`: equal to `prepare_volume` to 1e-6.
-
-    Args:
-      lung: on CT.
-      infection: on CT or on [CT, lung probability].
-      thresholds: see `export_cascade`, and there for outputs.
-      temperature: see `export_cascade`.
+    `HU_WINDOW`, cropped, and resized with antialiasing by `resize_matrix`: equal to `prepare_volume` to 1e-6. For
+    arguments and outputs see `export_cascade`.
 
     Raises:
       InputError: see `export_cascade`; or the models see each slice's own range, not Hounsfield units.
@@ -250,13 +245,7 @@ def write_export(
 ) -> dict[str, Any]:
     """Exports the cascade to a file, and writes what to know of it to `<path>.json`; each appears atomically.
 
-    Args:
-      path: must not exist, nor the other file.
-      lung: see `export_cascade`.
-      infection: see `export_cascade`.
-      thresholds: see `export_cascade`.
-      temperature: see `export_cascade`.
-      from_hu: exports `export_cascade_from_hu` instead.
+    Neither file may exist. For the other arguments see `export_cascade`; `from_hu` exports `export_cascade_from_hu`.
 
     Returns:
       what the JSON file holds.
