@@ -148,13 +148,7 @@ def save_batch(path: Path, images: Array, masks: Array, structure: str) -> None:
 
 @_literal_text
 def save_roi_steps(path: Path, volumes: Mapping[str, Volume], config: PreprocessConfig) -> None:
-    """For three slices of each scan: slice, threshold, dilation, box, and the crop that a model sees.
-
-    Args:
-      path: PNG to write.
-      volumes: by title.
-      config: how slices are prepared.
-    """
+    """For three slices of each scan, by title: slice, threshold, dilation, box, and the crop that a model sees."""
     offsets = {title: air_offset(volume, config) for title, volume in volumes.items()}
     picks = [(title, volume, k) for title, volume in volumes.items() for k in _picks(volume)]
     figure, axes = _tiles(len(picks), 5)
@@ -204,12 +198,7 @@ def save_boxes(path: Path, rows: Sequence[Mapping[str, Any]], metrics: Sequence[
 
 @_literal_text
 def save_differences(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Difference of each variant from the first one in mean Dice, with its 95 % CI; one panel per structure.
-
-    Args:
-      path: PNG to write.
-      rows: see `summarize_runs`.
-    """
+    """Difference of variants from the first in mean Dice, with 95 % CI; a panel per structure; see `summarize_runs`."""
     figure = Figure(figsize=(10, 1.2 + 0.32 * len(rows)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, structure in zip(axes, ("lung", "infection"), strict=True):
@@ -228,12 +217,7 @@ def save_differences(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 @_literal_text
 def save_cases(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Dice of each volume by each variant, mean over seeds; one panel per structure.
-
-    Args:
-      path: PNG to write.
-      rows: see `summarize_runs`.
-    """
+    """Dice of each volume by each variant, mean over seeds; one panel per structure; see `summarize_runs`."""
     cases = list(dict.fromkeys(case for row in rows for case in row["lung"]["volumes"]))
     figure = Figure(figsize=(10, 1.4 + 0.32 * len(cases)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -271,13 +255,7 @@ def save_volumes(path: Path, rows: Sequence[Mapping[str, Any]], note: str = "") 
 
 @_literal_text
 def save_reliability(path: Path, calibration: Mapping[str, Mapping[str, Any]], note: str = "") -> None:
-    """Reliability diagrams: observed frequency against predicted probability.
-
-    Args:
-      path: PNG to write.
-      calibration: {structure: `Calibration.to_dict()`}.
-      note: above it all.
-    """
+    """Observed frequency against predicted probability, of {structure: `Calibration.to_dict()`}; `note` above all."""
     figure, axes = _grid(1, len(calibration), cell=4)
     figure.suptitle(note, fontsize=8)
     for axis, (structure, values) in zip(axes[0], calibration.items(), strict=True):
