@@ -50,11 +50,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_dir(path: Path, argument: str = "") -> Iterator[Path]:
     """A folder to fill; it gets its name, and is on disk, when the block ends well, and vanishes if not.
 
-    If `path` has come into being in the meantime, it is left as it is.
-
-    Args:
-      path: of the folder.
-      argument: by which its place is chosen, for the message.
+    If `path` has come into being in the meantime, it is left as it is. `argument`, by which its place is chosen, is for
+    the message.
 
     Raises:
       InputError: it cannot be written.
@@ -235,11 +232,7 @@ def sha256(path: Path) -> str:
 
 
 def require_absent(path: Path, what: str = "folder") -> None:
-    """Refuses to write over what is there.
-
-    Args:
-      path: of what is to be made.
-      what: a new one of which the user is to choose, for the message.
+    """Refuses to write over what is there; the message says of `what` the user is to choose a new one.
 
     Raises:
       InputError: it exists.
@@ -263,11 +256,7 @@ def check_output_dir(path: Path) -> None:
 
 
 def make_output_dir(path: Path, argument: str = "") -> None:
-    """Makes a folder, or takes the one that is there.
-
-    Args:
-      path: of the folder.
-      argument: by which it is chosen, for the message.
+    """Makes a folder, or takes the one that is there; `argument`, by which it is chosen, is for the message.
 
     Raises:
       InputError: it cannot be made.
