@@ -125,10 +125,7 @@ def require_infection_masks(cases: Iterable[Case]) -> None:
     """Raises `InputError` if a case has no infection mask, naming it."""
     for case in cases:
         if case.infection_mask is None:
-            raise InputError(
-                f"{case.id}: no infection mask for {case.ct}; add the mask, or leave the case out (of the "
-                "split file, or of the data set)"
-            )
+            raise InputError(f"{case.id}: no infection mask for {case.ct}; add it, or leave the case out")
 
 
 def identify(name: str) -> tuple[str, Source, str]:

@@ -270,9 +270,7 @@ def infer_scale(
     """
     low, high = value_range
     if levels.distinct < _MIN_DISTINCT:
-        raise InputError(
-            f"{path}: only {levels.distinct} different values from {low:g} to {high:g}, as in a label map; give the CT"
-        )
+        raise InputError(f"{path}: only {levels.distinct} values, {low:g} to {high:g}, as in a label map; give the CT")
     if not physical:
         _require_chest(path, levels)
         return "windowed" if low >= 0 and high <= 255 else "hu"

@@ -138,9 +138,7 @@ def _check_request(request: SplitRequest, protocol: Protocol) -> None:
         if request.fold is None or not 0 <= request.fold < NUM_FOLDS:
             raise InputError(f"`protocol={protocol}` needs `fold`, from 0 to {NUM_FOLDS - 1}; got {request.fold}")
     elif request.fold is not None:
-        raise InputError(
-            f"`protocol={protocol}` has no folds; drop `fold`, or choose one of {', '.join(FOLD_PROTOCOLS)}"
-        )
+        raise InputError(f"`protocol={protocol}` has no folds; drop `fold`, or take one of {', '.join(FOLD_PROTOCOLS)}")
 
 
 def original_split(cases: Sequence[Case], *, allow_missing: bool = False) -> Split:
@@ -204,8 +202,7 @@ def patient_five_fold_split(cases: Sequence[Case], fold: int) -> Split:
         patients.setdefault(case.patient, []).append(case)
     if len(patients) < NUM_FOLDS:
         raise InputError(
-            f"{len(patients)} patient(s) are too few for {NUM_FOLDS} folds; add scans, or train on a single split "
-            "(protocol ratio)"
+            f"{len(patients)} patient(s) are too few for {NUM_FOLDS} folds; add scans, or take protocol ratio"
         )
     folds: list[list[str]] = [[] for _ in range(NUM_FOLDS)]
     of_source: dict[str, list[int]] = {}

@@ -309,9 +309,7 @@ def _has_sides(labels: npt.NDArray[np.uint8], path: Path) -> bool:
         return False
     exchanged = labels_are_exchanged(labels)
     if exchanged:
-        logger.warning(
-            "%s: label %d, the left lung's, lies on the right; the lungs are not compared by side", path, LEFT
-        )
+        logger.warning("%s: label %d (left) lies on the right; the lungs are not compared by side", path, LEFT)
     return not exchanged
 
 

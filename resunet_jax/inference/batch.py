@@ -291,9 +291,7 @@ class _Batch:
                 for file in (file for file in others if file.is_file()):
                     with contextlib.suppress(InputError):
                         _remove([file])  # or the table would have the numbers of what the scan was before
-                        logger.warning(
-                            "%s: removed: it is of an earlier prediction, and its scan can no longer be read", file
-                        )
+                        logger.warning("%s: removed, of an earlier prediction; its scan can no longer be read", file)
                 return ScanResult(scan, [], error=error)
             try:
                 for output in self.outputs.values():
@@ -337,9 +335,7 @@ def _warn_of_others(scan: Source, replaced: Sequence[Path]) -> None:
     for kind in _KINDS:
         path = replaced[0].with_name(f"{scan.name}_{kind}")
         if path not in replaced and path.is_file():
-            logger.warning(
-                "%s: stays next to the new masks, and is of an earlier prediction; remove it if not needed", path
-            )
+            logger.warning("%s: stays next to the new masks, of an earlier prediction; remove it if not needed", path)
 
 
 def _key(scan: Source) -> str:

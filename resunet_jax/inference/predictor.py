@@ -358,15 +358,11 @@ def load_predictor(
         (lung, infection), record = load_pair(), load_pair_record()
         logger.info("no model is given: using the pair that resunet_jax ships, see its model card (`info`)")
         if validated_threshold:
-            raise InputError(
-                "`validated_threshold`: the shipped pair has no validated threshold; leave it out, or give your models"
-            )
+            raise InputError("`validated_threshold`: the shipped pair has none; leave it out, or give your models")
     _check_pair(lung, infection, lung_checkpoint, infection_checkpoint)
     if min_component_fraction is not None:
         if lung is None:
-            raise InputError(
-                "`min_component_fraction`: components are of the lung mask; give `lung_checkpoint` too, or leave it out"
-            )
+            raise InputError("`min_component_fraction`: of the lung mask; give `lung_checkpoint` too, or leave it out")
         lung = _with_postprocess(lung, min_component_fraction=min_component_fraction)
     if infection_postprocess:
         infection = _with_infection_postprocess(lung, infection, infection_postprocess)
@@ -407,9 +403,7 @@ def _check_pair(
     """Refuses models that do not belong together, and warns of those that were not trained together."""
     if infection is not None and infection.config.task == "infection":
         if lung is None:
-            raise InputError(
-                f"{infection_checkpoint}: this model works on [CT, lung probability]; give `lung_checkpoint` too"
-            )
+            raise InputError(f"{infection_checkpoint}: works on [CT, lung probability]; give `lung_checkpoint` too")
         if infection.config.lung_fingerprint not in ("", fingerprint(lung.variables)):
             logger.warning(
                 "%s was trained on another lung model than %s: expect worse masks",

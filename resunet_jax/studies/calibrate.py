@@ -169,9 +169,7 @@ def study_folds(study_dir: Path, variant: str | None = None, seed: int | None = 
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: no study ({first_line(error)}); run cross_validate or ablate") from error
     if not found:
-        raise InputError(
-            f"{file}: no such pair of models in it; there are {_names(there)}: choose by `variant` and `seed`"
-        )
+        raise InputError(f"{file}: no such pair of models in it; there are {_names(there)}: choose `variant`, `seed`")
     if len(kinds) > 1:
         raise InputError(f"{file}: runs of {_names(kinds)}; choose one with `variant` and `seed`")
     if left := _missing_folds(run["split"]["protocol"] for run in runs):
@@ -276,9 +274,7 @@ def make_record(errors: HeldOutErrors, target: Predictor, method: Method, source
             "are needed: add patients with infection, or train longer"
         )
     if method == "split_conformal" and not all(one.config.lists_patients for one in target.models.values()):
-        logger.warning(
-            "the models do not list their training patients: intervals are valid only if none of these is one"
-        )
+        logger.warning("the models do not list their training patients: intervals hold only if none of these is one")
     return UncertaintyRecord(
         fingerprints=target.fingerprints,
         temperature=fit_temperature(list(errors.logits.values())),

@@ -323,9 +323,7 @@ def _warn_of_lung_split(lung_checkpoint: Path, lung: LoadedModel, split: Split, 
     """Warns of a lung model of another split, or that has seen more than this one trains on."""
     split_file = lung_checkpoint / "split.json"
     if split_file.is_file() and not read_split(split_file).has_subsets_of(split):
-        logger.warning(
-            "%s differs from this split: the lung model may have seen this run's validation or test cases", split_file
-        )
+        logger.warning("%s differs from this split: the lung model may have seen validation or test cases", split_file)
     else:
         _warn_of_seen(lung_checkpoint, lung, split, held_out)
 

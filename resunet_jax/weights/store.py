@@ -308,9 +308,7 @@ def best_checkpoint(workdir: Path) -> Path:
 def _load_folder(folder: Path, architectures: Mapping[str, Architecture]) -> LoadedModel:
     verify_folder(folder)
     if not (folder / DIGESTS_FILE).is_file():
-        logger.warning(
-            "%s: no %s in it, so nobody can tell whether the model is as it was written", folder, DIGESTS_FILE
-        )
+        logger.warning("%s: no %s in it, so nobody can tell whether it is as it was written", folder, DIGESTS_FILE)
     config = from_dict(read_values(folder, CONFIG_FILE), str(folder / CONFIG_FILE))
     model = build_model(config, architectures=architectures)
     expected = variable_shapes(model, model_image_size(config))

@@ -189,9 +189,7 @@ def with_intensity_scale(
         return dataclasses.replace(scan, intensity_scale=scale, notes=(*scan.notes, _NOT_CHECKED))
     window, muscle = rescaled_window(levels, scale), muscle_hu(levels, scale)
     if muscle is not None and muscle < FAT_HU:
-        logger.warning(
-            "%s: no tissue brighter than fat (%.0f HU) is seen; if the scale is off, use `assumed`", path, muscle
-        )
+        logger.warning("%s: no tissue brighter than fat (%.0f HU); if the scale is off, use `assumed`", path, muscle)
     notes = scan.notes if window is None else (*scan.notes, _RESCALED)
     return dataclasses.replace(scan, intensity_scale=scale, stored_window=window, notes=notes)
 

@@ -552,9 +552,7 @@ def _arrange(path: Path, slices: Sequence[_Slice]) -> tuple[list[_Slice], npt.ND
     first = slices[0]
     for one in slices:
         if not _lie_alike(first, one):
-            raise InputError(
-                f"{path}: slices of different shape, orientation or pixel spacing; export each stack alone"
-            )
+            raise InputError(f"{path}: slices of different shape, orientation or pixel spacing; export each stack")
         if one.rescaled != first.rescaled:
             raise InputError(
                 f"{path}: some slices have a RescaleSlope and a RescaleIntercept, others lack one; export it again"
@@ -562,18 +560,14 @@ def _arrange(path: Path, slices: Sequence[_Slice]) -> tuple[list[_Slice], npt.ND
     along_row, along_column = np.array(first.orientation[:3]), np.array(first.orientation[3:])
     lengths = np.linalg.norm(along_row), np.linalg.norm(along_column)
     if max(abs(lengths[0] - 1), abs(lengths[1] - 1), abs(along_row @ along_column)) > 1e-2:
-        raise InputError(
-            f"{path}: ImageOrientationPatient {first.orientation} is no pair of directions; export it again"
-        )
+        raise InputError(f"{path}: ImageOrientationPatient {first.orientation} is no pair of directions; export again")
     normal = np.cross(along_row, along_column)
     ordered = sorted(slices, key=lambda one: float(np.dot(normal, one.position)))
     positions = np.array([one.position for one in ordered])
     notes: list[str] = []
     if len(ordered) == 1:
         if first.thickness <= 0:
-            raise InputError(
-                f"{path}: one slice without a SliceThickness, so its volume is not known; export it with one"
-            )
+            raise InputError(f"{path}: one slice without a SliceThickness, so of unknown volume; export it with one")
         step = normal * first.thickness
         notes.append(f"One slice of {first.thickness:g} mm: volumes are approximate.")
     else:
@@ -595,9 +589,7 @@ def _check_steps(path: Path, heights: npt.NDArray[np.float64], positions: npt.ND
     pairs = [(f"{low:g}", f"{high:g}", gap) for low, high, gap in zip(heights[:-1], heights[1:], steps, strict=True)]
     doubled = sorted({low for low, _, gap in pairs if gap < _IN_PLANE_MM})
     if doubled:
-        raise InputError(
-            f"{path}: several slices at {_some(doubled)} mm: two acquisitions in one series; export one of them alone"
-        )
+        raise InputError(f"{path}: several slices at {_some(doubled)} mm: two acquisitions; export one of them alone")
     uneven = [f"{low} and {high}" for low, high, gap in pairs if abs(gap - usual) > tolerance]
     if uneven:
         raise InputError(

@@ -87,9 +87,7 @@ def require_dicom_seg(source: Source) -> Any:
       InputError: not DICOM, or highdicom is not installed.
     """
     if source.format != "dicom":
-        raise InputError(
-            f"{source.path}: a DICOM-SEG refers to a DICOM series, which this is not; leave out `dicom_seg`"
-        )
+        raise InputError(f"{source.path}: a DICOM-SEG refers to a DICOM series, which it is not; leave out `dicom_seg`")
     try:
         import highdicom  # noqa: PLC0415 - an extra
     except ImportError as error:

@@ -81,9 +81,7 @@ def temporary_file(size: int, scan: str | Path) -> Iterator[BinaryIO]:
     try:
         opened = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
     except OSError as error:
-        raise InputError(
-            f"{scan}: no temporary folder can be written ({first_line(error)}); set TMPDIR to one with room"
-        ) from error
+        raise InputError(f"{scan}: no temporary folder can be written ({first_line(error)}); set TMPDIR") from error
     with opened as file:
         try:
             reserve(file, size)

@@ -152,9 +152,7 @@ def _open(path: Path) -> Any:
     if len(shape) != 3 or min(shape) < 1:
         raise InputError(f"{path}: shape {image.shape}; expected a volume of three dimensions; split the series first")
     if image.get_data_dtype().kind not in "iuf":
-        raise InputError(
-            f"{path}: voxels of type {image.get_data_dtype()}; expected one real number per voxel, not colour"
-        )
+        raise InputError(f"{path}: voxels of {image.get_data_dtype()}; expected one real number per voxel, not colour")
     return image
 
 
