@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from resunet_jax import __version__
 from resunet_jax.data.volume import FloatArray
+from resunet_jax.files import without_nan
 from resunet_jax.inference.predictor import Predictor
 from resunet_jax.inference.scan import SegmentedScan
 from resunet_jax.metrics.lesions import SMALLEST_LESION_ML
@@ -218,7 +219,7 @@ def measure(segmented: SegmentedScan, totals: Totals, scan: Mapping[str, Any], s
     infection = int(totals.infection.sum())
     volume = infection * ml if totals.lung_voxels.any() else math.nan  # without lung there is nothing to be near to
     intervals = _intervals(segmented.predictor, {"infection_ml": volume, "involvement_percent": percent})
-    return {
+    report = {
         "schema_version": SCHEMA_VERSION,
         "version": __version__,
         "disclaimer": DISCLAIMER,
@@ -235,7 +236,7 @@ def measure(segmented: SegmentedScan, totals: Totals, scan: Mapping[str, Any], s
         },
         "infection": {
             "volume_ml": infection * ml,
-            "involvement_percent": _or_none(percent),
+            "involvement_percent": percent,
             "ground_glass_ml": (infection - totals.consolidation) * ml,
             "consolidation_ml": totals.consolidation * ml,
             "consolidation_above_hu": totals.consolidation_hu,
@@ -254,6 +255,7 @@ def measure(segmented: SegmentedScan, totals: Totals, scan: Mapping[str, Any], s
         "models": _models(segmented),
         "settings": _settings(segmented),
     }
+    return without_nan(report)
 
 
 def warnings_of(segmented: SegmentedScan, totals: Totals) -> list[str]:
@@ -334,7 +336,7 @@ def _region(lung_voxels: int, infected_voxels: int, voxel_ml: float) -> dict[str
     """Involvement of a region of the lungs: "percent", "grade", "lung_ml", "infection_ml"."""
     percent = involvement_percent(infected_voxels, lung_voxels)
     return {
-        "percent": _or_none(percent),
+        "percent": percent,
         "grade": grade(percent),
         "lung_ml": lung_voxels * voxel_ml,
         "infection_ml": infected_voxels * voxel_ml,
@@ -398,7 +400,7 @@ def _uncertainty(segmented: SegmentedScan) -> dict[str, Any]:
         "temperature": None if predictor.record is None else predictor.record.temperature,
         "probability_threshold": predictor.reported_threshold("infection"),
         "members": None if agreed is None else agreed.members,
-        "pairwise_dice": None if agreed is None else _or_none(agreed.pairwise_dice),
+        "pairwise_dice": None if agreed is None else agreed.pairwise_dice,
     }
 
 
@@ -418,10 +420,6 @@ def _settings(segmented: SegmentedScan) -> dict[str, Any]:
         "intensity_scale": scan.intensity_scale if scan.stored_window is None else list(scan.stored_window),
         "air_offset_hu": round(1500 * segmented.offset, 1),
     }
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 def summary_line(report: Mapping[str, Any]) -> str:
