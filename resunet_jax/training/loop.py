@@ -73,13 +73,11 @@ class EpochTotals:
 
 def never_stop(step: int) -> bool:
     """Does not stop a training."""
-    del step
     return False
 
 
 def ignore_epoch(record: dict[str, Any]) -> None:
     """Does nothing with an epoch's record."""
-    del record
 
 
 def fit(
