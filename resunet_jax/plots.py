@@ -171,19 +171,15 @@ def _picks(volume: Volume) -> list[int]:
 
 
 @_literal_text
-def save_boxes(path: Path, rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], note: str = "") -> None:
-    """Box plots by structure, one panel per metric, one point per volume.
+def save_boxes(path: Path, rows: Sequence[Mapping[str, Any]], note: str = "") -> None:
+    """Box plots of Dice and surface Dice by structure, one point per volume; `note` above it all.
 
-    Args:
-      path: PNG to write.
-      rows: as in `Evaluation.volumes`; undefined values are left out and counted under the box.
-      metrics: in [0, 1].
-      note: above it all.
+    Undefined values of the rows, as in `Evaluation.volumes`, are left out and counted under the box.
     """
-    figure, axes = _grid(1, len(metrics), cell=4.5)
+    figure, axes = _grid(1, 2, cell=4.5)
     figure.suptitle(note, fontsize=8)
     structures = list(dict.fromkeys(row["structure"] for row in rows))
-    for axis, metric in zip(axes[0], metrics, strict=True):
+    for axis, metric in zip(axes[0], ("dice", "nsd"), strict=True):
         values = [np.array([row[metric] for row in rows if row["structure"] == s], float) for s in structures]
         defined = [v[np.isfinite(v)] for v in values]
         names = [f"{s}\n{len(d)} of {len(v)}" for s, d, v in zip(structures, defined, values, strict=True)]

@@ -38,7 +38,7 @@ def write_report(evaluation: Evaluation, output_dir: Path) -> None:
         output_dir / "volumes.csv", [{**with_legacy_keys(row), "protocol": protocol} for row in evaluation.volumes]
     )
     write_csv(output_dir / "slices.csv", evaluation.slices)
-    save_boxes(output_dir / "boxes.png", evaluation.volumes, ("dice", "nsd"), protocol)
+    save_boxes(output_dir / "boxes.png", evaluation.volumes, protocol)
     save_volumes(output_dir / "volumes.png", evaluation.volumes, protocol)
     save_reliability(
         output_dir / "calibration.png", {s: c.to_dict() for s, c in evaluation.calibration.items()}, protocol

@@ -500,7 +500,7 @@ def cross_validate(
     write_json(study.workdir / "summary.json", {**results, "summary": summary})
     volumes, note = results["volumes"], results["protocol"]
     write_csv(study.workdir / "volumes.csv", [{**row, "protocol": note} for row in volumes])
-    save_boxes(study.workdir / "boxes.png", volumes, ("dice", "nsd"), note)
+    save_boxes(study.workdir / "boxes.png", volumes, note)
     save_volumes(study.workdir / "volumes.png", volumes, note)
     return results
 
