@@ -41,11 +41,7 @@ class Tables:
     readers: Mapping[str, Reader] = dataclasses.field(default_factory=lambda: READERS)
 
     def extended(self, rows: Mapping[str, Mapping[str, Any]], source: str) -> "Tables":
-        """The tables with further rows.
-
-        Args:
-          rows: by table and name.
-          source: where they come from, for error messages.
+        """The tables with further rows, by table and name; `source` is where they come from, for error messages.
 
         Raises:
           InputError: an unknown table, a name that is taken, or a row of another type than the table's.

@@ -34,11 +34,7 @@ class _RateColumn(ProgressColumn):
 
 
 def progress(description: str, total: int) -> contextlib.AbstractContextManager[Callable[[str], None]]:
-    """Shows how far a loop is, with rate and time left, on standard error.
-
-    Args:
-      description: what is being done.
-      total: number of steps.
+    """Shows how far a loop of `total` steps is, with rate and time left, on standard error.
 
     Returns:
       for a `with` block, a function to call after each step, with a short text to show (or "").
@@ -80,13 +76,9 @@ def _lines(description: str, total: int) -> Iterator[Callable[[str], None]]:
 
 
 def parallel_map(description: str, function: Callable[[_T], _R], items: Sequence[_T], max_workers: int) -> list[_R]:
-    """Applies a function to each item in threads, with progress; an error cancels what has not begun.
+    """Applies a function to each item in threads, no more than cores, with progress; results are in the items' order.
 
-    Args:
-      description: what is being done.
-      function: of an item.
-      items: in the order of the results.
-      max_workers: the most threads; there are no more than cores.
+    An error cancels what has not begun.
     """
     results = []
     with (

@@ -75,10 +75,6 @@ def find_cases(data_dir: Path, readers: Mapping[str, Reader] = READERS) -> list[
     scans show the same person; where it is empty, the known doubles are recognised by their names. Rows of one scan, as
     by several readers, are of one patient.
 
-    Args:
-      data_dir: the folder.
-      readers: the table of formats.
-
     Returns:
       The cases, in the order of metadata.csv, or by id without one.
 

@@ -31,13 +31,9 @@ def slice_box(volume: Volume, k: int, config: PreprocessConfig) -> Box:
 
 
 def air_level(scan: Scan | Volume, config: PreprocessConfig) -> float | None:
-    """Where the air around the patient lies on the scale of `Volume.normalize_hu`, for a scan in 0..255.
+    """Where the air around the patient lies on the scale of `Volume.normalize_hu`, for a whole scan in 0..255.
 
-    It is the most frequent level around the body in some slices; None where next to nothing there is above 0.
-
-    Args:
-      scan: a whole scan.
-      config: separates body from air.
+    It is the most frequent level around the body in some slices.
 
     Returns:
       the level; None where under 1 % of the voxels lie around the body, or what lies there is lung.
@@ -63,11 +59,7 @@ def air_offset(scan: Scan | Volume, config: PreprocessConfig) -> float:
     """The offset, on the scale of `Volume.normalize_hu`, that puts the air around the patient at -1000 HU.
 
     A scan in 0..255 does not say which window it was exported with, and scanners' presets differ by 100 HU, which is
-    half of the contrast between ground glass and healthy lung. Air is at -1000 HU by definition.
-
-    Args:
-      scan: a whole scan.
-      config: its normalization says whether to correct the scale.
+    half of the contrast between ground glass and healthy lung. Air is at -1000 HU by definition. The scan is whole.
 
     Returns:
       the offset; 0 where the normalization is not "air", for a scan in Hounsfield units or an assumed window, and

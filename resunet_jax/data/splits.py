@@ -92,11 +92,7 @@ DEFAULT_SPLIT = SplitRequest()
 
 
 def make_split(cases: Sequence[Case], request: SplitRequest = DEFAULT_SPLIT) -> Split:
-    """The split of a file, or by a protocol.
-
-    Args:
-      cases: all cases.
-      request: which split.
+    """The split of all cases by a file or a protocol, as is asked for.
 
     Raises:
       InputError: the request contradicts itself, or the split cannot be formed from these cases.

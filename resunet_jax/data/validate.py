@@ -143,12 +143,7 @@ class _Examined:
 def check_data(
     data_dir: Path, readers: Mapping[str, Reader] = READERS, *, assumed: tuple[float, float] | None = None
 ) -> DataCheck:
-    """Reads every scan and mask of a folder, one after another, and lists what is wrong.
-
-    Args:
-      data_dir: as for `find_cases`.
-      readers: the table of formats.
-      assumed: what the scans' values are, see `open_scan`; by default inferred for each.
+    """Reads every scan and mask of a folder, see `find_cases`, and lists what is wrong; for `assumed` see `open_scan`.
 
     Raises:
       InputError: nothing can be listed: no such folder, no scan in it, columns missing.

@@ -289,9 +289,6 @@ class Predictor:
 def jitted_probability(loaded: LoadedModel) -> Callable[[Variables, FloatArray], jax.Array]:
     """A model's compiled forward pass; on CPUs one slice after another, whose arrays stay in the caches.
 
-    Args:
-      loaded: the model.
-
     Returns:
       from variables and float32 (slices, S, S, C), as the model takes them, to probabilities (slices, S, S, 1).
     """

@@ -55,13 +55,7 @@ def items(texts: Sequence[object]) -> str:
 
 
 def fill_page(template: str, /, style: str = "", **parts: str) -> str:
-    """The page `<template>.html` with its script, the common style and its parts, which are HTML.
-
-    Args:
-      template: its name.
-      style: more CSS.
-      **parts: what stands at `$part` in the template.
-    """
+    """The page `<template>.html` with its script, the common style and `style`; `parts` are the HTML of its `$part`."""
     css = _asset("style.css") + style
     script = _asset(f"{template}.js")
     policy = (

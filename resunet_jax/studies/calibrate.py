@@ -142,12 +142,7 @@ class Fold(NamedTuple):
 
 
 def study_folds(study_dir: Path, variant: str | None = None, seed: int | None = None) -> list[Fold]:
-    """The pairs of a study, by its runs.jsonl.
-
-    Args:
-      study_dir: of `cross_validate` or `ablate`.
-      variant: of several, which.
-      seed: of several, which.
+    """The pairs of a study by `cross_validate` or `ablate`, from its runs.jsonl; of several variants or seeds, of one.
 
     Raises:
       InputError: it is no study, has no such pair, lacks folds, has several variants or seeds, or tested a case twice.

@@ -21,11 +21,7 @@ def tensorboard_writer(workdir: Path, *, wanted: bool = True) -> Iterator[Callab
     """A function for `train`'s `on_epoch` that writes each record's numbers; at the end come the pictures of figures/.
 
     The folder is written anew, as metrics.jsonl is, and not before the first record: a training that is refused leaves
-    nothing.
-
-    Args:
-      workdir: of the training; gets tensorboard/.
-      wanted: otherwise the function does nothing.
+    nothing. Without `wanted` the function does nothing.
 
     Raises:
       InputError: tensorboardX is not installed, or the folder cannot be written.

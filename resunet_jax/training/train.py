@@ -378,9 +378,8 @@ def _or_none(value: Any) -> Any:
 def check_data_unchanged(workdir: Path, digests: Mapping[str, str]) -> None:
     """Refuses to resume a run or study over a scan or mask that has changed since it began.
 
-    Args:
-      workdir: of the run or study; nothing is compared where `write_data_record` has not written there yet.
-      digests: by case, of all that its slices come from, and of a study the patients; what the record lacks is new.
+    `digests` are by case, of all that its slices come from, and of a study the patients. What `write_data_record` has
+    not written is new, and not compared.
 
     Raises:
       InputError: one has changed, or the record cannot be read.

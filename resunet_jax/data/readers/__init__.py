@@ -162,16 +162,9 @@ def open_scan(
 def with_intensity_scale(
     scan: Scan, path: Path, *, assumed: tuple[float, float] | None = None, physical: bool = True
 ) -> Scan:
-    """An open scan with its intensity scale, after a look at every voxel.
+    """A scan as a reader opens it with its intensity scale, after a look at every voxel; `path` is for messages.
 
-    Args:
-      scan: as a reader opens it.
-      path: of the scan, for messages.
-      assumed: see `open_scan`.
-      physical: see `infer_scale`.
-
-    Raises:
-      InputError: see `open_scan`.
+    For the other arguments and errors see `open_scan`.
     """
     planes = scan.grid.shape[2]
     step = max(1, CHUNK_BYTES // scan.plane_bytes)
