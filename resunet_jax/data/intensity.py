@@ -213,10 +213,6 @@ def rescaled_window(levels: Levels, scale: IntensityScale) -> tuple[float, float
 
     A slope or window that is a little off changes what ground glass looks like; where these lie is known.
 
-    Args:
-      levels: of the scan.
-      scale: as `infer_scale` has found it.
-
     Returns:
       the values; None for a scan that is left as it is: an accepted one, or one whose air or muscle cannot be seen.
     """
@@ -318,11 +314,9 @@ def _require_chest(path: Path, levels: Levels) -> None:
 
 def _require_window(path: Path, levels: Levels) -> None:
     air, lung, tissue = levels.air, levels.lung, levels.tissue
-    good = tissue is not None and lung is not None and not levels.clipped
-    good = good and tissue is not None and _within(tissue, TISSUE_LEVEL)
+    good = tissue is not None and lung is not None and not levels.clipped and _within(tissue, TISSUE_LEVEL)
     if air is not None and lung is not None and tissue is not None and sees_air(levels):
-        good = good and _within(air, AIR_LEVEL)
-        good = good and _within(tissue - air, TISSUE_ABOVE_AIR)
+        good = good and _within(air, AIR_LEVEL) and _within(tissue - air, TISSUE_ABOVE_AIR)
         good = good and _within((lung - air) / (tissue - air), LUNG_FRACTION)
     else:
         good = good and lung is not None and _within(min(lung, lung if air is None else air), LUNG_LEVEL)
