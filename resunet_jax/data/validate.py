@@ -14,7 +14,7 @@ from resunet_jax.config import PreprocessConfig
 from resunet_jax.data.cases import COLUMNS, KNOWN_CASES, LAYOUTS, Case, list_cases
 from resunet_jax.data.preprocess import air_level, slice_box
 from resunet_jax.data.readers import READERS, Reader, list_sources, nifti, open_scan, read_mask
-from resunet_jax.data.splits import NUM_FOLDS
+from resunet_jax.data.splits import patient_five_fold_split, ratio_split
 from resunet_jax.data.volume import HU_WINDOW, Grid, Volume
 from resunet_jax.errors import InputError
 from resunet_jax.metrics.lung_sides import LEFT, RIGHT, labels_are_exchanged
@@ -408,16 +408,13 @@ def _shared_spacing(summaries: Sequence[CaseSummary]) -> list[Finding]:
 
 
 def _too_few(cases: Sequence[Case]) -> list[Finding]:
-    patients = len({case.patient for case in cases})
-    if patients < 3:
-        text = (
-            f"{patients} patient(s) are too few to train, validate and test on separate ones, which takes 3; "
-            "add scans, or name the subsets in `split_file`"
-        )
-        return [Finding("error", "", "patients", text)]
-    if patients < NUM_FOLDS:
-        text = f"{patients} patients are too few for {NUM_FOLDS} folds; use the protocol ratio"
-        return [Finding("warning", "", "patients", text)]
+    severity: Severity = "error"
+    try:
+        ratio_split(cases, 0)
+        severity = "warning"
+        patient_five_fold_split(cases, 0)
+    except InputError as error:
+        return [Finding(severity, "", "patients", str(error))]
     return []
 
 

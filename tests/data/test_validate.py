@@ -269,7 +269,7 @@ def test_few_patients(copy: Path) -> None:
     [("a", ["error"]), ("ab", ["error"]), ("abc", ["warning"]), ("abcd", ["warning"]), ("abcde", [])],
 )
 def test_training_takes_fewer_patients_than_folds(patients: str, severities: list[str]) -> None:
-    findings = module._too_few([SimpleNamespace(patient=patient) for patient in patients])
+    findings = module._too_few([SimpleNamespace(id=name, patient=name, source="other") for name in patients])
     assert [finding.severity for finding in findings] == severities
 
 
