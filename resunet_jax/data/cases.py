@@ -151,22 +151,13 @@ def _name(path: Path, readers: Mapping[str, Reader]) -> str:
 def _without_doubles(where: Path, cases: Iterable[Case], problems: list[InputError]) -> list[Case]:
     found: dict[str, Case] = {}
     for case in cases:
-        if not _is_text(case.id):
+        if case.id.encode(errors="replace").decode() != case.id:  # of a file name in another encoding
             problems.append(InputError(f"{where}: the file name of case {case.id!r} is not UTF-8; rename its files"))
         elif case.id in found:
             problems.append(InputError(f"{where}: case {case.id} is there twice; remove one, or rename its files"))
         else:
             found[case.id] = case
     return list(found.values())
-
-
-def _is_text(name: str) -> bool:
-    """Whether it can be written as UTF-8, as a file name of another encoding cannot."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _from_csv(metadata: Path, problems: list[InputError], readers: Mapping[str, Reader]) -> list[Case]:
