@@ -293,8 +293,9 @@ def calibration_of_unseen(logits: Mapping[str, LogitHistogram]) -> dict[str, flo
     temperatures = {
         patient: fit_temperature([one for other, one in logits.items() if other != patient]) for patient in logits
     }
-    before = functools.reduce(operator.add, [one.calibration() for one in logits.values()])
-    after = functools.reduce(operator.add, [one.calibration(temperatures[patient]) for patient, one in logits.items()])
+    own_before = [one.calibration() for one in logits.values()]
+    own_after = [one.calibration(temperatures[patient]) for patient, one in logits.items()]
+    before, after = (functools.reduce(operator.add, own) for own in (own_before, own_after))
     return {
         "ece": before.ece,
         "ece_calibrated": after.ece,
@@ -302,10 +303,8 @@ def calibration_of_unseen(logits: Mapping[str, LogitHistogram]) -> dict[str, flo
         "brier_calibrated": after.brier,
         "lowest_temperature": min(temperatures.values()),
         "highest_temperature": max(temperatures.values()),
-        "patient_ece": float(np.mean([one.calibration().ece for one in logits.values()])),
-        "patient_ece_calibrated": float(
-            np.mean([one.calibration(temperatures[patient]).ece for patient, one in logits.items()])
-        ),
+        "patient_ece": float(np.mean([one.ece for one in own_before])),
+        "patient_ece_calibrated": float(np.mean([one.ece for one in own_after])),
         "patients": len(logits),
     }
 
