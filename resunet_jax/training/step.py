@@ -282,10 +282,10 @@ def compile_train_step(
     shape = (config.train.batch_size, size, size, config.preprocess.channels)
     masks = (*shape[:-1], 1 + shape[-1])
     batch: Any = {"image": jax.ShapeDtypeStruct(shape, np.float32), "mask": jax.ShapeDtypeStruct(masks, np.uint8)}
-    frozen = frozen_lung(lung, architectures) if lung else None
-    lung_variables: Any = None
+    frozen, lung_variables = None, None
     if lung:
-        lung_variables = variable_shapes(build_model(lung, architectures=architectures), model_image_size(lung))
+        frozen = frozen_lung(lung, architectures)
+        lung_variables = variable_shapes(frozen.model, model_image_size(lung))
     step_fn = make_train_step(
         config, optimizer, frozen, losses=losses, augmentations=augmentations, architectures=architectures
     )
