@@ -193,10 +193,8 @@ def _warn(predictor: Predictor, leaked: Sequence[str], patients: Set[str]) -> No
     record = predictor.record
     calibrated = sorted(patients & set(record.patient_ids if record else ()))
     if calibrated:
-        logger.warning(
-            "%s: the intervals and the temperature come from these patients, whom they fit better than unseen ones",
-            ", ".join(calibrated),
-        )
+        names = ", ".join(calibrated)
+        logger.warning("%s: the intervals and the temperature come from these patients, and fit them better", names)
     if record is not None and predictor.interval_record is None:
         logger.warning("no intervals: the models were calibrated with other thresholds or postprocessing")
 

@@ -402,11 +402,7 @@ def _check_pair(
         if lung is None:
             raise InputError(f"{infection_checkpoint}: works on [CT, lung probability]; give `lung_checkpoint` too")
         if infection.config.lung_fingerprint not in ("", fingerprint(lung.variables)):
-            logger.warning(
-                "%s was trained on another lung model than %s: expect worse masks",
-                infection_checkpoint,
-                lung_checkpoint,
-            )
+            logger.warning("%s was not trained on %s: expect worse masks", infection_checkpoint, lung_checkpoint)
     if lung and infection and not lung.config.preprocess.can_feed(infection.config.preprocess):
         raise InputError(
             f"{lung_checkpoint} and {infection_checkpoint} were trained on slices prepared differently "

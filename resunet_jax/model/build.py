@@ -77,8 +77,5 @@ def build_model(
     """
     name = config.model.architecture
     if name not in architectures:
-        raise InputError(
-            f"architecture {name!r}: there is none of that name; there are {', '.join(architectures)}; "
-            "install the plugin that adds it"
-        )
+        raise InputError(f"architecture {name!r} is none of {', '.join(architectures)}; install the plugin with it")
     return architectures[name](config, convolution)
