@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from resunet_jax import __version__, plots
-from resunet_jax.config import UNKNOWN_PATIENTS, Config, PreprocessConfig, differences, from_dict, to_dict
+from resunet_jax.config import UNKNOWN_PATIENTS, Config, differences, from_dict, to_dict
 from resunet_jax.data.batches import SliceSource
 from resunet_jax.data.cases import Case, find_cases, require_infection_masks
 from resunet_jax.data.readers import READERS, Reader, read_grid, read_mask, read_volume
@@ -267,12 +267,9 @@ def load_initial(
         "filters": (initial.config.model.filters, config.model.filters),
         "input channels": (initial.model.in_channels, model.in_channels),
     }
-    for field in dataclasses.fields(PreprocessConfig):
-        if field.name != "image_size":  # a model takes slices of any size
-            compared[field.name] = (
-                getattr(initial.config.preprocess, field.name),
-                getattr(config.preprocess, field.name),
-            )
+    theirs, ours = (dataclasses.asdict(one.preprocess) for one in (initial.config, config))
+    # A model takes slices of any size.
+    compared |= {name: (theirs[name], ours[name]) for name in ours if name != "image_size"}
     differing = [f"{name} {old}, not {new}" for name, (old, new) in compared.items() if old != new]
     if differing or not _can_begin_with(initial, config, architectures):
         what = "; ".join(differing) or "other layers"
