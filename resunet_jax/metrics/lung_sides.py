@@ -48,20 +48,15 @@ def left_lung(mask: npt.NDArray[np.bool_], plane: int) -> npt.NDArray[np.bool_]:
       mask: bool (rows, columns, slices), oriented (posterior, left, superior).
       plane: from `sagittal_plane`.
     """
-    left = np.zeros_like(mask)
+    left, is_left = np.zeros_like(mask), np.arange(mask.shape[1]) >= plane
     for k in np.flatnonzero(mask.any(axis=(0, 1))):
-        left[..., k] = _left_of(np.ascontiguousarray(mask[..., k]), plane)
+        one = np.ascontiguousarray(mask[..., k])
+        components, count = ndimage.label(one, structure=_EIGHT_NEIGHBOURS)
+        size = np.bincount(components.ravel(), minlength=count + 1)
+        on_left = np.bincount(components[:, plane:].ravel(), minlength=count + 1)
+        share = (on_left / np.maximum(size, 1))[components]
+        left[..., k] = one & ((share >= _ONE_SIDED) | (share > 1 - _ONE_SIDED) & is_left)
     return left
-
-
-def _left_of(mask: npt.NDArray[np.bool_], plane: int) -> npt.NDArray[np.bool_]:
-    """What of a slice belongs to the left lung."""
-    components, count = ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)
-    size = np.bincount(components.ravel(), minlength=count + 1)
-    on_left = np.bincount(components[:, plane:].ravel(), minlength=count + 1)
-    share = (on_left / np.maximum(size, 1))[components]
-    is_left = np.arange(mask.shape[1]) >= plane
-    return mask & np.where(share >= _ONE_SIDED, True, np.where(share <= 1 - _ONE_SIDED, False, is_left))
 
 
 def sagittal_plane(profile: npt.NDArray[np.int_], body_columns: tuple[int, int]) -> int:
