@@ -93,10 +93,8 @@ def save_overlays(path: Path, overlays: Sequence[Overlay], note: str = "") -> No
 def save_comparison(path: Path, slices: Mapping[str, Sequence[tuple[float, Overlay]]]) -> None:
     """One row per slice: CT, reference, and the prediction of several models with its Dice of the volume.
 
-    Args:
-      path: PNG to write.
-      slices: by the name of the model, (Dice, slice) of the same slices in the same order; of these, the first model's
-        best, median and worst are drawn.
+    By the name of the model, `slices` are (Dice, slice) of the same slices in the same order; of these, the first
+    model's best, median and worst are drawn.
     """
     dice = [dice for dice, _ in next(iter(slices.values()))]
     ranked = sorted((i for i, value in enumerate(dice) if not np.isnan(value)), key=lambda i: -dice[i])

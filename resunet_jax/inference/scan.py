@@ -178,14 +178,9 @@ class SegmentedScan:
 def segment_opened(
     scan: Scan, predictor: Predictor, name: str, paths: Iterable[Path] = (), *, uncertainty: bool = False
 ) -> SegmentedScan:
-    """Runs the models over an open scan, and writes its masks.
+    """Runs the models over an open scan of that name, and writes its masks to `paths`, as `mask_paths` gives them.
 
-    Args:
-      scan: the scan.
-      predictor: the models.
-      name: of the scan, for progress.
-      paths: as `mask_paths` gives them; each appears atomically.
-      uncertainty: also compares members, see `segment_scan`.
+    Each file appears atomically; for `uncertainty` see `segment_scan`.
 
     Raises:
       InputError: the scan is bad, a file cannot be written, or there is no infection to be uncertain of.

@@ -183,11 +183,7 @@ def _quantile_hu(counts: npt.NDArray[np.int64], q: float) -> float:
 def measure(segmented: SegmentedScan, totals: Totals, scan: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """All numbers of a scan that both models have segmented.
 
-    Args:
-      segmented: the scan and its masks.
-      totals: over all of its slices.
-      scan: what is known of its file: "name", "file", "format".
-      seconds: that it took.
+    `totals` are over all of its slices; `scan` is what is known of its file: "name", "file", "format".
 
     Returns:
       for report.json; undefined numbers are None:

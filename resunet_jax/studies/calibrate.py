@@ -100,15 +100,9 @@ Evaluator = Callable[..., HeldOutErrors]
 def held_out_errors(
     data_dir: Path, cache_dir: Path, *, tables: Tables, fold: int = 0, uncertainty: bool = True, **options: Any
 ) -> HeldOutErrors:
-    """How models segment the test cases of a split.
+    """How models segment the test cases of a split, by the readers and architectures of `tables`.
 
-    Args:
-      data_dir: see `find_cases`.
-      cache_dir: see `prepare_cases`.
-      tables: of readers and architectures.
-      fold: of the models, see `ScanErrors`.
-      uncertainty: see `evaluate_cases`.
-      options: the models, and other keywords of `evaluate`.
+    For `fold` see `ScanErrors`, for all else `evaluate`.
 
     Raises:
       InputError: see `evaluate`; or one of the patients trained a model, or chose its epoch.

@@ -146,14 +146,9 @@ def begin_study(
     seeds: Sequence[int],
     splits: Sequence[SplitRequest],
 ) -> list[Run]:
-    """Plans every variant with every split and seed, each once, and makes the workdir.
+    """Plans every variant with every split and seed, each once, and makes the workdir; see `Variant.configs`.
 
-    Args:
-      study: where.
-      variants: of different names.
-      changes: of every variant, see `Variant.configs`.
-      seeds: of the trainings.
-      splits: each is tested on its test cases; without validation cases the model of the last epoch is.
+    Each split is tested on its test cases; without validation cases the model of the last epoch is.
 
     Raises:
       InputError: data, configs, initial models or splits are not fit for it, or the workdir was begun by an older

@@ -26,11 +26,7 @@ class Variant:
     infection: Mapping[str, Any] | None = dataclasses.field(default_factory=dict)
 
     def configs(self, changes: Mapping[str, Any], seed: int) -> dict[Structure, Config]:
-        """The configs of its models, in the order of their training.
-
-        Args:
-          changes: of every variant of a study, which the variant's own override.
-          seed: of the trainings.
+        """The configs of its models, in the order of their training; its own changes override those of all variants.
 
         Raises:
           InputError: see `override`.

@@ -106,10 +106,7 @@ class Checkpoints:
     def restore_latest(self, state: TrainState) -> RestoredState | None:
         """The latest good checkpoint, or None where nothing was saved.
 
-        A damaged one is named, and moved to the workdir's folder damaged_checkpoints/.
-
-        Args:
-          state: one of the same shapes, for its structure.
+        A damaged one is named, and moved to the workdir's folder damaged_checkpoints/. `state` is of the same shapes.
 
         Raises:
           InputError: there are checkpoints, and none is good.

@@ -147,10 +147,6 @@ def can_transfer(source: Variables, target: Variables) -> bool:
 def transfer(source: Variables, target: Variables) -> Variables:
     """The variables of a trained model, for one of the same filters that may have further input channels.
 
-    Args:
-      source: of the trained model.
-      target: fresh ones of the other model.
-
     Returns:
       those of the source in the target's types; a kernel with further input channels has the source's for the first and
       the target's for the others. The target as it is, where `can_transfer` says no.

@@ -38,14 +38,9 @@ _WANTED = (
 def write_dicom_seg(path: Path, source: Source, grid: Grid, masks: Mapping[str, Array]) -> None:
     """Writes masks as one binary DICOM-SEG, atomically.
 
-    As the standard demands, the file carries patient and study of the series that it refers to.
-
-    Args:
-      path: the file.
-      source: a DICOM series.
-      grid: of that series.
-      masks: "left lung", "right lung" and "infection" to bool (rows, columns, slices), oriented (posterior, left,
-        superior); an empty one is left out, and at least one is not.
+    As the standard demands, the file carries patient and study of the series that it refers to. Masks are "left lung",
+    "right lung" and "infection", bool (rows, columns, slices) on the grid of the series, oriented (posterior, left,
+    superior); an empty one is left out, and at least one is not.
 
     Raises:
       InputError: not DICOM, highdicom is not installed, or the file cannot be written.
