@@ -22,14 +22,7 @@ from .recipes import recipe
 from .report.memory import Segmentation, segment_volume
 from .training.augment import augment
 from .training.losses import bce, bce_dice, bce_pooled_dice, dice, pooled_dice
-from .training.step import (
-    TrainState,
-    create_state,
-    frozen_lung,
-    make_eval_step,
-    make_optimizer,
-    make_train_step,
-)
+from .training.step import TrainState, create_state, frozen_lung, make_eval_step, make_optimizer, make_train_step
 from .training.train import train
 from .weights.export import export_cascade, export_cascade_from_hu, write_export
 from .weights.store import LoadedModel, load_model, save_model

@@ -79,10 +79,7 @@ def save_overlays(path: Path, overlays: Sequence[Overlay], note: str = "") -> No
     figure, axes = _tiles(len(overlays), 3, note)
     for row, overlay in zip(axes, overlays, strict=True):
         for column, masks, title in zip(
-            row,
-            ({}, overlay.reference, overlay.predicted),
-            (overlay.title, "reference", "prediction"),
-            strict=True,
+            row, ({}, overlay.reference, overlay.predicted), (overlay.title, "reference", "prediction"), strict=True
         ):
             _show(column, overlay.image, title)
             _tint(column, masks)

@@ -15,14 +15,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from resunet_jax.config import (
-    INFECTION_POSTPROCESS,
-    GateName,
-    PostprocessConfig,
-    PreprocessConfig,
-    Structure,
-    override,
-)
+from resunet_jax.config import INFECTION_POSTPROCESS, GateName, PostprocessConfig, PreprocessConfig, Structure, override
 from resunet_jax.data.roi import Box, resize_paste
 from resunet_jax.data.slice_cache import PreparedCase
 from resunet_jax.data.volume import Array, FloatArray, Grid
@@ -232,10 +225,7 @@ class Predictor:
         return probabilities
 
     def to_native_grid(
-        self,
-        probabilities: Mapping[str, FloatArray],
-        boxes: npt.NDArray[np.int32],
-        shape: tuple[int, int],
+        self, probabilities: Mapping[str, FloatArray], boxes: npt.NDArray[np.int32], shape: tuple[int, int]
     ) -> dict[str, NativeSlices]:
         """Pastes prepared slices back to where they were cropped, and applies the thresholds.
 

@@ -187,10 +187,7 @@ def _saving(operation: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Arra
 
 def _conv_bwd(layout: _Layout, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
-    return (
-        _input_gradient(g, kernel, layout, x.shape[1:3]),
-        _kernel_gradient(x, g, layout, kernel.shape[:2]),
-    )
+    return _input_gradient(g, kernel, layout, x.shape[1:3]), _kernel_gradient(x, g, layout, kernel.shape[:2])
 
 
 def _input_gradient_bwd(

@@ -209,11 +209,7 @@ def _jitted_steps(
     key = jax.jit(lambda: jax.random.fold_in(jax.random.key(config.train.seed), 1), out_shardings=on_each)()
     lung_variables = replicate(lung.variables, mesh) if lung else None
     return (
-        partial(
-            jax.jit(train_step, donate_argnums=0, out_shardings=on_each),
-            key=key,
-            lung_variables=lung_variables,
-        ),
+        partial(jax.jit(train_step, donate_argnums=0, out_shardings=on_each), key=key, lung_variables=lung_variables),
         partial(jax.jit(eval_step, out_shardings=on_each), lung_variables=lung_variables),
     )
 
