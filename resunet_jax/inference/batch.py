@@ -245,11 +245,14 @@ class _Batch:
         masks = self._masks(source)
         try:
             _remove(self._others(source))  # or they would lie next to masks that they are not of
-            segmented = segment_opened(claimed.scan, self.predictor, source.name, masks, uncertainty=self.uncertainty)
-            summaries = [
-                output.write(source, segmented, time.perf_counter() - begun, self.output_dir)
-                for output in self.outputs.values()
-            ]
+            with _of_scan(source):
+                segmented = segment_opened(
+                    claimed.scan, self.predictor, source.name, masks, uncertainty=self.uncertainty
+                )
+                summaries = [
+                    output.write(source, segmented, time.perf_counter() - begun, self.output_dir)
+                    for output in self.outputs.values()
+                ]
             found = [*claimed.scan.warnings, *(warning for summary in summaries for warning in summary.warnings)]
             warnings = list(dict.fromkeys(found))
             others = self._others(source)
@@ -284,7 +287,8 @@ class _Batch:
                 return ScanResult(scan, [], error=refused)
             physical = self.predictor.preprocess.is_physical
             try:
-                opened = stack.enter_context(open_scan(scan, self.readers, assumed=self.assumed, physical=physical))
+                with _of_scan(scan):
+                    opened = stack.enter_context(open_scan(scan, self.readers, assumed=self.assumed, physical=physical))
             except InputError as error:
                 if self.manifest.exists:
                     self.manifest.record(scan, None)
@@ -320,6 +324,19 @@ def _not_predicted(file: Path) -> InputError:
         f"{file}: would be replaced, though no {MANIFEST} there says that it was predicted; remove it, or choose "
         "another `output_dir`"
     )
+
+
+@contextlib.contextmanager
+def _of_scan(scan: Source) -> Iterator[None]:
+    """Makes an `InputError` of what else may be wrong with one scan, so that others are segmented."""
+    try:
+        yield
+    except MemoryError as error:
+        raise InputError(f"{scan.path}: does not fit into memory; close other programs, or give it alone") from error
+    except OSError as error:
+        raise InputError(
+            f"{scan.path}: {first_line(error)}; check the disks of the scan and of `output_dir`"
+        ) from error
 
 
 def _remove(files: Sequence[Path]) -> None:

@@ -60,6 +60,22 @@ def test_a_bad_scan_does_not_end_the_batch_and_finished_ones_are_skipped(
     assert {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()} == first
 
 
+@pytest.mark.parametrize("error", [OSError(116, "Stale file handle"), MemoryError()])
+@pytest.mark.parametrize("function", ["open_scan", "segment_opened"])
+def test_what_else_ends_one_scan_does_not_end_the_batch(
+    predictor: Predictor, scans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: Exception
+) -> None:
+    real = getattr(module, function)
+
+    def fail_at_a(*args, **kwargs):
+        if any(getattr(arg, "name", arg) == "a" for arg in args):
+            raise error
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, function, fail_at_a)
+    assert run(scans, tmp_path / "masks", predictor) == {"a.nii": "error", "b.nii": "error", "c.nii": "now"}
+
+
 def test_segments_again_what_has_changed(predictor: Predictor, scans, tmp_path: Path) -> None:
     output, good = tmp_path / "masks", [scans[0], scans[2]]
     run(good, output, predictor)

@@ -13,7 +13,7 @@ import sys
 import threading
 from typing import IO, Any
 
-_SECONDS = 120  # for one file, then the decoder hangs
+_SECONDS, _BYTES_PER_SECOND = 120, 1e6  # for one file; what takes longer hangs
 
 
 class Decoder:
@@ -40,7 +40,7 @@ class Decoder:
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
-        watchdog = threading.Timer(_SECONDS, process.kill)
+        watchdog = threading.Timer(_SECONDS + len(content) / _BYTES_PER_SECOND, process.kill)
         watchdog.start()
         try:
             _send(process.stdin, content)
