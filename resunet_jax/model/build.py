@@ -77,5 +77,5 @@ def build_model(
     """
     name = config.model.architecture
     if name not in architectures:
-        raise InputError(f"architecture {name!r} is none of {', '.join(architectures)}; install the plugin with it")
+        raise InputError(f"architecture {name!r}: there are {', '.join(architectures)}; install the plugin with it")
     return architectures[name](config, convolution)

@@ -181,7 +181,7 @@ def test_each_byte_is_read_twice_at_most(
         return values
 
     monkeypatch.setattr(np, "fromfile", fromfile)
-    monkeypatch.setattr(nifti, "_CHUNK_BYTES", 10_000)
+    monkeypatch.setattr(nifti, "CHUNK_BYTES", 10_000)
     with open_scan(path) as opened:
         opened.sample_slices(16)  # for the air around the body
         slices = opened.grid.oriented_shape[-1]
@@ -197,7 +197,7 @@ def test_each_byte_is_read_twice_at_most(
 def test_chunks_are_the_whole_when_read_and_when_written(
     tmp_path: Path, axes, flip: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nifti, "_CHUNK_BYTES", 200)  # a plane or two at a time
+    monkeypatch.setattr(nifti, "CHUNK_BYTES", 200)  # a plane or two at a time
     moved = nib.Nifti1Image(hu(), np.diag([0.7, 0.7, 5, 1])).as_reoriented(np.stack([axes, [1, 1, flip]], axis=1))
     nib.save(moved, tmp_path / "scan.nii.gz")
     whole = read_volume(tmp_path / "scan.nii.gz")
@@ -380,7 +380,7 @@ def test_bad_masks_are_refused(tmp_path: Path, array, affine, message: str) -> N
 def test_a_scan_may_be_constant_in_the_chunk_that_is_read_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 1)
     array = hu()
     array[..., 0] = -1000
     np.testing.assert_array_equal(read_volume(save(tmp_path / "scan.nii", array)).values, array.transpose(1, 0, 2))
