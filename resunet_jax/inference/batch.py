@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -237,7 +238,11 @@ class _Batch:
             raise
         except OSError as error:
             return ScanResult(scan, [], error=InputError(f"{file}: {first_line(error)}; choose another `output_dir`"))
-        return self._open(scan, lock)
+        try:
+            with _of_scan(scan):
+                return self._open(scan, lock)
+        except _PassingError as error:
+            return ScanResult(scan, [], error=error)
 
     def segment(self, claimed: _Claimed) -> ScanResult:
         """Segments an open scan and writes everything that is asked for."""
@@ -287,8 +292,7 @@ class _Batch:
                 return ScanResult(scan, [], error=refused)
             physical = self.predictor.preprocess.is_physical
             try:
-                with _of_scan(scan):
-                    opened = stack.enter_context(open_scan(scan, self.readers, assumed=self.assumed, physical=physical))
+                opened = stack.enter_context(open_scan(scan, self.readers, assumed=self.assumed, physical=physical))
             except InputError as error:
                 if self.manifest.exists:
                     self.manifest.record(scan, None)
@@ -326,17 +330,24 @@ def _not_predicted(file: Path) -> InputError:
     )
 
 
+class _PassingError(InputError):
+    """Says nothing of the scan itself, so what was written for it stays."""
+
+
 @contextlib.contextmanager
 def _of_scan(scan: Source) -> Iterator[None]:
-    """Makes an `InputError` of what else may be wrong with one scan, so that others are segmented."""
+    """Makes a `_PassingError` of a lack of memory or a failing disk, so that other scans are segmented."""
     try:
         yield
-    except MemoryError as error:
-        raise InputError(f"{scan.path}: does not fit into memory; close other programs, or give it alone") from error
-    except OSError as error:
-        raise InputError(
-            f"{scan.path}: {first_line(error)}; check the disks of the scan and of `output_dir`"
-        ) from error
+    except (MemoryError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # JAX's lack of memory
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold arrays of the scan
+        if isinstance(error, OSError):
+            text = f"{first_line(error)}; check the disks of the scan, of TMPDIR and of `output_dir`"
+        else:
+            text = "does not fit into memory; close other programs, or give it alone"
+        raise _PassingError(f"{scan.path}: {text}") from error
 
 
 def _remove(files: Sequence[Path]) -> None:

@@ -345,7 +345,9 @@ def load_predictor(
         (lung, infection), record = load_pair(), load_pair_record()
         logger.info("no model is given: using the pair that resunet_jax ships, see its model card (`info`)")
         if validated_threshold:
-            raise InputError("`validated_threshold`: the shipped pair has none; leave it out, or give your models")
+            raise InputError(
+                "`validated_threshold`: the shipped pair has no validated one; leave it out, or give your models"
+            )
     _check_pair(lung, infection, lung_checkpoint, infection_checkpoint)
     if min_component_fraction is not None:
         if lung is None:

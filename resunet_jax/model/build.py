@@ -77,5 +77,7 @@ def build_model(
     """
     name = config.model.architecture
     if name not in architectures:
-        raise InputError(f"architecture {name!r}: there are {', '.join(architectures)}; install the plugin with it")
+        raise InputError(
+            f"architecture {name!r}: unknown; there are {', '.join(architectures)}; install the plugin with it"
+        )
     return architectures[name](config, convolution)

@@ -410,5 +410,5 @@ def to_markdown(summary: Mapping[str, Any], record: UncertaintyRecord) -> str:
     for name, values in summary.get("cv_plus", {}).items():
         level = f"{values['level']:.2f}, guaranteed {values['guarantee']:.2f}"
         covered = f"{values['covered']} of {values['scans']} scans of no fold"
-        lines.append(f"| {name}, CV+ | {level} | {covered} | {values['width']:.2f} from end to end |")
+        lines.append(f"| {name}, CV+ | {level} | {covered} | {_defined(values['width'], '.2f')} from end to end |")
     return "\n".join(lines) + "\n"

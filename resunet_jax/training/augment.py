@@ -157,7 +157,9 @@ def check_transforms(config: AugmentConfig, augmentations: Mapping[str, Augmenta
     """Raises `InputError` where a transform of the config is not in the table."""
     for name in config.transforms:
         if name not in augmentations:
-            raise InputError(f"augmentation {name!r}: there are {', '.join(augmentations)}; install the plugin with it")
+            raise InputError(
+                f"augmentation {name!r}: unknown; there are {', '.join(augmentations)}; install the plugin with it"
+            )
 
 
 def augment(

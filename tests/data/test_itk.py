@@ -1,6 +1,7 @@
 """NRRD and MetaImage: the same voxels and affine as NIfTI; and every bad one named."""
 
 import contextlib
+import json
 import os
 import re
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from resunet_jax.data.readers import READERS, digest, find_sources, read_grid
+from resunet_jax.data.readers import READERS, digest, find_sources, itk, itk_worker, read_grid
 from resunet_jax.data.readers.itk import open_itk
 from resunet_jax.errors import InputError
 from tests.data.test_dicom import SHAPE, expected_affine
@@ -123,10 +124,50 @@ def test_a_header_without_orientation_is_warned_of(tmp_path: Path, header: bytes
 def test_units_other_than_mm_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("SimpleITK")
     path = tmp_path / "scan.nrrd"
-    for units, is_refused in ((b'"mm" "mm" "mm"', False), (b'"cm" "cm" "cm"', True)):
-        path.write_bytes(NRRD % (b"space: LPS\nspace units: " + units + b"\n" + DIRECTIONS) + bytes(240))
-        with contextlib.nullcontext() if not is_refused else pytest.raises(InputError, match="in mm"):
+    spaced = b"spacings: 0.7 0.7 5\nunits: "
+    for fields, is_refused in (
+        (b'space: LPS\nspace units: "mm" "mm" "mm"\n' + DIRECTIONS, False),
+        (b'space: LPS\nspace units: "Millimeters" "" ""\n' + DIRECTIONS, False),
+        (b'space: LPS\nSpace Units: "cm" "cm" "cm"\n' + DIRECTIONS, True),
+        (spaced + b'"mm" "mm" "mm"\n', False),
+        (spaced + b'"cm" "cm" "cm"\n', True),
+    ):
+        path.write_bytes(NRRD % fields + bytes(240))
+        with (
+            contextlib.nullcontext()
+            if not is_refused
+            else pytest.raises(InputError, match='"cm" "cm"; export it in mm')
+        ):
             read_grid(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="other names of devices")
+def test_a_file_that_never_ends_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("SimpleITK")
+    path = tmp_path / "scan.mhd"
+    path.write_bytes((META % b"ElementSpacing = 1 1 5\n").replace(b"LOCAL", b"/dev/stdin"))
+    with pytest.raises(InputError, match="cannot be read"):
+        read_grid(path)
+    os.mkfifo(tmp_path / "fifo")
+    path.write_bytes((META % b"ElementSpacing = 1 1 5\n").replace(b"LOCAL", b"fifo"))
+    monkeypatch.setattr(itk, "_SECONDS", 3)
+    with pytest.raises(InputError, match="SimpleITK gave up on it"):
+        read_grid(path)
+
+
+@pytest.mark.parametrize("code", ["", "print('{}', flush=True); import time; time.sleep(9)", "raise SystemExit(1)"])
+def test_a_process_that_dies_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Before its first answer; after a header that is of no image; and as SimpleITK cannot be imported."""
+    pytest.importorskip("SimpleITK")
+    path = tmp_path / "scan.mha"
+    path.write_bytes(META % b"ElementSpacing = 1 1 5\n" + bytes(240))
+    header = {"size": [6, 5, 4], "numberofcomponents": 1, "spacing": [1, 1, 5], "origin": [0] * 3}
+    worker = tmp_path / "worker.py"
+    worker.write_text(code.replace("{}", json.dumps({**header, "direction": np.eye(3).ravel().tolist()})))
+    monkeypatch.setattr(itk_worker, "__file__", str(worker))
+    monkeypatch.setattr(itk, "_SECONDS", 2)
+    with pytest.raises(InputError, match="SimpleITK gave up on it"):
+        read_grid(path)
 
 
 def test_a_metaimage_that_is_cut_off_is_said_to_be(tmp_path: Path) -> None:

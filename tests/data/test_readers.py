@@ -205,7 +205,12 @@ def test_files_in_folders_below_are_told(tmp_path: Path, caplog: pytest.LogCaptu
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "ct.nii.gz").touch()
-    left_out = r": 2 files in folders below it are left out, as one.ct\.nii\.gz; give that folder itself"
+    (tmp_path / "two" / "._ct.nii.gz").touch()
+    (tmp_path / "two" / ".hidden").mkdir()
+    (tmp_path / "two" / ".hidden" / "ct.nii.gz").touch()
+    left_out = (
+        r": files in folders below it are left out \(2, as one.ct\.nii\.gz\); if they are scans, give that folder"
+    )
     with pytest.raises(InputError, match=f"no scan in it{left_out}"):
         find_sources(tmp_path)
     (tmp_path / "scan.nii").touch()

@@ -60,7 +60,9 @@ def test_a_bad_scan_does_not_end_the_batch_and_finished_ones_are_skipped(
     assert {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()} == first
 
 
-@pytest.mark.parametrize("error", [OSError(116, "Stale file handle"), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [OSError(116, "Stale file handle"), MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")]
+)
 @pytest.mark.parametrize("function", ["open_scan", "segment_opened"])
 def test_what_else_ends_one_scan_does_not_end_the_batch(
     predictor: Predictor, scans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: Exception
@@ -72,8 +74,16 @@ def test_what_else_ends_one_scan_does_not_end_the_batch(
             raise error
         return real(*args, **kwargs)
 
+    def write(source: Source, segmented: object, seconds: float, folder: Path) -> Summary:
+        (folder / f"{source.name}.txt").touch()
+        return Summary("")
+
+    outputs = {"report": Output((".txt",), write)}
+    assert run(scans, tmp_path / "masks", predictor, outputs=outputs)["a.nii"] == "now"
     monkeypatch.setattr(module, function, fail_at_a)
-    assert run(scans, tmp_path / "masks", predictor) == {"a.nii": "error", "b.nii": "error", "c.nii": "now"}
+    found = run(scans, tmp_path / "masks", predictor, outputs={"report": outputs["report"]._replace(settings=1)})
+    assert found == {"a.nii": "error", "b.nii": "error", "c.nii": "now"}
+    assert (tmp_path / "masks" / "a.txt").exists() == (function == "open_scan")  # nothing is known to be wrong with it
 
 
 def test_segments_again_what_has_changed(predictor: Predictor, scans, tmp_path: Path) -> None:

@@ -102,6 +102,9 @@ def test_cv_plus_stands_with_its_whole_width(target: Predictor) -> None:
     summary = {**summarize_errors(ERRORS), "cv_plus": {"infection_ml": tried}}
     text = to_markdown(summary, make_record(ERRORS, target, "fold_residuals", "Folds"))
     assert "| infection_ml, CV+ | 0.90, guaranteed 0.80 | 3 of 4 scans of no fold | 21.25 from end to end |" in text
+    tried["width"] = math.nan  # of no scan
+    text = to_markdown(summary, make_record(ERRORS, target, "fold_residuals", "Folds"))
+    assert "| – from end to end |" in text
 
 
 @pytest.fixture(scope="module")

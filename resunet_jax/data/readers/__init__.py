@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -93,17 +94,20 @@ def find_sources(path: str | Path, readers: Mapping[str, Reader] = READERS, seri
     return sources
 
 
+_SINGLE_FILES = (READERS["nifti"].find, READERS["itk"].find)
+
+
 def _below(path: Path) -> str:
-    """Tells of files in subfolders, of formats that are single files: they may be masks, and are not segmented."""
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.parent != path and file.name.lower().endswith((*nifti.SUFFIXES, *itk.SUFFIXES))
-    )
+    """Tells of files in folders below, of formats that are single files: they may be masks, and are not segmented."""
+    files = []
+    for folder, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if Path(folder) != path:
+            files += [source.path for name in names for find in _SINGLE_FILES for source in find(Path(folder, name))]
     if not files:
         return ""
-    first = files[0].relative_to(path)
-    return f": {len(files)} files in folders below it are left out, as {first}; give that folder itself"
+    first = min(files).relative_to(path)
+    return f": files in folders below it are left out ({len(files)}, as {first}); if they are scans, give that folder"
 
 
 def digest(scan: Path | Source, readers: Mapping[str, Reader] = READERS) -> str:

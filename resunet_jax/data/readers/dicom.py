@@ -10,6 +10,7 @@ import io
 import os
 import queue
 import re
+import threading
 import warnings
 import zipfile
 from collections import Counter
@@ -174,8 +175,8 @@ def _sources(path: Path, series: Sequence[Sequence[_Header]], unreadable: Sequen
         folder = _own_folder(headers, series) if path.is_dir() else ""
         if folder:
             members = [member.removeprefix(f"{folder}/") for member in members]
-        # Free text in place of a UID may be a name, and no name reaches an output.
-        uid = headers[0].series if re.fullmatch("[0-9.]+", headers[0].series) else ""
+        # Text in place of a UID may be a name or a birth date, and neither reaches an output.
+        uid = headers[0].series if _is_uid(headers[0].series) else ""
         sources.append(Source(path / folder, name, uid, tuple(members)))
     return sources
 
@@ -239,7 +240,7 @@ def series_datasets(source: Source) -> tuple[list[pydicom.Dataset], list[int]]:
       InputError: as `open_dicom`.
     """
     container = _Container(source.path)
-    with container.opened(), warnings.catch_warnings(action="ignore"):
+    with container.opened(), without_warnings():
         headers = [_read_header(container, member) for member in source.members]
         slices = [one for header in headers if isinstance(header, _Header) for one in header.slices]
         arranged = _arrange(source.path, slices)[0]
@@ -409,6 +410,33 @@ def _dataset(content: bytes, **options: Any) -> pydicom.Dataset:
     return dataset
 
 
+class _Silence:
+    """How many threads want no warnings, and what there was before the first of them."""
+
+    def __init__(self) -> None:
+        self.lock, self.wanted, self.before = threading.Lock(), 0, warnings.catch_warnings(action="ignore")
+
+
+_SILENCE = _Silence()
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """As `warnings.catch_warnings`, which would leave them silenced for good where two threads use it at once."""
+    with _SILENCE.lock:
+        if not _SILENCE.wanted:
+            _SILENCE.before = warnings.catch_warnings(action="ignore")
+            _SILENCE.before.__enter__()
+        _SILENCE.wanted += 1
+    try:
+        yield
+    finally:
+        with _SILENCE.lock:
+            _SILENCE.wanted -= 1
+            if not _SILENCE.wanted:
+                _SILENCE.before.__exit__(None, None, None)
+
+
 def _read_header(container: _Container, member: str) -> _Header | str:
     """The header of a file, or why it is left out: "unreadable", or a kind of file that is no slice."""
     try:
@@ -420,7 +448,7 @@ def _read_header(container: _Container, member: str) -> _Header | str:
     if len(content) < _PREAMBLE_BYTES and not member.lower().endswith(_SUFFIXES):
         return _EMPTY
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with without_warnings():
             return _header(member, _dataset(content, stop_before_pixels=True, specific_tags=_HEADER))
     except Exception:  # pydicom has no common base for what a damaged file makes it raise
         return "unreadable"
@@ -501,17 +529,23 @@ def _frames(member: str, dataset: pydicom.Dataset) -> Iterator[_Slice]:
 
 
 def _group_by_series(headers: Sequence[_Header]) -> list[list[_Header]]:
-    """Files of one series: of the same UID, or folder where they have none, whose slices lie alike."""
+    """Files of one series: of the same UID, and folder where it is not a valid one, whose slices lie alike."""
     places: dict[str, list[list[_Header]]] = {}
     for header in headers:
-        # Enhanced files are whole series; two in a folder may only lack UIDs.
-        where = header.series or (f"in {Path(header.member).parent}" if len(header.slices) == 1 else header.member)
+        where = header.series
+        if not _is_uid(where):  # it may be one text for all patients
+            # Enhanced files are whole series; two in a folder may only lack UIDs.
+            where += f" in {Path(header.member).parent if where or len(header.slices) == 1 else header.member}"
         groups = places.setdefault(where, [])
         group = next((group for group in groups if _lie_alike(group[0].slices[0], header.slices[0])), None)
         if group is None:
             groups.append(group := [])
         group.append(header)
     return [group for groups in places.values() for group in groups]
+
+
+def _is_uid(text: str) -> bool:
+    return "." in text and UID(text, pydicom.config.IGNORE).is_valid
 
 
 def _lie_alike(one: _Slice, other: _Slice) -> bool:
@@ -632,9 +666,8 @@ def _decode(container: _Container, slices: Sequence[_Slice], array: DiskArray) -
             free.put(decoder)
 
     threads = 1 if container.is_zip else 2
-    # Warnings are silenced here: two threads that do so at once leave them silenced for good.
-    silent = warnings.catch_warnings(action="ignore")
-    with silent, container.opened(), contextlib.ExitStack() as stack, ThreadPoolExecutor(threads) as executor:
+    silent, executor = without_warnings(), ThreadPoolExecutor(threads)
+    with silent, container.opened(), contextlib.ExitStack() as stack, executor:
         for _ in range(threads):
             decoder = Decoder()
             stack.callback(decoder.close)

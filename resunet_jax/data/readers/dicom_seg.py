@@ -1,7 +1,6 @@
 """Masks as DICOM-SEG, which refers to the series that it was made from; by highdicom, the extra `dicom-seg`."""
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from resunet_jax import __version__
-from resunet_jax.data.readers.dicom import series_datasets
+from resunet_jax.data.readers.dicom import series_datasets, without_warnings
 from resunet_jax.data.readers.source import Source
 from resunet_jax.data.volume import Array, Grid
 from resunet_jax.errors import InputError, first_line
@@ -51,7 +50,7 @@ def write_dicom_seg(path: Path, source: Source, grid: Grid, masks: Mapping[str, 
     frames = np.stack([grid.from_pls(mask).T for mask in found.values()], axis=-1).astype(np.uint8)
     datasets, places = series_datasets(source)
     frames = frames[np.argsort(places, kind="stable")]  # as they lie in a multi-frame file
-    with warnings.catch_warnings(action="ignore"):  # about values of the series, which are copied as they are
+    with without_warnings():  # about values of the series, which are copied as they are
         try:
             segmentation = hd.seg.Segmentation(
                 source_images=[_completed(dataset) for dataset in datasets],

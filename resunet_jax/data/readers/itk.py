@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
@@ -26,10 +27,13 @@ _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _LARGEST_BYTES = 2**36
 _HEADER_BYTES = 2**16  # at most, before the voxels
 _ORIENTATION = re.compile(
-    rb"^(space:\s*((left|right)-(anterior|posterior)-superior|[LR][AP]S)\b|(TransformMatrix|Orientation|Rotation)\s*=)",
+    rb"^\s*(space:\s*((left|right)-(anterior|posterior)-superior|[LR][AP]S)\b"
+    rb"|(TransformMatrix|Orientation|Rotation)\s*=)",
     re.MULTILINE | re.IGNORECASE,
 )
-_UNITS = re.compile(rb"^space units:(.*)$", re.MULTILINE)
+_UNITS = re.compile(rb"^(?:space )?units:(.*)$", re.MULTILINE | re.IGNORECASE)
+_MM = {b"", b"mm", b"millimeter", b"millimeters"}
+_SECONDS, _BYTES_PER_SECOND = 120, 1e6  # for one file; what takes longer hangs
 
 
 class _Image(NamedTuple):
@@ -90,8 +94,9 @@ def _warnings(source: Source, affine: npt.NDArray[np.float64]) -> tuple[str, ...
     """Of a header that does not say how the scan lies; SimpleITK then takes a guess."""
     with source.path.open("rb") as file:
         text = file.read(_HEADER_BYTES)
-    if (units := _UNITS.search(text)) and set(re.findall(rb'"([^"]*)"', units[1])) - {b"mm", b""}:
-        raise InputError(f"{source.path}: its space units are {units[1].decode(errors='replace')}; export it in mm")
+    if (units := _UNITS.search(text)) and set(re.findall(rb'"([^"]*)"', units[1].lower())) - _MM:
+        found = units[1].decode(errors="replace").strip()[:100]
+        raise InputError(f"{source.path}: its units are {found}; export it in mm")
     if np.array_equal(affine[:3, :3], np.eye(3)):
         return ("its header says neither voxel size nor orientation, or voxels of 1 mm; check volumes, left and right",)
     if not _ORIENTATION.search(text):
@@ -120,22 +125,27 @@ def _read(source: Source) -> Iterator[_Image]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     ) as process:
+        assert process.stdin
+        assert process.stdout
+        watchdog = threading.Timer(_SECONDS + path.stat().st_size / _BYTES_PER_SECOND, process.kill)
+        watchdog.start()
         try:
-            assert process.stdin
-            assert process.stdout
             header = _answer(source, process.stdout)
             shape = _checked_shape(source, header)
-            process.stdin.write(b"\n")  # go on
-            process.stdin.flush()
+            with contextlib.suppress(OSError):  # it has crashed, and gives no answer
+                process.stdin.write(b"\n")  # go on
+                process.stdin.close()
             dtype = np.dtype(_answer(source, process.stdout)["dtype"])
+            watchdog.cancel()
             yield _Image(header, shape, dtype, process.stdout)
         finally:
+            watchdog.cancel()
             process.kill()
 
 
 def _answer(source: Source, stream: IO[bytes]) -> dict[str, Any]:
     line = stream.readline()
-    values: dict[str, Any] = json.loads(line) if line.endswith(b"\n") else {"error": "SimpleITK crashed"}
+    values: dict[str, Any] = json.loads(line) if line.endswith(b"\n") else {"error": "SimpleITK gave up on it"}
     if "error" not in values:
         return values
     # MetaImage gives the last error of the system, where there was none.
@@ -160,6 +170,8 @@ def _chunks(source: Source, image: _Image) -> Iterator[bytes]:
     while left:
         chunk = image.voxels.read(min(left, CHUNK_BYTES))
         if not chunk:
-            raise InputError(f"{source.path}: cannot be read (SimpleITK crashed); export it again, under a plain name")
+            raise InputError(
+                f"{source.path}: cannot be read (SimpleITK gave up on it); export it again, under a plain name"
+            )
         left -= len(chunk)
         yield chunk

@@ -12,30 +12,33 @@ from typing import Any
 
 
 def _serve(path: str, image_io: str) -> None:
-    import SimpleITK as sitk  # noqa: N813, PLC0415 - an extra; its own customary name
-
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what ITK prints is no answer
+    # What ITK prints is no answer, and a file that is /dev/stdin is no command.
+    commands, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
 
     def answer(values: dict[str, Any]) -> None:
         answers.write(json.dumps(values).encode() + b"\n")
         answers.flush()
 
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(path)
-    reader.SetImageIO(image_io)
     try:
+        import SimpleITK as sitk  # noqa: N813, PLC0415 - an extra; its own customary name
+
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(path)
+        reader.SetImageIO(image_io)
         reader.ReadImageInformation()
         names = ("Size", "NumberOfComponents", "Spacing", "Origin", "Direction")
         answer({name.lower(): getattr(reader, f"Get{name}")() for name in names})
-        if not sys.stdin.readline():
+        if not commands.readline():
             return
         voxels = sitk.GetArrayViewFromImage(reader.Execute())
         answer({"dtype": voxels.dtype.str})
         answers.write(voxels.data)
         answers.flush()
-    except RuntimeError as error:
-        answer({"error": str(error).strip().splitlines()[-1][:200]})
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        answer({"error": reason[-1][:200]})
 
 
 if __name__ == "__main__":
