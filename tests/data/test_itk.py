@@ -1,6 +1,7 @@
 """NRRD and MetaImage: the same voxels and affine as NIfTI; and every bad one named."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -40,6 +41,20 @@ def test_nrrd_and_metaimage_are_the_same_volume(rng: np.random.Generator, tmp_pa
     refuse_file(path)
     path.write_bytes(b"words")
     refuse_file(path)
+
+
+def test_a_volume_of_many_chunks_is_whole(
+    rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Larger than what a process keeps of memory that is given back."""
+    sitk = pytest.importorskip("SimpleITK")
+    monkeypatch.setattr(itk, "CHUNK_BYTES", 1_000_000)
+    values = rng.integers(-1024, 1500, (60, 300, 256), np.int16)
+    sitk.WriteImage(sitk.GetImageFromArray(values), str(tmp_path / "scan.nrrd"))
+    (source,) = find_sources(tmp_path)
+    with open_itk(source) as scan:
+        np.testing.assert_array_equal(scan.read(2, 0, 60), values.T)
+    assert digest(source) == hashlib.sha256(source.path.read_bytes() + values.tobytes()).hexdigest()
 
 
 @pytest.mark.parametrize("suffix", ["nrrd", "mha"])

@@ -32,7 +32,8 @@ def _serve(path: str, image_io: str) -> None:
         answer({name.lower(): getattr(reader, f"Get{name}")() for name in names})
         if not commands.readline():
             return
-        voxels = sitk.GetArrayViewFromImage(reader.Execute())
+        image = reader.Execute()  # the array is of its memory
+        voxels = sitk.GetArrayViewFromImage(image)
         answer({"dtype": voxels.dtype.str})
         answers.write(voxels.data)
         answers.flush()
