@@ -239,9 +239,9 @@ class _Batch:
         except OSError as error:
             return ScanResult(scan, [], error=InputError(f"{file}: {first_line(error)}; choose another `output_dir`"))
         try:
-            with _of_scan(scan):
+            with _transient_errors(scan):
                 return self._open(scan, lock)
-        except _PassingError as error:
+        except _TransientError as error:
             return ScanResult(scan, [], error=error)
 
     def segment(self, claimed: _Claimed) -> ScanResult:
@@ -250,7 +250,7 @@ class _Batch:
         masks = self._masks(source)
         try:
             _remove(self._others(source))  # or they would lie next to masks that they are not of
-            with _of_scan(source):
+            with _transient_errors(source):
                 segmented = segment_opened(
                     claimed.scan, self.predictor, source.name, masks, uncertainty=self.uncertainty
                 )
@@ -330,13 +330,13 @@ def _not_predicted(file: Path) -> InputError:
     )
 
 
-class _PassingError(InputError):
+class _TransientError(InputError):
     """Says nothing of the scan itself, so what was written for it stays."""
 
 
 @contextlib.contextmanager
-def _of_scan(scan: Source) -> Iterator[None]:
-    """Makes a `_PassingError` of a lack of memory or a failing disk, so that other scans are segmented."""
+def _transient_errors(scan: Source) -> Iterator[None]:
+    """Makes a `_TransientError` of a lack of memory or a failing disk, so that other scans are segmented."""
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:
@@ -347,7 +347,7 @@ def _of_scan(scan: Source) -> Iterator[None]:
             text = f"{first_line(error)}; check the disks of the scan, of TMPDIR and of `output_dir`"
         else:
             text = "does not fit into memory; close other programs, or give it alone"
-        raise _PassingError(f"{scan.path}: {text}") from error
+        raise _TransientError(f"{scan.path}: {text}") from error
 
 
 def _remove(files: Sequence[Path]) -> None:

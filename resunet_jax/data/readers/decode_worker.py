@@ -40,8 +40,7 @@ class Decoder:
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
-        watchdog = threading.Timer(_SECONDS + len(content) / _BYTES_PER_SECOND, process.kill)
-        watchdog.start()
+        watchdog = start_watchdog(process, len(content))
         try:
             _send(process.stdin, content)
             answer = _receive(process.stdout)
@@ -63,6 +62,13 @@ class Decoder:
             with contextlib.suppress(OSError):
                 self._process.communicate()
             self._process = None
+
+
+def start_watchdog(process: "subprocess.Popen[bytes]", size: int) -> threading.Timer:
+    """Kills the process where it has not read a file of that many bytes in time; to be cancelled when it has."""
+    watchdog = threading.Timer(_SECONDS + size / _BYTES_PER_SECOND, process.kill)
+    watchdog.start()
+    return watchdog
 
 
 def _send(stream: IO[bytes], content: bytes) -> None:

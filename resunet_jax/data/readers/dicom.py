@@ -404,7 +404,7 @@ def _checked(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
 
 
 def _dataset(content: bytes, **options: Any) -> pydicom.Dataset:
-    """Parses a file; raises whatever pydicom does at damaged ones. Its warnings are about values that we check."""
+    """Parses a file; raises whatever pydicom does at damaged ones, and warns of values that we check."""
     dataset = pydicom.dcmread(io.BytesIO(content), force=True, **options)
     list(dataset.iterall())  # values are converted when they are asked for
     return dataset

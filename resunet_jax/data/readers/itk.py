@@ -8,7 +8,6 @@ import math
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from resunet_jax.data.readers import itk_worker
+from resunet_jax.data.readers.decode_worker import start_watchdog
 from resunet_jax.data.readers.disk import CHUNK_BYTES, DiskArray, temporary_file
 from resunet_jax.data.readers.source import Source
 from resunet_jax.data.volume import Grid, Scan, is_valid_affine
@@ -32,8 +32,8 @@ _ORIENTATION = re.compile(
     re.MULTILINE | re.IGNORECASE,
 )
 _UNITS = re.compile(rb"^(?:space )?units:(.*)$", re.MULTILINE | re.IGNORECASE)
+_GAVE_UP = "SimpleITK gave up on it"
 _MM = {b"", b"mm", b"millimeter", b"millimeters"}
-_SECONDS, _BYTES_PER_SECOND = 120, 1e6  # for one file; what takes longer hangs
 
 
 class _Image(NamedTuple):
@@ -127,8 +127,7 @@ def _read(source: Source) -> Iterator[_Image]:
     ) as process:
         assert process.stdin
         assert process.stdout
-        watchdog = threading.Timer(_SECONDS + path.stat().st_size / _BYTES_PER_SECOND, process.kill)
-        watchdog.start()
+        watchdog = start_watchdog(process, path.stat().st_size)
         try:
             header = _answer(source, process.stdout)
             shape = _checked_shape(source, header)
@@ -145,12 +144,17 @@ def _read(source: Source) -> Iterator[_Image]:
 
 def _answer(source: Source, stream: IO[bytes]) -> dict[str, Any]:
     line = stream.readline()
-    values: dict[str, Any] = json.loads(line) if line.endswith(b"\n") else {"error": "SimpleITK gave up on it"}
-    if "error" not in values:
-        return values
-    # MetaImage gives the last error of the system, where there was none.
-    reason = "damaged or cut off" if values["error"] == "Reason: Success" else values["error"]
-    raise InputError(f"{source.path}: cannot be read ({reason}); export it again, under a plain name")
+    if not line.endswith(b"\n"):
+        raise _unreadable(source, _GAVE_UP)
+    values: dict[str, Any] = json.loads(line)
+    if "error" in values:
+        # MetaImage gives the last error of the system, where there was none.
+        raise _unreadable(source, "damaged or cut off" if values["error"] == "Reason: Success" else values["error"])
+    return values
+
+
+def _unreadable(source: Source, reason: str) -> InputError:
+    return InputError(f"{source.path}: cannot be read ({reason}); export it again, under a plain name")
 
 
 def _checked_shape(source: Source, header: dict[str, Any]) -> tuple[int, int, int]:
@@ -170,8 +174,6 @@ def _chunks(source: Source, image: _Image) -> Iterator[bytes]:
     while left:
         chunk = image.voxels.read(min(left, CHUNK_BYTES))
         if not chunk:
-            raise InputError(
-                f"{source.path}: cannot be read (SimpleITK gave up on it); export it again, under a plain name"
-            )
+            raise _unreadable(source, _GAVE_UP)
         left -= len(chunk)
         yield chunk
