@@ -31,20 +31,19 @@ def main() -> None:
     check_new_files(output)
     predictor, *pair = settings.load_cascade()
     size, channels = predictor.preprocess.image_size, predictor.preprocess.channels
+    # Of the probabilities as the models give them: the file has no calibrated one.
+    description = describe_cascade(*pair, thresholds=predictor.mask_thresholds)
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of every shape that it leaves out
     model = jax2onnx.to_onnx(
         cascade_program(*pair, thresholds=predictor.mask_thresholds),
         [("b", size, size, channels)],
         model_name="cascade",
         input_names=["images"],
-        output_names=["lung_probability", "infection_probability"],
+        output_names=[output["name"] for output in description["outputs"]],
     )
     del model.graph.value_info[:]  # shapes within the graph, of which the converter notes some in another order
     form = {"format": f"ONNX, opset {model.opset_import[0].version}"}
-    # Of the probabilities as the models give them: the file has no calibrated one.
-    write_files(
-        output, model.SerializeToString(), {**form, **describe_cascade(*pair, thresholds=predictor.mask_thresholds)}
-    )
+    write_files(output, model.SerializeToString(), {**form, **description})
     print(f"{output.resolve()}: images float32 (b, {size}, {size}, {channels})")
 
 

@@ -144,9 +144,31 @@ class PostprocessConfig:
     keep_lesion_ml: float = setting(
         20.0, "components of at least this volume stay, whatever their probability; 0: no exemption", unit="ml", low=0
     )
+    infected_scan_ml: float = setting(
+        0.0,
+        "in a scan with this volume of components that reach min_lesion_probability, further lesions are added, which "
+        "both views of a slice (test-time augmentation) show; 0: in no scan",
+        unit="ml",
+        low=0,
+    )
+    infected_scan_odds: float = setting(
+        5.0, "factor there on the odds of the geometric mean of both views", above=0, high=1000
+    )
+    infected_scan_lesion_probability: float = setting(
+        0.55, "components of what is then above the threshold are added if they reach this probability", low=0, high=1
+    )
 
 
-INFECTION_POSTPROCESS = ("gate", "gate_closing_mm", "min_lesion_ml", "min_lesion_probability", "keep_lesion_ml")
+INFECTION_POSTPROCESS = (
+    "gate",
+    "gate_closing_mm",
+    "min_lesion_ml",
+    "min_lesion_probability",
+    "keep_lesion_ml",
+    "infected_scan_ml",
+    "infected_scan_odds",
+    "infected_scan_lesion_probability",
+)
 """Fields of `PostprocessConfig` that are the infection model's."""
 
 

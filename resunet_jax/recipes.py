@@ -46,6 +46,8 @@ _ROBUST_INFECTION = override(
         "postprocess.threshold": 0.25,
         "postprocess.min_lesion_probability": 0.95,
         "postprocess.min_lesion_ml": 0.1,
+        # In a scan that is surely infected a fainter lesion is more likely true than in another.
+        "postprocess.infected_scan_ml": 10.0,
     },
 )
 

@@ -219,7 +219,7 @@ def matrix_product(size: int) -> float:
 
 
 class TorchPredictor(Predictor):
-    """A predictor's weights in PyTorch, both models on every slice; the rest is the same code."""
+    """A predictor's weights in PyTorch, both models on every slice, no lesions added; the rest is the same code."""
 
     def slice_probabilities(self, images: FloatArray) -> dict[str, FloatArray]:
         """See `Predictor.slice_probabilities`."""

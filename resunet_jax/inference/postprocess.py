@@ -1,8 +1,9 @@
-"""From a whole scan's probabilities to its masks: removes small lung components, far and low-confidence infection."""
+"""From a whole scan's probabilities to its masks: what is removed from them, and the lesions that are added."""
 
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -152,8 +153,6 @@ def remove_low_confidence_lesions(
 ) -> None:
     """Removes, in place, lesions that are small, or not large and nowhere likely (hysteresis, Canny, 1986).
 
-    Lesions are the connected components (26 neighbours) of the mask.
-
     Args:
       infection: float32 (slices, S, S) of a whole scan; what is removed becomes 0.
       threshold: a voxel is infected where its probability is above it.
@@ -161,25 +160,94 @@ def remove_low_confidence_lesions(
       grid: of the scan.
       config: its `min_lesion_ml`, `min_lesion_probability` and `keep_lesion_ml`.
     """
-    mask = infection > threshold
-    if not (config.min_lesion_ml or config.min_lesion_probability) or not mask.any():
+    if not (config.min_lesion_ml or config.min_lesion_probability):
         return
-    labels, count, block = _label(mask, np.ones((3, 3, 3), bool))
-    size = infection.shape[1]
-    ml, highest = np.zeros(count + 1), np.zeros(count + 1, np.float32)
-    for k, one in enumerate(labels):
-        if one.any():
-            fine = one.repeat(block, axis=0).repeat(block, axis=1)[mask[k]]
-            pixel_ml = grid.voxel_ml * float(boxes[k, 2]) * float(boxes[k, 3]) / size**2
-            ml += pixel_ml * np.bincount(fine, minlength=count + 1)
-            np.maximum.at(highest, fine, infection[k][mask[k]])
-    likely = highest >= config.min_lesion_probability
+    lesions = _find_lesions(infection, threshold, boxes, grid)
+    likely = lesions.highest >= config.min_lesion_probability
     if config.keep_lesion_ml:
-        likely |= ml >= config.keep_lesion_ml
-    stays = (ml >= config.min_lesion_ml) & likely
-    for k, one in enumerate(labels):
-        if one.any():
-            infection[k][mask[k] & ~stays[one].repeat(block, axis=0).repeat(block, axis=1)] = 0
+        likely |= lesions.ml >= config.keep_lesion_ml
+    stays = (lesions.ml >= config.min_lesion_ml) & likely
+    for k, labels in lesions.slices():
+        infection[k][(labels > 0) & ~stays[labels]] = 0
+
+
+def add_lesions(
+    infection: FloatArray,
+    geometric_mean: FloatArray,
+    threshold: float,
+    boxes: npt.NDArray[np.int32],
+    grid: Grid,
+    config: PostprocessConfig,
+) -> None:
+    """Adds, in place, lesions on which the views of a slice agree, if the scan is surely infected.
+
+    It is where lesions that reach `min_lesion_probability` have `infected_scan_ml`. The prior probability of infection
+    is then higher than in all scans together, so the odds are multiplied (Saerens et al., "Adjusting the outputs of a
+    classifier to new a priori probabilities", Neural Computation 14, 2002): of the geometric mean of the views, as most
+    of what is false is seen by one of them alone.
+
+    Args:
+      infection: float32 (slices, S, S) of a whole scan, after `remove_low_confidence_lesions`; an added lesion, and the
+        pixels around it, get the probability with those odds, where it is higher.
+      geometric_mean: of the views' probabilities, likewise; it is overwritten.
+      threshold: a voxel is infected where its probability is above it.
+      boxes: (slices, 4), see `prepare_volume`.
+      grid: of the scan.
+      config: its `min_lesion_ml`, and the fields that `remove_low_confidence_lesions` does not use.
+    """
+    if not config.infected_scan_ml:
+        return
+    kept = _find_lesions(infection, threshold, boxes, grid)
+    if kept.ml[kept.highest >= config.min_lesion_probability].sum() < config.infected_scan_ml:
+        return
+    for one in geometric_mean:
+        inside = config.infected_scan_odds * one
+        one[:] = inside / (1 - one + inside)
+    lesions = _find_lesions(geometric_mean, threshold, boxes, grid)
+    added = (lesions.ml >= config.min_lesion_ml) & (lesions.highest >= config.infected_scan_lesion_probability)
+    for k, labels in lesions.slices():
+        added[labels[infection[k] > threshold]] = False
+    added[0] = False
+    for k, labels in lesions.slices():
+        # The pixels around it are what `Predictor.to_native_grid` interpolates with.
+        near = ndimage.binary_dilation(added[labels], np.ones((3, 3), bool))
+        np.maximum(infection[k], geometric_mean[k], out=infection[k], where=near)
+
+
+class _Lesions(NamedTuple):
+    """Connected components (26 neighbours) of a mask, found on blocks, see `_label`; label 0 is the background.
+
+    Attributes:
+      mask: bool (slices, S, S).
+      labels: of the blocks.
+      ml: volume of each.
+      highest: probability of each.
+    """
+
+    mask: npt.NDArray[np.bool_]
+    labels: Array
+    ml: npt.NDArray[np.float64]
+    highest: FloatArray
+
+    def slices(self) -> Iterator[tuple[int, Array]]:
+        """(k, labels of its pixels) of the slices with a lesion."""
+        block = self.mask.shape[1] // self.labels.shape[1]
+        for k, one in enumerate(self.labels):
+            if one.any():
+                yield k, np.where(self.mask[k], one.repeat(block, axis=0).repeat(block, axis=1), 0)
+
+
+def _find_lesions(infection: FloatArray, threshold: float, boxes: npt.NDArray[np.int32], grid: Grid) -> _Lesions:
+    """For arguments see `remove_low_confidence_lesions`."""
+    mask = infection > threshold
+    labels, count, _ = _label(mask, np.ones((3, 3, 3), bool))
+    lesions = _Lesions(mask, labels, np.zeros(count + 1), np.zeros(count + 1, np.float32))
+    for k, one in lesions.slices():
+        inside = one[mask[k]]
+        pixel_ml = grid.voxel_ml * float(boxes[k, 2]) * float(boxes[k, 3]) / mask.shape[1] ** 2
+        np.add(lesions.ml, pixel_ml * np.bincount(inside, minlength=count + 1), out=lesions.ml)
+        np.maximum.at(lesions.highest, inside, infection[k][mask[k]])
+    return lesions
 
 
 def close_mask(mask: npt.NDArray[np.bool_], spacing_mm: tuple[float, ...], radius_mm: float) -> npt.NDArray[np.bool_]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
@@ -20,11 +21,16 @@ from resunet_jax.data.roi import Box, resize_paste
 from resunet_jax.data.slice_cache import PreparedCase
 from resunet_jax.data.volume import Array, FloatArray, Grid
 from resunet_jax.errors import InputError
-from resunet_jax.inference.postprocess import gate_infection, remove_low_confidence_lesions, remove_small_components
+from resunet_jax.inference.postprocess import (
+    add_lesions,
+    gate_infection,
+    remove_low_confidence_lesions,
+    remove_small_components,
+)
 from resunet_jax.metrics.calibration import apply_temperature
 from resunet_jax.metrics.overlap import COUNTS, confusion_counts, hard_metrics
-from resunet_jax.model.build import ARCHITECTURES, Architecture, averaging_of
-from resunet_jax.model.cascade import infection_input, lung_input, predict_probability
+from resunet_jax.model.build import ARCHITECTURES, Architecture, adds_lesions, averaging_of
+from resunet_jax.model.cascade import geometric_mean, infection_input, lung_input, mean, predict_views
 from resunet_jax.model.resunet import Variables
 from resunet_jax.model.winograd import default_convolution
 from resunet_jax.progress import logger, progress
@@ -34,6 +40,10 @@ from resunet_jax.weights.uncertainty import UNCERTAINTY_FILE, UncertaintyRecord,
 
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 """Those that `choose_threshold` chooses from."""
+
+GEOMETRIC_MEAN = "infection_geometric_mean"
+"""Of the views' probabilities of infection: among the probabilities of slices where the masks need it, until
+`Predictor.postprocess` has used it."""
 
 _BATCHES_ON_CPU = 2  # side by side: one alone leaves a third of two cores idle
 _SLICES_ON_CPU = 4  # at most in a batch: slices go through one by one, and a last batch holds less padding
@@ -120,7 +130,12 @@ class Predictor:
         if self.infection is None:
             return {}
         config = dataclasses.asdict(self.infection.config.postprocess)
-        return {**{name: config[name] for name in INFECTION_POSTPROCESS}, "gate": self.gate}
+        added_ml = config["infected_scan_ml"] if adds_lesions(self.infection.config) else 0.0
+        return {
+            **{name: config[name] for name in INFECTION_POSTPROCESS},
+            "gate": self.gate,
+            "infected_scan_ml": added_ml,
+        }
 
     @functools.cached_property
     def without_averaging(self) -> "Predictor":
@@ -187,36 +202,49 @@ class Predictor:
           images: float32 (slices, S, S, C) in [0, 1], see `prepare_volume`.
 
         Returns:
-          for each structure, float32 (slices, S, S) in [0, 1]; it does not depend on the batch size. In slices without
-          a lung mask the infection's probability is 0.
+          for each structure, and `GEOMETRIC_MEAN` where lesions may be added (`infected_scan_ml`), float32
+          (slices, S, S) in [0, 1]; it does not depend on the batch size. In slices without a lung mask the infection's
+          probability is 0.
         """
         outputs: dict[str, FloatArray] = {}
         if self.lung is not None:
-            outputs["lung"] = self._run("lung", lung_input(self.lung.model, images))
-        if self.infection is not None and self.lung is None:
-            outputs["infection"] = self._run("infection", images)
-        elif self.infection is not None:
+            (outputs["lung"],) = self._run("lung", lung_input(self.lung.model, images))
+        if self.infection is None:
+            return outputs
+        if self.lung is None:
+            infection = self._run("infection", images)
+        else:
             with_lung = np.flatnonzero((outputs["lung"] > self.threshold("lung")).any(axis=(1, 2)))
             inputs = np.concatenate([images[with_lung], outputs["lung"][with_lung, ..., None]], axis=-1)
-            outputs["infection"] = np.zeros(images.shape[:-1], np.float32)
-            outputs["infection"][with_lung] = self._run("infection", inputs)
-        return outputs
+            found = self._run("infection", inputs)
+            infection = np.zeros((len(found), *images.shape[:-1]), np.float32)
+            infection[:, with_lung] = found
+        return {**outputs, **dict(zip(("infection", GEOMETRIC_MEAN), infection, strict=False))}
 
-    def postprocess(self, probabilities: Mapping[str, FloatArray], boxes: npt.NDArray[np.int32], grid: Grid) -> None:
-        """Removes, in place, what cannot be part of a mask; for the slices of a whole scan.
+    def postprocess(self, probabilities: dict[str, FloatArray], boxes: npt.NDArray[np.int32], grid: Grid) -> None:
+        """Removes, in place, what cannot be part of a mask, and adds lesions; for the slices of a whole scan.
 
         Args:
-          probabilities: as `slice_probabilities` returns them; what is removed becomes 0.
+          probabilities: as `slice_probabilities` returns them; what is removed becomes 0, and `GEOMETRIC_MEAN` goes.
           boxes: (slices, 4), see `prepare_volume`.
           grid: of the scan.
         """
+        views = probabilities.pop(GEOMETRIC_MEAN, None)
         remove_small_components(probabilities, self.threshold("lung"), self.min_component_fraction)
         if self.infection is None or "infection" not in probabilities:
             return
-        config = self.infection.config.postprocess
+        infection, threshold, config = (
+            probabilities["infection"],
+            self.threshold("infection"),
+            self.infection.config.postprocess,
+        )
         if self.gate == "closed_lung":
             gate_infection(probabilities, self.threshold("lung"), boxes, grid, config.gate_closing_mm)
-        remove_low_confidence_lesions(probabilities["infection"], self.threshold("infection"), boxes, grid, config)
+        if views is not None:
+            views[infection == 0] = 0  # no lesion is added where infection cannot lie
+        remove_low_confidence_lesions(infection, threshold, boxes, grid, config)
+        if views is not None:
+            add_lesions(infection, views, threshold, boxes, grid, config)
 
     def scan_probabilities(self, images: FloatArray, boxes: npt.NDArray[np.int32], grid: Grid) -> dict[str, FloatArray]:
         """Both stages for a whole scan in memory; for arguments and result see the stages."""
@@ -245,18 +273,22 @@ class Predictor:
         return native
 
     def _run(self, name: str, inputs: FloatArray) -> FloatArray:
-        """One model over (slices, S, S, C), by batches of one size, so that it is compiled once."""
-        outputs = np.empty(inputs.shape[:-1], np.float32)
+        """One model over (slices, S, S, C), by batches of one size, so that it is compiled once.
+
+        Returns:
+          float32 (1, slices, S, S), or with the geometric mean of the views (2, slices, S, S).
+        """
+        outputs = np.empty((1 + adds_lesions(self.models[name].config), *inputs.shape[:-1]), np.float32)
         on_cpu, variables = jax.default_backend() == "cpu", getattr(self, name).variables
         size = min(self.batch_size, _SLICES_ON_CPU) if on_cpu else self.batch_size
 
         def run_batch(start: int) -> None:
             batch = inputs[start : start + size]
             padded = np.pad(batch, ((0, size - len(batch)), (0, 0), (0, 0), (0, 0)))
-            probability = self._jitted[name](variables, padded.astype(np.float32))
-            outputs[start : start + len(batch)] = np.asarray(probability)[: len(batch), ..., 0]
+            maps = np.asarray(self._jitted[name](variables, padded.astype(np.float32)))
+            outputs[:, start : start + len(batch)] = np.moveaxis(maps[: len(batch)], -1, 0)
 
-        starts, program = range(0, len(outputs), size), (name, inputs.shape[1:])
+        starts, program = range(0, len(inputs), size), (name, inputs.shape[1:])
         alone = program not in self._compiled
         for start in starts[:alone]:  # side by side, both would compile
             run_batch(start)
@@ -280,15 +312,20 @@ def jitted_probability(loaded: LoadedModel) -> Callable[[Variables, FloatArray],
     """A model's compiled forward pass; on CPUs one slice after another, whose arrays stay in the caches.
 
     Returns:
-      from variables and float32 (slices, S, S, C), as the model takes them, to probabilities (slices, S, S, 1).
+      from variables and float32 (slices, S, S, C), as the model takes them, to probabilities (slices, S, S, 1); with
+      the geometric mean of the views as a second channel where the model `adds_lesions`.
     """
     model = loaded.model.clone(convolution=default_convolution())
 
     def of_slices(variables: Variables, x: jax.Array) -> jax.Array:
         channels, config = loaded.config.preprocess.channels, loaded.config.model
         x = infection_input(model, x[..., :channels], x[..., channels:])
-        averaging = averaging_of(loaded.config)
-        return predict_probability(model, variables, x, patch_grid=config.patch_grid, averaging=averaging)
+        views = predict_views(model, variables, x, patch_grid=config.patch_grid, averaging=averaging_of(loaded.config))
+        return (
+            jnp.concatenate([mean(views), geometric_mean(views)], axis=-1)
+            if adds_lesions(loaded.config)
+            else mean(views)
+        )
 
     def probability(variables: Variables, x: jax.Array) -> jax.Array:
         if jax.default_backend() != "cpu":
@@ -411,7 +448,12 @@ def _with_infection_postprocess(
         raise InputError(f"{names}: of the infection; give `infection_checkpoint` too, or leave it out")
     if lung is None and ("gate_closing_mm" in fields or fields.get("gate", "none") != "none"):
         raise InputError(f"{names}: the gate is made of the lungs; give `lung_checkpoint` too, or leave it out")
-    return _with_postprocess(infection, **fields)
+    changed = _with_postprocess(infection, **fields)
+    if fields.get("infected_scan_ml") and not adds_lesions(changed.config):
+        raise InputError(
+            "`infected_scan_ml`: lesions are added where two views agree; leave it out, this model has one"
+        )
+    return changed
 
 
 def _with_postprocess(loaded: LoadedModel, **changes: Any) -> LoadedModel:

@@ -203,12 +203,13 @@ def segment_opened(
         boxes: list[npt.NDArray[np.int32]] = []
         prepared = prefetch(iter_chunks(scan, predictor.preprocess, offset))
         for start, chunk, chunk_boxes in stack.enter_context(contextlib.closing(prepared)):
+            maps = predictor.slice_probabilities(chunk)
             if not found:
                 shape = (slices, *chunk.shape[1:])
-                found = {structure: new_array(shape[:-1]) for structure in predictor.structures}
+                found = {key: new_array(shape[:-1]) for key in maps}
                 images = new_array(shape) if uncertainty else None
-            for structure, probabilities in predictor.slice_probabilities(chunk).items():
-                found[structure][start : start + len(chunk)] = probabilities
+            for key, values in maps.items():
+                found[key][start : start + len(chunk)] = values
             if images is not None:
                 images[start : start + len(chunk)] = chunk
             _release_free_memory()
@@ -220,6 +221,8 @@ def segment_opened(
         if images is not None:
             mean, dice = compare_members(predictor, images, all_boxes, scan.grid, new_array=new_array, advance=advance)
             agreed = ScanUncertainty(len(MEMBERS), dice)
+            for k, own in enumerate(found["infection"]):  # no zero where the mask is, if no member has it
+                np.copyto(mean[k], own, where=mean[k] == 0)
         packed: dict[str, list[npt.NDArray[np.uint8]]] = {structure: [] for structure in found}
         profiles = {structure: np.zeros(scan.grid.oriented_shape[1], np.int64) for structure in found}
         segmented = SegmentedScan(scan, predictor, packed, profiles, all_boxes, offset, agreed)

@@ -44,6 +44,11 @@ def averaging_of(config: Config) -> Averaging:
     return Averaging(config.model.mirroring, config.model.context_averaging and config.preprocess.channels > 1)
 
 
+def adds_lesions(config: Config) -> bool:
+    """Whether the masks of an infection model need the geometric mean of its views, see `infected_scan_ml`."""
+    return config.task != "lung" and config.postprocess.infected_scan_ml > 0 and any(averaging_of(config))
+
+
 Architecture = Callable[[Config, Convolution], Any]
 
 

@@ -1,5 +1,7 @@
 """Lung, then infection on [CT, lung probability]: one pure function over a batch of slices."""
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -77,12 +79,30 @@ def apply_logits(
 def predict_probability(
     model: ResUnet, variables: Variables, x: jax.Array, *, patch_grid: int = 1, averaging: Averaging = _ONE_VIEW
 ) -> jax.Array:
-    """Probabilities of slices `x`, (N, H, W, C) in [0, 1], by the running statistics; for arguments see `apply_logits`.
+    """The mean of `predict_views`, float32 (N, H, W, 1) in [0, 1]; for arguments see there."""
+    return mean(predict_views(model, variables, x, patch_grid=patch_grid, averaging=averaging))
 
-    `averaging` says over which views; `averaging.context` is for models with context alone.
+
+def mean(views: Sequence[jax.Array]) -> jax.Array:
+    """Arithmetic mean of arrays of one shape."""
+    return sum(views[1:], start=views[0]) / len(views)
+
+
+def geometric_mean(views: Sequence[jax.Array]) -> jax.Array:
+    """Geometric mean of arrays of one shape, at least 0: high only where all of them are."""
+    return math.prod(views[1:], start=views[0]) ** (1 / len(views))
+
+
+def predict_views(
+    model: ResUnet, variables: Variables, x: jax.Array, *, patch_grid: int = 1, averaging: Averaging = _ONE_VIEW
+) -> tuple[jax.Array, ...]:
+    """Probabilities by each view of slices `x`, (N, H, W, C) in [0, 1], and by the running statistics.
+
+    `averaging` says which views; `averaging.context` is for models with context alone. For the other arguments see
+    `apply_logits`.
 
     Returns:
-      float32 (N, H, W, 1) in [0, 1].
+      for each view float32 (N, H, W, 1) in [0, 1], lying as the slices do.
     """
 
     def probability(x: jax.Array) -> jax.Array:
@@ -90,15 +110,15 @@ def predict_probability(
         return jax.nn.sigmoid(logits)
 
     if not any(averaging):
-        return probability(x)
+        return (probability(x),)
     if not averaging.context:
-        return (probability(x) + _mirror(probability(_mirror(x)))) / 2
+        return probability(x), _mirror(probability(_mirror(x)))
     if not averaging.mirroring:
-        return (probability(x) + probability(without_context(x))) / 2
+        return probability(x), probability(without_context(x))
     turned = _left_is_brighter(x)
     x = jnp.where(turned, _mirror(x), x)
-    mean = (probability(x) + _mirror(probability(_mirror(without_context(x))))) / 2
-    return jnp.where(turned, _mirror(mean), mean)
+    views = probability(x), _mirror(probability(_mirror(without_context(x))))
+    return tuple(jnp.where(turned, _mirror(view), view) for view in views)
 
 
 def _mirror(x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ and flatbuffers only:
         cascade = export.deserialize(bytearray(file.read()))
     run = jax.jit(cascade.call)
     images = np.load("images.npy")  # float32 (slices, S, S, C) in [0, 1]; S and C stand in cascade.jaxexport.json
-    lung, infection, *calibrated = run(images)  # the third one where the models were calibrated
+    lung, infection, *others = run(images)  # "outputs" in that file says what the others are
     np.savez("probabilities.npz", lung=lung, infection=infection)
 """
 
@@ -38,8 +38,15 @@ from resunet_jax.config import INFECTION_POSTPROCESS
 from resunet_jax.data.volume import HU_WINDOW
 from resunet_jax.errors import InputError
 from resunet_jax.files import atomic_file, expand_user, make_output_dir, require_absent, write_json
-from resunet_jax.model.build import TASKS, averaging_of
-from resunet_jax.model.cascade import cascade
+from resunet_jax.model.build import TASKS, adds_lesions, averaging_of
+from resunet_jax.model.cascade import (
+    geometric_mean,
+    infection_input,
+    lung_input,
+    mean,
+    predict_probability,
+    predict_views,
+)
 from resunet_jax.weights.store import LoadedModel, fingerprint
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -62,6 +69,7 @@ _NOT_INSIDE = (
     "removal of small components of the lung mask, in three dimensions",
     "the gate that removes infection outside the closed lungs, in three dimensions",
     "removal of small lesions, and of those that are neither certain anywhere nor large, in three dimensions",
+    "lesions that are added in scans with infected_scan_ml of certain ones, in three dimensions",
     "pasting back to the scan's own grid",
 )
 
@@ -72,30 +80,35 @@ def cascade_program(
     """The pure function that `export_cascade` exports, for other converters; for arguments and errors see there.
 
     Returns:
-      float32 (N, S, S, C) in [0, 1] to lung and infection probability and, with a temperature, the calibrated infection
-      probability, each (N, S, S, 1).
+      float32 (N, S, S, C) in [0, 1] to lung and infection probability, with a temperature the calibrated infection
+      probability, and where the infection model `adds_lesions` the geometric mean of its views, each (N, S, S, 1).
     """
     _check(lung, infection, thresholds, temperature)
     lung_model, infection_model = (one.model.clone(convolution=lax.conv_general_dilated) for one in (lung, infection))
     lung_variables, infection_variables = (jax.tree.map(np.asarray, one.variables) for one in (lung, infection))
 
     def run(images: jax.Array) -> tuple[jax.Array, ...]:
-        lung_probability, infection_probability = cascade(
+        lung_probability = predict_probability(
             lung_model,
-            infection_model,
             lung_variables,
-            infection_variables,
-            images,
-            lung_patch_grid=lung.config.model.patch_grid,
-            infection_patch_grid=infection.config.model.patch_grid,
-            lung_averaging=averaging_of(lung.config),
-            infection_averaging=averaging_of(infection.config),
+            lung_input(lung_model, images),
+            patch_grid=lung.config.model.patch_grid,
+            averaging=averaging_of(lung.config),
         )
         with_lung = (lung_probability > thresholds["lung"]).any(axis=(1, 2, 3), keepdims=True)
-        infection_probability = jnp.where(with_lung, infection_probability, 0)
-        if temperature is None:
-            return lung_probability, infection_probability
-        return lung_probability, infection_probability, scale_probability(infection_probability, temperature)
+        views = predict_views(
+            infection_model,
+            infection_variables,
+            infection_input(infection_model, images, lung_probability),
+            patch_grid=infection.config.model.patch_grid,
+            averaging=averaging_of(infection.config),
+        )
+        outputs = [lung_probability, jnp.where(with_lung, mean(views), 0)]
+        if temperature is not None:
+            outputs.append(scale_probability(outputs[1], temperature))
+        if adds_lesions(infection.config):
+            outputs.append(jnp.where(with_lung, geometric_mean(views), 0))
+        return tuple(outputs)
 
     return run
 
@@ -120,7 +133,8 @@ def export_cascade(
     probability, each float32 (b, S, S, 1) in [0, 1]. The infection's is 0 in slices without lung. Weights and the
     closing of the lung probability are inside; both models evaluate by their running statistics. With a temperature
     there is a third output, the calibrated infection probability, to be reported; masks are made of the second, for
-    interpolation between pixels and a temperature do not commute.
+    interpolation between pixels and a temperature do not commute. The last output, where the infection model
+    `adds_lesions`, is the geometric mean of its views, which `Predictor.postprocess` needs as `GEOMETRIC_MEAN`.
 
     Args:
       lung: on CT.
@@ -143,7 +157,7 @@ def export_cascade(
       >>> exported.platforms
       ('cpu', 'cuda', 'tpu')
       >>> images = np.zeros((2, 128, 128, pair.infection.config.preprocess.channels), np.float32)
-      >>> lung, infection = jax.jit(exported.call)(images)
+      >>> lung, infection, geometric_mean = jax.jit(exported.call)(images)
       >>> lung.shape
       (2, 128, 128, 1)
     """
@@ -283,12 +297,16 @@ def describe_cascade(
         "lung_probability": "of the lung's masks",
         "infection_probability": "of the infection's masks",
         "calibrated_infection_probability": "to be reported; masks are made of the other",
+        "infection_geometric_mean": "of the two views of a slice: of the lesions that are added, see not_inside",
     }
-    names = list(outputs)[: 2 if temperature is None else 3]
+    if temperature is None:
+        del outputs["calibrated_infection_probability"]
+    if not adds_lesions(infection.config):
+        del outputs["infection_geometric_mean"]
     return {
         "written_on": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "inputs": _inputs(infection, from_hu),
-        "outputs": [{"name": name, "description": outputs[name], **probability} for name in names],
+        "outputs": [{"name": name, "description": text, **probability} for name, text in outputs.items()],
         "preprocessing": _preprocessing(infection, from_hu),
         "thresholds": {name: float(thresholds[name]) for name in ("lung", "infection")},
         "threshold_rule": "a voxel belongs to a mask where its probability is above the threshold; in slices without "

@@ -274,3 +274,55 @@ def test_volume_of_a_lesion_is_by_the_boxes_of_its_own_slices() -> None:
     module.remove_low_confidence_lesions(infection, 0.5, boxes, grid, config)
     assert not infection[0].any()
     assert infection[3].any()
+
+
+INFECTED = {"infected_scan_odds": 5.0, "infected_scan_lesion_probability": 0.55, "infected_scan_ml": 2.0}
+
+
+@pytest.mark.parametrize("size", [16, 256])
+@pytest.mark.parametrize(
+    ("changes", "added"),
+    [
+        ({}, "a"),
+        ({"min_lesion_ml": 0.1}, "ab"),
+        ({"infected_scan_lesion_probability": 0.46}, "ac"),
+        ({"infected_scan_odds": 1.0}, ""),
+        ({"infected_scan_odds": 9.0}, "ac"),
+        ({"infected_scan_ml": 2.01}, ""),
+        ({"infected_scan_ml": 0.0}, ""),
+        ({"min_lesion_probability": 0.98}, ""),  # so no lesion is sure
+    ],
+)
+def test_lesions_of_both_views_are_added_beside_enough_that_are_sure(size: int, changes: dict, added: str) -> None:
+    """Beside 2 ml that reach 0.97, a: 0.5 ml that reach 0.3; b: 0.125 ml that do; c: 0.5 ml that reach 0.15.
+
+    d, which reaches 0.3, overlaps the sure lesion.
+    """
+    unit = size // 16
+    infection, views = np.full((4, size, size), 0.01, np.float32), np.full((4, size, size), 0.02, np.float32)
+
+    def square(first: int, side: int) -> tuple[slice, slice]:
+        return (slice(first * unit, (first + side) * unit),) * 2
+
+    lesions = {"a": (1, 1, 2, 0.3), "b": (1, 6, 1, 0.3), "c": (3, 1, 2, 0.15), "d": (2, 8, 3, 0.3)}
+    infection[2][square(10, 4)] = 0.6
+    infection[2, 10 * unit, 10 * unit] = 0.97
+    for k, first, side, highest in lesions.values():
+        views[k][square(first, side)] = 0.1
+        views[k, first * unit, first * unit] = highest
+    box = np.tile(np.array([0, 0, 32, 32], np.int32), (4, 1))
+    grid = Grid((32, 32, 4), np.diag([2.5, 2.5, 5.0, 1.0]) @ axes_of_pls())
+    fields = {**INFECTED, "min_lesion_ml": 0.4, "min_lesion_probability": 0.95, **changes}
+    before, odds = infection.copy(), fields["infected_scan_odds"]
+    raised = odds * views / (1 - views + odds * views)
+    module.add_lesions(infection, views, 0.25, box, grid, PostprocessConfig(**fields))
+    for name, (k, first, side, _) in lesions.items():
+        expected = raised if name in added else before
+        np.testing.assert_allclose(infection[k][square(first, side)], expected[k][square(first, side)], rtol=1e-6)
+        assert (name in added) == (infection[k][square(first, side)] > 0.25).any() or name == "d"
+    np.testing.assert_array_equal(infection > 0.25, (before > 0.25) | (infection != before) & (raised > 0.25))
+    # Around an added lesion a pixel is raised, too; further away none is.
+    near = (1, 3 * unit - 1 + 1, unit)
+    np.testing.assert_allclose(infection[near], raised[near] if "a" in added else before[near], rtol=1e-6)
+    assert infection[1, 3 * unit + 1, unit] == before[1, 3 * unit + 1, unit]
+    np.testing.assert_array_equal(infection[2], before[2])

@@ -21,6 +21,7 @@ from resunet_jax import (
     save_model,
     segment_scan,
 )
+from resunet_jax.config import PostprocessConfig
 from resunet_jax.data.cases import find_cases
 from resunet_jax.data.preprocess import air_offset, prepare_volume
 from resunet_jax.data.readers import open_scan, read_mask, read_volume
@@ -28,9 +29,10 @@ from resunet_jax.data.slice_cache import PreparedCase, prepare_cases
 from resunet_jax.data.volume import Grid
 from resunet_jax.errors import InputError
 from resunet_jax.inference import scan as module
-from resunet_jax.inference.predictor import THRESHOLDS, choose_threshold, jitted_probability
+from resunet_jax.inference.predictor import GEOMETRIC_MEAN, THRESHOLDS, choose_threshold, jitted_probability
 from resunet_jax.metrics.overlap import confusion_counts, hard_metrics
-from resunet_jax.model.build import build_model
+from resunet_jax.model.build import adds_lesions, build_model
+from resunet_jax.model.cascade import Averaging, infection_input, predict_views
 from resunet_jax.model.resunet import Variables
 from resunet_jax.weights.store import load_threshold
 from tests.conftest import TINY, WITH_CONTEXT, Trained, with_averaging, write_nifti
@@ -299,10 +301,10 @@ class IntensityPredictor(Predictor):
     def _run(self, name: str, inputs: np.ndarray) -> np.ndarray:
         image = inputs[..., 0]
         if name == "infection":
-            return np.clip(1.4 * image - 0.3, 0, 1)
+            return np.clip(1.4 * image - 0.3, 0, 1)[None]
         lung = np.exp(-(((image - 0.3) / 0.2) ** 2))
         lung[len(lung) // 2] = 0
-        return lung
+        return lung[None]
 
 
 @pytest.mark.parametrize(
@@ -429,6 +431,16 @@ def test_a_gate_without_lungs_is_refused(trained: Trained, tmp_path: Path, field
     assert plain.infection_postprocess["min_lesion_ml"] == 1.0
 
 
+def test_adding_lesions_with_a_model_of_one_view_is_refused(trained: Trained, tmp_path: Path) -> None:
+    fields = {"infected_scan_ml": 10.0}
+    with pytest.raises(InputError, match="`infected_scan_ml`: lesions are added where two views agree; leave it out"):
+        load_predictor(trained.lung, trained.infection, infection_postprocess=fields)
+    _, variables, config = with_averaging(load_model(trained.infection))
+    save_model(tmp_path / "two_views", variables, config)
+    found = load_predictor(trained.lung, tmp_path / "two_views", infection_postprocess=fields)
+    assert found.infection_postprocess["infected_scan_ml"] == 10
+
+
 def test_a_lung_model_without_context_feeds_an_infection_model_with_it(trained: Trained) -> None:
     lung, infection = (load_model(path).config.preprocess for path in (trained.lung, trained.infection))
     assert (lung.context_mm, infection.context_mm) == (0.0, 5.0)
@@ -461,3 +473,77 @@ def test_models_with_averaging_give_a_mirrored_scan_mirrored_masks(trained: Trai
     for name in ("lung", "infection"):
         np.testing.assert_allclose(mirrored[name][:, :, ::-1], found[name], rtol=0, atol=1e-6)
     assert found["infection"].any()
+
+
+def with_added_lesions(trained: Trained, **fields: float) -> Predictor:
+    """Both models with two views; every scan is surely infected, and a lesion is added wherever one may be."""
+    fields = {"infected_scan_ml": 1e-9, "infected_scan_odds": 1000.0, "infected_scan_lesion_probability": 0.0} | fields
+    postprocess = PostprocessConfig(
+        threshold=0.5, gate="none", min_lesion_ml=1e-9, min_lesion_probability=0.0, **fields
+    )
+    lung, infection = (with_averaging(load_model(one)) for one in (trained.lung, trained.infection))
+    config = dataclasses.replace(infection.config, postprocess=postprocess)
+    return Predictor(lung, infection._replace(config=config))
+
+
+def test_the_geometric_mean_of_the_views_comes_beside_the_same_probabilities(trained: Trained, scan: Path) -> None:
+    predictor, plain = with_added_lesions(trained), with_added_lesions(trained, infected_scan_ml=0.0)
+    images, _ = prepare_volume(read_volume(scan), predictor.preprocess)
+    found, expected = predictor.slice_probabilities(images), plain.slice_probabilities(images)
+    assert set(found) == {"lung", "infection", GEOMETRIC_MEAN}
+    assert set(expected) == {"lung", "infection"} == set(predictor.without_averaging.slice_probabilities(images))
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name])
+    infection = predictor.models["infection"]
+    stacked = infection_input(infection.model, images, found["lung"][..., None])
+    views = predict_views(
+        infection.model, infection.variables, stacked, averaging=Averaging(mirroring=True, context=True)
+    )
+    has_lung = (found["lung"] > 0.5).any(axis=(1, 2), keepdims=True)
+    product = np.asarray(views[0] * views[1])[..., 0]
+    np.testing.assert_allclose(found[GEOMETRIC_MEAN], np.sqrt(product) * has_lung, rtol=0, atol=1e-5)
+    assert np.abs(np.asarray(views[0] - views[1])).max() > 0.01
+
+
+class TwoLesionsPredictor(Predictor):
+    """A lesion whose probability is 0.9; and one of 0.1, where the geometric mean of the views says 0.4."""
+
+    def _run(self, name: str, inputs: np.ndarray) -> np.ndarray:
+        if name == "lung":
+            return np.ones((1, *inputs.shape[:-1]), np.float32)
+        maps = np.zeros((2, *inputs.shape[:-1]), np.float32)
+        maps[:, :, 8:12, 8:12] = 0.9
+        maps[0, :, 20:24, 20:24], maps[1, :, 20:24, 20:24] = 0.1, 0.4
+        return maps[: 1 + adds_lesions(self.models[name].config)]
+
+
+def test_masks_and_uncertainty_have_the_added_lesions(trained: Trained, scan: Path, tmp_path: Path) -> None:
+    """Members, which see a slice once, do not have them."""
+    predictor, plain = (
+        TwoLesionsPredictor(*with_added_lesions(trained, infected_scan_odds=3.0, **fields).models.values())
+        for fields in ({}, {"infected_scan_ml": 0.0})
+    )
+    volume = read_volume(scan)
+    images, boxes = prepare_volume(volume, predictor.preprocess)
+    for one, probability in ((predictor, 3 * 0.4 / (0.6 + 3 * 0.4)), (plain, 0.1)):
+        expected = np.zeros(images.shape[:-1], np.float32)
+        expected[:, 8:12, 8:12], expected[:, 20:24, 20:24] = 0.9, probability
+        native = one.to_native_grid({"infection": expected}, boxes, volume.values.shape[:2])["infection"]
+        _, mask, uncertainty = segment_scan(scan, tmp_path / str(probability), one, uncertainty=True)
+        np.testing.assert_array_equal(data(mask), volume.grid.from_pls(native.mask))
+        assert data(uncertainty)[data(mask) > 0].min() > 0  # nowhere certain that there is none
+
+
+def test_no_lesion_is_added_where_the_gate_lets_none_be(trained: Trained) -> None:
+    predictor = with_added_lesions(trained)
+    infection = np.zeros((2, 32, 32), np.float32)
+    infection[:, 4:8, 4:8] = 0.9
+    infection[0, 20:24, 20:24] = 0.1
+    views = np.zeros_like(infection)
+    views[0, 20:24, 20:24] = views[1, 20:24, 20:24] = 0.4
+    boxes, grid = np.tile(np.array([0, 0, 32, 32], np.int32), (2, 1)), Grid((32, 32, 2), np.eye(4))
+    probabilities = {"lung": np.ones_like(infection), "infection": infection, GEOMETRIC_MEAN: views}
+    predictor.postprocess(probabilities, boxes, grid)  # what the gate removes is 0, as the second slice is
+    assert set(probabilities) == {"lung", "infection"}
+    assert (infection[0, 20:24, 20:24] > 0.9).all()
+    assert not infection[1, 20:24, 20:24].any()

@@ -9,8 +9,11 @@ from resunet_jax import ResUnet, cascade, init_variables, predict_probability
 from resunet_jax.model.cascade import (
     Averaging,
     close_lung_probability,
+    geometric_mean,
     infection_input,
     join_patches,
+    mean,
+    predict_views,
     split_patches,
     without_context,
 )
@@ -123,6 +126,35 @@ def test_the_slices_around_count_for_one_of_two_views(rng: np.random.Generator) 
     np.testing.assert_allclose(other[:, :, ::-1], one, rtol=0, atol=1e-7)
     np.testing.assert_allclose(one[:2], (plain + mirrored(alone))[:2] / 2, rtol=0, atol=1e-6)
     np.testing.assert_allclose(one[2:], (mirrored(x) + dropped)[2:] / 2, rtol=0, atol=1e-6)
+
+
+def test_views_lie_as_the_slices_do(rng: np.random.Generator) -> None:
+    """Of a slice with its darker half to the left, and of one with it to the right."""
+    model = ResUnet(4, filters=(4, 8, 16, 32))
+    variables = init_variables(model, jax.random.key(0))
+    x = rng.random((2, 16, 24, 4), dtype=np.float32)
+    x[0, :, :12, 0] *= 0.5
+    x[1, :, 12:, 0] *= 0.5
+    alone = np.asarray(without_context(x))
+    plain = jax.jit(predict_probability, static_argnums=0)
+
+    def mirrored(x: np.ndarray) -> np.ndarray:
+        return plain(model, variables, x[:, :, ::-1])[:, :, ::-1]
+
+    views = jax.jit(predict_views, static_argnums=0, static_argnames="averaging")
+    first, second = views(model, variables, x, averaging=Averaging(mirroring=True, context=True))
+    straight, turned = (plain(model, variables, x), mirrored(alone)), (mirrored(x), plain(model, variables, alone))
+    for k, expected in enumerate((straight, turned)):
+        for view, one in zip((first, second), expected, strict=True):
+            np.testing.assert_allclose(view[k], one[k], rtol=0, atol=1e-6)
+
+
+def test_means_of_views() -> None:
+    views = [np.float32([0.04, 1, 0]), np.float32([0.25, 1, 1])]
+    np.testing.assert_allclose(mean(views), [0.145, 1, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(geometric_mean(views), [0.1, 1, 0], rtol=1e-6)
+    for one in (mean, geometric_mean):
+        np.testing.assert_array_equal(one(views[:1]), views[0])
 
 
 def test_each_model_of_the_cascade_may_see_its_slices_mirrored(models, image) -> None:

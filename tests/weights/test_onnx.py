@@ -25,7 +25,7 @@ session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProv
 images = np.load(sys.argv[2])
 results = {}
 for count in (1, 3, 8):
-    for name, found in zip(("lung", "infection"), session.run(None, {"images": images[:count]})):
+    for name, found in zip(("lung", "infection", "geometric_mean"), session.run(None, {"images": images[:count]})):
         results[f"{name}_{count}"] = found
 np.savez(sys.argv[3], **results)
 """
@@ -78,5 +78,5 @@ def test_onnxruntime_equals_jax(tmp_path: Path) -> None:
     assert all(float(one.max()) > 0.5 for one in expected)
     with np.load(tmp_path / "found.npz") as found:
         for count in (1, 3, 8):
-            for name, one in zip(("lung", "infection"), expected, strict=True):
+            for name, one in zip(("lung", "infection", "geometric_mean"), expected, strict=True):
                 np.testing.assert_allclose(found[f"{name}_{count}"], one[:count], rtol=0, atol=1e-5)
