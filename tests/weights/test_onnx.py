@@ -76,7 +76,9 @@ def test_onnxruntime_equals_jax(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     expected = jax.jit(cascade_program(*load_pair(), thresholds={"lung": 0.5, "infection": 0.5}))(images)
     assert all(float(one.max()) > 0.5 for one in expected)
+    # Rounding of a probability near 0 by 1e-7, which sigmoids may do, is 3e-4 in the root of its product with 1.
+    tolerances = {"lung": 1e-5, "infection": 1e-5, "geometric_mean": 3e-4}
     with np.load(tmp_path / "found.npz") as found:
         for count in (1, 3, 8):
-            for name, one in zip(("lung", "infection", "geometric_mean"), expected, strict=True):
-                np.testing.assert_allclose(found[f"{name}_{count}"], one[:count], rtol=0, atol=1e-5)
+            for (name, atol), one in zip(tolerances.items(), expected, strict=True):
+                np.testing.assert_allclose(found[f"{name}_{count}"], one[:count], rtol=0, atol=atol)
