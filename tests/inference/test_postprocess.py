@@ -290,6 +290,7 @@ INFECTED = {"infected_scan_odds": 5.0, "infected_scan_lesion_probability": 0.55,
         ({"infected_scan_odds": 9.0}, "ac"),
         ({"infected_scan_ml": 2.01}, ""),
         ({"infected_scan_ml": 0.0}, ""),
+        ({"min_lesion_ml": 0.0, "infected_scan_lesion_probability": 0.0}, "abc"),
         ({"min_lesion_probability": 0.98}, ""),  # so no lesion is sure
     ],
 )

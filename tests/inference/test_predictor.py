@@ -477,10 +477,9 @@ def test_models_with_averaging_give_a_mirrored_scan_mirrored_masks(trained: Trai
 
 def with_added_lesions(trained: Trained, **fields: float) -> Predictor:
     """Both models with two views; every scan is surely infected, and a lesion is added wherever one may be."""
-    fields = {"infected_scan_ml": 1e-9, "infected_scan_odds": 1000.0, "infected_scan_lesion_probability": 0.0} | fields
-    postprocess = PostprocessConfig(
-        threshold=0.5, gate="none", min_lesion_ml=1e-9, min_lesion_probability=0.0, **fields
-    )
+    always = {"infected_scan_ml": 1e-9, "infected_scan_odds": 1000.0, "infected_scan_lesion_probability": 0.0}
+    lesions = {"min_lesion_ml": 1e-9, "min_lesion_probability": 0.0, "keep_lesion_ml": 0.0}
+    postprocess = PostprocessConfig(threshold=0.5, gate="none", **{**always, **lesions, **fields})
     lung, infection = (with_averaging(load_model(one)) for one in (trained.lung, trained.infection))
     config = dataclasses.replace(infection.config, postprocess=postprocess)
     return Predictor(lung, infection._replace(config=config))
@@ -506,26 +505,27 @@ def test_the_geometric_mean_of_the_views_comes_beside_the_same_probabilities(tra
 
 
 class TwoLesionsPredictor(Predictor):
-    """A lesion whose probability is 0.9; and one of 0.1, where the geometric mean of the views says 0.4."""
+    """A lesion whose probability is 0.9; and one of 0.6, where the geometric mean of the views says 0.4."""
 
     def _run(self, name: str, inputs: np.ndarray) -> np.ndarray:
         if name == "lung":
             return np.ones((1, *inputs.shape[:-1]), np.float32)
         maps = np.zeros((2, *inputs.shape[:-1]), np.float32)
         maps[:, :, 8:12, 8:12] = 0.9
-        maps[0, :, 20:24, 20:24], maps[1, :, 20:24, 20:24] = 0.1, 0.4
+        maps[0, :, 20:24, 20:24], maps[1, :, 20:24, 20:24] = 0.6, 0.4
         return maps[: 1 + adds_lesions(self.models[name].config)]
 
 
 def test_masks_and_uncertainty_have_the_added_lesions(trained: Trained, scan: Path, tmp_path: Path) -> None:
     """Members, which see a slice once, do not have them."""
+    fields = {"infected_scan_odds": 3.0, "min_lesion_probability": 0.8}
     predictor, plain = (
-        TwoLesionsPredictor(*with_added_lesions(trained, infected_scan_odds=3.0, **fields).models.values())
-        for fields in ({}, {"infected_scan_ml": 0.0})
+        TwoLesionsPredictor(*with_added_lesions(trained, **fields, **more).models.values())
+        for more in ({}, {"infected_scan_ml": 0.0})
     )
     volume = read_volume(scan)
     images, boxes = prepare_volume(volume, predictor.preprocess)
-    for one, probability in ((predictor, 3 * 0.4 / (0.6 + 3 * 0.4)), (plain, 0.1)):
+    for one, probability in ((predictor, 3 * 0.4 / (0.6 + 3 * 0.4)), (plain, 0)):
         expected = np.zeros(images.shape[:-1], np.float32)
         expected[:, 8:12, 8:12], expected[:, 20:24, 20:24] = 0.9, probability
         native = one.to_native_grid({"infection": expected}, boxes, volume.values.shape[:2])["infection"]
