@@ -146,16 +146,19 @@ class PostprocessConfig:
     )
     infected_scan_ml: float = setting(
         0.0,
-        "in a scan with this volume of components that reach min_lesion_probability, further lesions are added, which "
-        "both views of a slice (test-time augmentation) show; 0: in no scan",
+        "a scan whose components that reach min_lesion_probability have this volume is surely infected, and further "
+        "lesions are added to it, which both views of a slice (test-time augmentation) show; 0: no scan is",
         unit="ml",
         low=0,
     )
     infected_scan_odds: float = setting(
-        5.0, "factor there on the odds of the geometric mean of both views", above=0, high=1000
+        5.0, "in surely infected scans: factor on the odds of the geometric mean of both views", above=0, high=1000
     )
     infected_scan_lesion_probability: float = setting(
-        0.55, "components of what is then above the threshold are added if they reach this probability", low=0, high=1
+        0.55,
+        "in surely infected scans: components above the threshold by these odds are added if they reach this",
+        low=0,
+        high=1,
     )
 
 

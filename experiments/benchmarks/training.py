@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.measure import Row, Run, interleave, load_torch_baseline, on_gpu, row
 from resunet_jax.config import Config, ModelConfig, PreprocessConfig
-from resunet_jax.inference.predictor import jitted_probability
+from resunet_jax.inference.predictor import jitted_maps
 from resunet_jax.model.build import build_model
 from resunet_jax.model.resunet import init_variables
 from resunet_jax.model.winograd import default_convolution
@@ -147,7 +147,7 @@ def _jax_step(setting: Setting, convolution: Callable[..., jax.Array] | None = N
 def _jax_forward(setting: Setting) -> Run:
     model = build_model(config_of(setting))
     variables = init_variables(model, jax.random.key(0))
-    forward = jitted_probability(LoadedModel(model, variables, config_of(setting)))
+    forward = jitted_maps(LoadedModel(model, variables, config_of(setting)))
     x: Any = jax.device_put(make_batch(BATCH, setting.size)["image"])
     return lambda: forward(variables, x).block_until_ready()
 

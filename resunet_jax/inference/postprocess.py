@@ -167,8 +167,9 @@ def remove_low_confidence_lesions(
     if config.keep_lesion_ml:
         likely |= lesions.ml >= config.keep_lesion_ml
     stays = (lesions.ml >= config.min_lesion_ml) & likely
+    stays[0] = True
     for k, labels in lesions.slices():
-        infection[k][(labels > 0) & ~stays[labels]] = 0
+        infection[k][~stays[labels]] = 0
 
 
 def add_lesions(
@@ -178,28 +179,32 @@ def add_lesions(
     boxes: npt.NDArray[np.int32],
     grid: Grid,
     config: PostprocessConfig,
-) -> None:
-    """Adds, in place, lesions on which the views of a slice agree, if the scan is surely infected.
+) -> npt.NDArray[np.bool_]:
+    """Adds, in place, lesions that both views of a slice show, if the scan is surely infected.
 
-    It is where lesions that reach `min_lesion_probability` have `infected_scan_ml`. The prior probability of infection
-    is then higher than in all scans together, so the odds are multiplied (Saerens et al., "Adjusting the outputs of a
+    A scan is where its lesions that reach `min_lesion_probability` have `infected_scan_ml`. Infection is more likely
+    beforehand there than in all scans together, so the odds are multiplied (Saerens et al., "Adjusting the outputs of a
     classifier to new a priori probabilities", Neural Computation 14, 2002): of the geometric mean of the views, as most
-    of what is false is seen by one of them alone.
+    of what is false is seen by one of them alone. Lesions that overlap a lesion of the mask are not added.
 
     Args:
       infection: float32 (slices, S, S) of a whole scan, after `remove_low_confidence_lesions`; an added lesion, and the
         pixels around it, get the probability with those odds, where it is higher.
-      geometric_mean: of the views' probabilities, likewise; it is overwritten.
+      geometric_mean: of the views' probabilities, the same shape, 0 where no infection may lie; it is overwritten.
       threshold: a voxel is infected where its probability is above it.
       boxes: (slices, 4), see `prepare_volume`.
       grid: of the scan.
-      config: its `min_lesion_ml`, and the fields that `remove_low_confidence_lesions` does not use.
+      config: its `min_lesion_ml`, `min_lesion_probability` and those that begin with `infected_scan_`.
+
+    Returns:
+      bool (slices, S, S): the added lesions.
     """
+    is_added = np.zeros(infection.shape, bool)
     if not config.infected_scan_ml:
-        return
+        return is_added
     kept = _find_lesions(infection, threshold, boxes, grid)
     if kept.ml[kept.highest >= config.min_lesion_probability].sum() < config.infected_scan_ml:
-        return
+        return is_added
     for one in geometric_mean:
         inside = config.infected_scan_odds * one
         one[:] = inside / (1 - one + inside)
@@ -209,9 +214,11 @@ def add_lesions(
         added[labels[infection[k] > threshold]] = False
     added[0] = False
     for k, labels in lesions.slices():
+        is_added[k] = added[labels]
         # The pixels around it are what `Predictor.to_native_grid` interpolates with.
-        near = ndimage.binary_dilation(added[labels], np.ones((3, 3), bool))
+        near = ndimage.binary_dilation(is_added[k], np.ones((3, 3), bool))
         np.maximum(infection[k], geometric_mean[k], out=infection[k], where=near)
+    return is_added
 
 
 class _Lesions(NamedTuple):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from resunet_jax.config import INFECTION_POSTPROCESS, GateName, PostprocessConfig, PreprocessConfig, Structure, override
+from resunet_jax.config import GateName, PostprocessConfig, PreprocessConfig, Structure, override
 from resunet_jax.data.roi import Box, resize_paste
 from resunet_jax.data.slice_cache import PreparedCase
 from resunet_jax.data.volume import Array, FloatArray, Grid
@@ -29,8 +29,8 @@ from resunet_jax.inference.postprocess import (
 )
 from resunet_jax.metrics.calibration import apply_temperature
 from resunet_jax.metrics.overlap import COUNTS, confusion_counts, hard_metrics
-from resunet_jax.model.build import ARCHITECTURES, Architecture, adds_lesions, averaging_of
-from resunet_jax.model.cascade import geometric_mean, infection_input, lung_input, mean, predict_views
+from resunet_jax.model.build import ARCHITECTURES, Architecture, adds_lesions, averaging_of, infection_postprocess
+from resunet_jax.model.cascade import arithmetic_mean, geometric_mean, infection_input, lung_input, predict_views
 from resunet_jax.model.resunet import Variables
 from resunet_jax.model.winograd import default_convolution
 from resunet_jax.progress import logger, progress
@@ -129,13 +129,7 @@ class Predictor:
         """How the infection's mask is made of its probabilities, see `PostprocessConfig`; {} without a model of it."""
         if self.infection is None:
             return {}
-        config = dataclasses.asdict(self.infection.config.postprocess)
-        added_ml = config["infected_scan_ml"] if adds_lesions(self.infection.config) else 0.0
-        return {
-            **{name: config[name] for name in INFECTION_POSTPROCESS},
-            "gate": self.gate,
-            "infected_scan_ml": added_ml,
-        }
+        return {**infection_postprocess(self.infection.config), "gate": self.gate}
 
     @functools.cached_property
     def without_averaging(self) -> "Predictor":
@@ -221,18 +215,23 @@ class Predictor:
             infection[:, with_lung] = found
         return {**outputs, **dict(zip(("infection", GEOMETRIC_MEAN), infection, strict=False))}
 
-    def postprocess(self, probabilities: dict[str, FloatArray], boxes: npt.NDArray[np.int32], grid: Grid) -> None:
+    def postprocess(
+        self, probabilities: dict[str, FloatArray], boxes: npt.NDArray[np.int32], grid: Grid
+    ) -> npt.NDArray[np.bool_] | None:
         """Removes, in place, what cannot be part of a mask, and adds lesions; for the slices of a whole scan.
 
         Args:
           probabilities: as `slice_probabilities` returns them; what is removed becomes 0, and `GEOMETRIC_MEAN` goes.
           boxes: (slices, 4), see `prepare_volume`.
           grid: of the scan.
+
+        Returns:
+          the added lesions, bool (slices, S, S), or None without `GEOMETRIC_MEAN`.
         """
-        views = probabilities.pop(GEOMETRIC_MEAN, None)
+        geometric = probabilities.pop(GEOMETRIC_MEAN, None)
         remove_small_components(probabilities, self.threshold("lung"), self.min_component_fraction)
         if self.infection is None or "infection" not in probabilities:
-            return
+            return None
         infection, threshold, config = (
             probabilities["infection"],
             self.threshold("infection"),
@@ -240,11 +239,12 @@ class Predictor:
         )
         if self.gate == "closed_lung":
             gate_infection(probabilities, self.threshold("lung"), boxes, grid, config.gate_closing_mm)
-        if views is not None:
-            views[infection == 0] = 0  # no lesion is added where infection cannot lie
+        if geometric is not None:
+            geometric[infection == 0] = 0  # no lesion is added where infection cannot lie
         remove_low_confidence_lesions(infection, threshold, boxes, grid, config)
-        if views is not None:
-            add_lesions(infection, views, threshold, boxes, grid, config)
+        if geometric is None:
+            return None
+        return add_lesions(infection, geometric, threshold, boxes, grid, config)
 
     def scan_probabilities(self, images: FloatArray, boxes: npt.NDArray[np.int32], grid: Grid) -> dict[str, FloatArray]:
         """Both stages for a whole scan in memory; for arguments and result see the stages."""
@@ -258,12 +258,14 @@ class Predictor:
         """Pastes prepared slices back to where they were cropped, and applies the thresholds.
 
         Args:
-          probabilities: by structure, (slices, S, S), after `postprocess`.
+          probabilities: by structure, (slices, S, S), after `postprocess`; `GEOMETRIC_MEAN` is left out.
           boxes: (slices, 4), see `prepare_volume`.
           shape: (rows, columns) of the scan's slices, in pixels.
         """
         native = {}
         for name, slices in probabilities.items():
+            if name == GEOMETRIC_MEAN:
+                continue
             pasted: FloatArray = np.stack(
                 [resize_paste(one, Box(*map(int, box)), shape) for one, box in zip(slices, boxes, strict=True)]
             )
@@ -305,10 +307,10 @@ class Predictor:
 
     @functools.cached_property
     def _jitted(self) -> dict[str, Callable[[Variables, FloatArray], jax.Array]]:
-        return {name: jitted_probability(model) for name, model in self.models.items()}
+        return {name: jitted_maps(model) for name, model in self.models.items()}
 
 
-def jitted_probability(loaded: LoadedModel) -> Callable[[Variables, FloatArray], jax.Array]:
+def jitted_maps(loaded: LoadedModel) -> Callable[[Variables, FloatArray], jax.Array]:
     """A model's compiled forward pass; on CPUs one slice after another, whose arrays stay in the caches.
 
     Returns:
@@ -321,11 +323,8 @@ def jitted_probability(loaded: LoadedModel) -> Callable[[Variables, FloatArray],
         channels, config = loaded.config.preprocess.channels, loaded.config.model
         x = infection_input(model, x[..., :channels], x[..., channels:])
         views = predict_views(model, variables, x, patch_grid=config.patch_grid, averaging=averaging_of(loaded.config))
-        return (
-            jnp.concatenate([mean(views), geometric_mean(views)], axis=-1)
-            if adds_lesions(loaded.config)
-            else mean(views)
-        )
+        maps = [arithmetic_mean(views), *[geometric_mean(views)] * adds_lesions(loaded.config)]
+        return jnp.concatenate(maps, axis=-1)
 
     def probability(variables: Variables, x: jax.Array) -> jax.Array:
         if jax.default_backend() != "cpu":
@@ -449,9 +448,10 @@ def _with_infection_postprocess(
     if lung is None and ("gate_closing_mm" in fields or fields.get("gate", "none") != "none"):
         raise InputError(f"{names}: the gate is made of the lungs; give `lung_checkpoint` too, or leave it out")
     changed = _with_postprocess(infection, **fields)
-    if fields.get("infected_scan_ml") and not adds_lesions(changed.config):
+    if any(name.startswith("infected_scan_") and v for name, v in fields.items()) and not adds_lesions(changed.config):
         raise InputError(
-            "`infected_scan_ml`: lesions are added where two views agree; leave it out, this model has one"
+            f"{names}: no lesions are added, as the model has one view of a slice or `infected_scan_ml` is 0; leave "
+            "out what begins with `infected_scan_`"
         )
     return changed
 

@@ -58,7 +58,8 @@ def segment_scan(
       save_probabilities: also writes the probabilities, float32 in [0, 1]: that of the infection calibrated, see
         `Predictor.reported_probability`.
       uncertainty: also compares members, see `compare_members`, and writes the entropy of the members' mean
-        probability of infection, calibrated likewise, as <scan>_uncertainty.nii.gz, uint8, 0 certain to 100 (one bit).
+        probability of infection, calibrated likewise, as <scan>_uncertainty.nii.gz, uint8, 0 certain to 100 (one bit);
+        in added lesions, which members do not have, that of the scan's own probability.
       readers: the table of formats.
       assumed: see `open_scan`.
 
@@ -216,13 +217,13 @@ def segment_opened(
             boxes.append(chunk_boxes)
             advance("")
         all_boxes = np.concatenate(boxes)
-        predictor.postprocess(found, all_boxes, scan.grid)
+        added = predictor.postprocess(found, all_boxes, scan.grid)
         mean, agreed = None, None
         if images is not None:
             mean, dice = compare_members(predictor, images, all_boxes, scan.grid, new_array=new_array, advance=advance)
             agreed = ScanUncertainty(len(MEMBERS), dice)
-            for k, own in enumerate(found["infection"]):  # no zero where the mask is, if no member has it
-                np.copyto(mean[k], own, where=mean[k] == 0)
+            if added is not None:
+                np.copyto(mean, found["infection"], where=added)
         packed: dict[str, list[npt.NDArray[np.uint8]]] = {structure: [] for structure in found}
         profiles = {structure: np.zeros(scan.grid.oriented_shape[1], np.int64) for structure in found}
         segmented = SegmentedScan(scan, predictor, packed, profiles, all_boxes, offset, agreed)

@@ -71,6 +71,8 @@ def compare_members(
 ) -> tuple[FloatArray, float]:
     """Runs the members one after another, a chunk of slices at a time, without averaging within one.
 
+    A member has one view of a slice, so it adds no lesions (`infected_scan_ml`).
+
     Args:
       predictor: with an infection model.
       images: float32 (slices, S, S, C) of a whole scan, prepared.

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from resunet_jax.config import Config, Structure, TaskName
+from resunet_jax.config import INFECTION_POSTPROCESS, Config, Structure, TaskName
 from resunet_jax.errors import InputError
 from resunet_jax.model.cascade import Averaging
 from resunet_jax.model.resunet import ResUnet
@@ -45,8 +45,14 @@ def averaging_of(config: Config) -> Averaging:
 
 
 def adds_lesions(config: Config) -> bool:
-    """Whether the masks of an infection model need the geometric mean of its views, see `infected_scan_ml`."""
+    """Whether an infection model's masks get lesions by the geometric mean of its views, see `infected_scan_ml`."""
     return config.task != "lung" and config.postprocess.infected_scan_ml > 0 and any(averaging_of(config))
+
+
+def infection_postprocess(config: Config) -> dict[str, Any]:
+    """The fields of `INFECTION_POSTPROCESS` that decide the masks of an infection model, with their values."""
+    fields = {name: getattr(config.postprocess, name) for name in INFECTION_POSTPROCESS}
+    return {name: v for name, v in fields.items() if adds_lesions(config) or not name.startswith("infected_scan_")}
 
 
 Architecture = Callable[[Config, Convolution], Any]

@@ -80,10 +80,10 @@ def predict_probability(
     model: ResUnet, variables: Variables, x: jax.Array, *, patch_grid: int = 1, averaging: Averaging = _ONE_VIEW
 ) -> jax.Array:
     """The mean of `predict_views`, float32 (N, H, W, 1) in [0, 1]; for arguments see there."""
-    return mean(predict_views(model, variables, x, patch_grid=patch_grid, averaging=averaging))
+    return arithmetic_mean(predict_views(model, variables, x, patch_grid=patch_grid, averaging=averaging))
 
 
-def mean(views: Sequence[jax.Array]) -> jax.Array:
+def arithmetic_mean(views: Sequence[jax.Array]) -> jax.Array:
     """Arithmetic mean of arrays of one shape."""
     return sum(views[1:], start=views[0]) / len(views)
 
@@ -248,10 +248,36 @@ def cascade(
       >>> [one.shape for one in probabilities]
       [(2, 32, 32, 1), (2, 32, 32, 1)]
     """
+    lung, views = cascade_views(
+        lung_model,
+        infection_model,
+        lung_variables,
+        infection_variables,
+        image,
+        lung_patch_grid=lung_patch_grid,
+        infection_patch_grid=infection_patch_grid,
+        lung_averaging=lung_averaging,
+        infection_averaging=infection_averaging,
+    )
+    return lung, arithmetic_mean(views)
+
+
+def cascade_views(
+    lung_model: ResUnet,
+    infection_model: ResUnet,
+    lung_variables: Variables,
+    infection_variables: Variables,
+    image: jax.Array,
+    *,
+    lung_patch_grid: int = 1,
+    infection_patch_grid: int = 1,
+    lung_averaging: Averaging = _ONE_VIEW,
+    infection_averaging: Averaging = _ONE_VIEW,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """`cascade`, but with the infection's probability by each view, see `predict_views`."""
     slices = lung_input(lung_model, image)
     lung = predict_probability(lung_model, lung_variables, slices, patch_grid=lung_patch_grid, averaging=lung_averaging)
     stacked = infection_input(infection_model, image, lung)
-    infection = predict_probability(
+    return lung, predict_views(
         infection_model, infection_variables, stacked, patch_grid=infection_patch_grid, averaging=infection_averaging
     )
-    return lung, infection

@@ -37,6 +37,7 @@ from resunet_jax.metrics.conformal import (
     rank_correlation,
     worst_third_found,
 )
+from resunet_jax.model.build import adds_lesions, averaging_of
 from resunet_jax.plugins import Tables
 from resunet_jax.progress import logger
 from resunet_jax.weights.store import CONFIG_FILE
@@ -232,10 +233,17 @@ def _warn_of_other_models(folds: Sequence[Fold], target: Predictor) -> None:
         paths = differences(config, target.models[structure].config)
         if other := [path for path in paths if path.partition(".")[0] in ("preprocess", "model", "cascade")]:
             logger.warning("%s: other than the %s model that is calibrated in %s", file, structure, ", ".join(other))
+        if structure == "infection" and adds_lesions(target.models[structure].config) and not any(averaging_of(config)):
+            raise InputError(
+                f"{file}: this model has one view of a slice, so it cannot add lesions as the calibrated one does; set "
+                "`infected_scan_ml` to 0, or make the study by its recipe"
+            )
 
 
 def _models(fold: Fold, target: Predictor) -> dict[str, Any]:
-    return {"lung_checkpoint": fold.lung, "infection_checkpoint": fold.infection, **target.mask_settings}
+    settings = target.mask_settings
+    settings["infection_postprocess"] = {"infected_scan_ml": 0.0, **settings["infection_postprocess"]}
+    return {"lung_checkpoint": fold.lung, "infection_checkpoint": fold.infection, **settings}
 
 
 def require_pair(target: Predictor) -> None:

@@ -34,19 +34,11 @@ import numpy as np
 from jax import lax
 
 from resunet_jax import __version__
-from resunet_jax.config import INFECTION_POSTPROCESS
 from resunet_jax.data.volume import HU_WINDOW
 from resunet_jax.errors import InputError
 from resunet_jax.files import atomic_file, expand_user, make_output_dir, require_absent, write_json
-from resunet_jax.model.build import TASKS, adds_lesions, averaging_of
-from resunet_jax.model.cascade import (
-    geometric_mean,
-    infection_input,
-    lung_input,
-    mean,
-    predict_probability,
-    predict_views,
-)
+from resunet_jax.model.build import TASKS, adds_lesions, averaging_of, infection_postprocess
+from resunet_jax.model.cascade import arithmetic_mean, cascade_views, geometric_mean
 from resunet_jax.weights.store import LoadedModel, fingerprint
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -69,8 +61,13 @@ _NOT_INSIDE = (
     "removal of small components of the lung mask, in three dimensions",
     "the gate that removes infection outside the closed lungs, in three dimensions",
     "removal of small lesions, and of those that are neither certain anywhere nor large, in three dimensions",
-    "lesions that are added in scans with infected_scan_ml of certain ones, in three dimensions",
     "pasting back to the scan's own grid",
+)
+_ADDED_NOT_INSIDE = (
+    "lesions that are added, before pasting, where those left that reach min_lesion_probability have infected_scan_ml: "
+    "with g the infection_geometric_mean inside the gate, components of infected_scan_odds·g / (1 - g + "
+    "infected_scan_odds·g) above the threshold that reach infected_scan_lesion_probability, have min_lesion_ml and "
+    "overlap none of those left"
 )
 
 
@@ -88,22 +85,19 @@ def cascade_program(
     lung_variables, infection_variables = (jax.tree.map(np.asarray, one.variables) for one in (lung, infection))
 
     def run(images: jax.Array) -> tuple[jax.Array, ...]:
-        lung_probability = predict_probability(
+        lung_probability, views = cascade_views(
             lung_model,
+            infection_model,
             lung_variables,
-            lung_input(lung_model, images),
-            patch_grid=lung.config.model.patch_grid,
-            averaging=averaging_of(lung.config),
+            infection_variables,
+            images,
+            lung_patch_grid=lung.config.model.patch_grid,
+            infection_patch_grid=infection.config.model.patch_grid,
+            lung_averaging=averaging_of(lung.config),
+            infection_averaging=averaging_of(infection.config),
         )
         with_lung = (lung_probability > thresholds["lung"]).any(axis=(1, 2, 3), keepdims=True)
-        views = predict_views(
-            infection_model,
-            infection_variables,
-            infection_input(infection_model, images, lung_probability),
-            patch_grid=infection.config.model.patch_grid,
-            averaging=averaging_of(infection.config),
-        )
-        outputs = [lung_probability, jnp.where(with_lung, mean(views), 0)]
+        outputs = [lung_probability, jnp.where(with_lung, arithmetic_mean(views), 0)]
         if temperature is not None:
             outputs.append(scale_probability(outputs[1], temperature))
         if adds_lesions(infection.config):
@@ -290,14 +284,14 @@ def describe_cascade(
     from_hu: bool = False,
 ) -> dict[str, Any]:
     """What somebody without this package has to know of an export, in JSON values; for arguments see `write_export`."""
-    size, postprocess = lung.config.preprocess.image_size, infection.config.postprocess
+    size = lung.config.preprocess.image_size
     fraction = infection.model.closing_fraction if TASKS[infection.config.task].uses_lung else 0.0
     probability = {"shape": ["b", size, size, 1], "dtype": "float32", "range": [0, 1]}
     outputs = {
         "lung_probability": "of the lung's masks",
         "infection_probability": "of the infection's masks",
-        "calibrated_infection_probability": "to be reported; masks are made of the other",
-        "infection_geometric_mean": "of the two views of a slice: of the lesions that are added, see not_inside",
+        "calibrated_infection_probability": "to be reported; masks are made of the one without a temperature",
+        "infection_geometric_mean": "of the two views of a slice; for the lesions that are added, see not_inside",
     }
     if temperature is None:
         del outputs["calibrated_infection_probability"]
@@ -322,10 +316,10 @@ def describe_cascade(
             }
             for name, model in (("lung", lung), ("infection", infection))
         },
-        "not_inside": list(_NOT_INSIDE),
+        "not_inside": [*_NOT_INSIDE, *[_ADDED_NOT_INSIDE] * adds_lesions(infection.config)],
         "postprocessing_of_the_package": {
             "min_component_fraction": lung.config.postprocess.min_component_fraction,
-            **{name: getattr(postprocess, name) for name in INFECTION_POSTPROCESS},
+            **infection_postprocess(infection.config),
         },
         "versions": {
             "resunet-jax": __version__,

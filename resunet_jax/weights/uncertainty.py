@@ -21,14 +21,6 @@ UNCERTAINTY_FILE = "uncertainty.json"
 
 Method = Literal["split_conformal", "fold_residuals"]
 
-_ADDED_FIELDS = {
-    "keep_lesion_ml": 0.0,
-    "infected_scan_ml": 0.0,
-    "infected_scan_odds": 5.0,
-    "infected_scan_lesion_probability": 0.55,
-}
-"""Of `PostprocessConfig`: what those that older records lack were."""
-
 
 @dataclasses.dataclass(frozen=True)
 class UncertaintyRecord:
@@ -101,8 +93,8 @@ def parse_record(text: str | bytes, where: str) -> UncertaintyRecord:
             raise ValueError("a number is missing or negative")
         if not TEMPERATURES[0] <= record.temperature <= TEMPERATURES[1]:
             raise ValueError(f"temperature {record.temperature}")
-        if postprocess := record.settings.get("infection_postprocess"):
-            postprocess.update({**_ADDED_FIELDS, **postprocess})
+        if postprocess := record.settings.get("infection_postprocess"):  # before 0.14.0 none was kept for its volume
+            postprocess.setdefault("keep_lesion_ml", 0.0)
         if not record.patients or record.method not in get_args(Method):
             raise ValueError("no patient, or an unknown method")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:

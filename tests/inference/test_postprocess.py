@@ -314,16 +314,20 @@ def test_lesions_of_both_views_are_added_beside_enough_that_are_sure(size: int, 
     box = np.tile(np.array([0, 0, 32, 32], np.int32), (4, 1))
     grid = Grid((32, 32, 4), np.diag([2.5, 2.5, 5.0, 1.0]) @ axes_of_pls())
     fields = {**INFECTED, "min_lesion_ml": 0.4, "min_lesion_probability": 0.95, **changes}
+    infection[1, unit, 3 * unit] = 0.2  # beside a, and more than the views say
     before, odds = infection.copy(), fields["infected_scan_odds"]
     raised = odds * views / (1 - views + odds * views)
-    module.add_lesions(infection, views, 0.25, box, grid, PostprocessConfig(**fields))
+    is_added = module.add_lesions(infection, views, 0.25, box, grid, PostprocessConfig(**fields))
     for name, (k, first, side, _) in lesions.items():
         expected = raised if name in added else before
+        assert is_added[k][square(first, side)].all() == is_added[k][square(first, side)].any() == (name in added)
         np.testing.assert_allclose(infection[k][square(first, side)], expected[k][square(first, side)], rtol=1e-6)
         assert (name in added) == (infection[k][square(first, side)] > 0.25).any() or name == "d"
     np.testing.assert_array_equal(infection > 0.25, (before > 0.25) | (infection != before) & (raised > 0.25))
-    # Around an added lesion a pixel is raised, too; further away none is.
-    near = (1, 3 * unit - 1 + 1, unit)
-    np.testing.assert_allclose(infection[near], raised[near] if "a" in added else before[near], rtol=1e-6)
+    # Around an added lesion a pixel is raised, too, at a corner and unless it is higher; further away none is.
+    for near in ((1, 3 * unit, unit), (1, 3 * unit, 3 * unit), (1, unit, 3 * unit)):
+        expected = max(raised[near], before[near]) if "a" in added else before[near]
+        np.testing.assert_allclose(infection[near], expected, rtol=1e-6)
     assert infection[1, 3 * unit + 1, unit] == before[1, 3 * unit + 1, unit]
     np.testing.assert_array_equal(infection[2], before[2])
+    np.testing.assert_array_equal(is_added, (infection > 0.25) & (before <= 0.25))

@@ -3,6 +3,7 @@ import json
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import nibabel as nib
@@ -29,7 +30,8 @@ from resunet_jax.data.slice_cache import PreparedCase, prepare_cases
 from resunet_jax.data.volume import Grid
 from resunet_jax.errors import InputError
 from resunet_jax.inference import scan as module
-from resunet_jax.inference.predictor import GEOMETRIC_MEAN, THRESHOLDS, choose_threshold, jitted_probability
+from resunet_jax.inference.predictor import GEOMETRIC_MEAN, THRESHOLDS, choose_threshold, jitted_maps
+from resunet_jax.inference.uncertainty import compare_members, uncertainty_map
 from resunet_jax.metrics.overlap import confusion_counts, hard_metrics
 from resunet_jax.model.build import adds_lesions, build_model
 from resunet_jax.model.cascade import Averaging, infection_input, predict_views
@@ -195,7 +197,7 @@ def test_slices_go_through_in_small_batches_on_cpus(monkeypatch: pytest.MonkeyPa
 
 def test_on_cpus_a_batch_needs_the_memory_of_one_slice(trained: Trained) -> None:
     loaded = load_model(trained.lung)
-    program = jitted_probability(loaded)
+    program = jitted_maps(loaded)
 
     def temporary_bytes(slices: int) -> int:
         compiled = program.lower(loaded.variables, np.zeros((slices, 32, 32, 1), np.float32)).compile()
@@ -433,8 +435,11 @@ def test_a_gate_without_lungs_is_refused(trained: Trained, tmp_path: Path, field
 
 def test_adding_lesions_with_a_model_of_one_view_is_refused(trained: Trained, tmp_path: Path) -> None:
     fields = {"infected_scan_ml": 10.0}
-    with pytest.raises(InputError, match="`infected_scan_ml`: lesions are added where two views agree; leave it out"):
-        load_predictor(trained.lung, trained.infection, infection_postprocess=fields)
+    for needless in (fields, {"infected_scan_odds": 2.0}):
+        with pytest.raises(InputError, match=r"`infected_scan_\w+`: no lesions are added, as the model has one view"):
+            load_predictor(trained.lung, trained.infection, infection_postprocess=needless)
+    without = load_predictor(trained.lung, trained.infection, infection_postprocess={"infected_scan_ml": 0.0})
+    assert "infected_scan_ml" not in without.infection_postprocess
     _, variables, config = with_averaging(load_model(trained.infection))
     save_model(tmp_path / "two_views", variables, config)
     found = load_predictor(trained.lung, tmp_path / "two_views", infection_postprocess=fields)
@@ -475,11 +480,11 @@ def test_models_with_averaging_give_a_mirrored_scan_mirrored_masks(trained: Trai
     assert found["infection"].any()
 
 
-def with_added_lesions(trained: Trained, **fields: float) -> Predictor:
+def with_added_lesions(trained: Trained, **fields: Any) -> Predictor:
     """Both models with two views; every scan is surely infected, and a lesion is added wherever one may be."""
-    always = {"infected_scan_ml": 1e-9, "infected_scan_odds": 1000.0, "infected_scan_lesion_probability": 0.0}
-    lesions = {"min_lesion_ml": 1e-9, "min_lesion_probability": 0.0, "keep_lesion_ml": 0.0}
-    postprocess = PostprocessConfig(threshold=0.5, gate="none", **{**always, **lesions, **fields})
+    added = {"infected_scan_ml": 1e-9, "infected_scan_odds": 1000.0, "infected_scan_lesion_probability": 0.0}
+    lesions = {"gate": "none", "min_lesion_ml": 1e-9, "min_lesion_probability": 0.0, "keep_lesion_ml": 0.0}
+    postprocess = PostprocessConfig(threshold=0.5, **{**added, **lesions, **fields})
     lung, infection = (with_averaging(load_model(one)) for one in (trained.lung, trained.infection))
     config = dataclasses.replace(infection.config, postprocess=postprocess)
     return Predictor(lung, infection._replace(config=config))
@@ -487,9 +492,11 @@ def with_added_lesions(trained: Trained, **fields: float) -> Predictor:
 
 def test_the_geometric_mean_of_the_views_comes_beside_the_same_probabilities(trained: Trained, scan: Path) -> None:
     predictor, plain = with_added_lesions(trained), with_added_lesions(trained, infected_scan_ml=0.0)
-    images, _ = prepare_volume(read_volume(scan), predictor.preprocess)
+    volume = read_volume(scan)
+    images, boxes = prepare_volume(volume, predictor.preprocess)
     found, expected = predictor.slice_probabilities(images), plain.slice_probabilities(images)
     assert set(found) == {"lung", "infection", GEOMETRIC_MEAN}
+    assert set(predictor.to_native_grid(found, boxes, volume.values.shape[:2])) == {"lung", "infection"}
     assert set(expected) == {"lung", "infection"} == set(predictor.without_averaging.slice_probabilities(images))
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name])
@@ -531,19 +538,26 @@ def test_masks_and_uncertainty_have_the_added_lesions(trained: Trained, scan: Pa
         native = one.to_native_grid({"infection": expected}, boxes, volume.values.shape[:2])["infection"]
         _, mask, uncertainty = segment_scan(scan, tmp_path / str(probability), one, uncertainty=True)
         np.testing.assert_array_equal(data(mask), volume.grid.from_pls(native.mask))
-        assert data(uncertainty)[data(mask) > 0].min() > 0  # nowhere certain that there is none
+        mean, _ = compare_members(one, images, boxes, volume.grid)
+        assert not mean[:, 20:24, 20:24].any()
+        mean[:, 20:24, 20:24] = probability
+        native = one.to_native_grid({"infection": mean}, boxes, volume.values.shape[:2])["infection"]
+        np.testing.assert_array_equal(data(uncertainty), volume.grid.from_pls(uncertainty_map(native.probability)))
 
 
 def test_no_lesion_is_added_where_the_gate_lets_none_be(trained: Trained) -> None:
-    predictor = with_added_lesions(trained)
-    infection = np.zeros((2, 32, 32), np.float32)
+    """Of three lesions one is in the mask, and of the others one lies outside the lungs."""
+    predictor = with_added_lesions(trained, gate="closed_lung", gate_closing_mm=2.0)
+    lung = np.zeros((4, 32, 32), np.float32)
+    lung[:, 2:20, 2:14] = lung[:, 2:20, 18:30] = 1
+    infection, geometric_mean = np.zeros_like(lung), np.zeros_like(lung)
     infection[:, 4:8, 4:8] = 0.9
-    infection[0, 20:24, 20:24] = 0.1
-    views = np.zeros_like(infection)
-    views[0, 20:24, 20:24] = views[1, 20:24, 20:24] = 0.4
-    boxes, grid = np.tile(np.array([0, 0, 32, 32], np.int32), (2, 1)), Grid((32, 32, 2), np.eye(4))
-    probabilities = {"lung": np.ones_like(infection), "infection": infection, GEOMETRIC_MEAN: views}
-    predictor.postprocess(probabilities, boxes, grid)  # what the gate removes is 0, as the second slice is
+    for rows in (slice(12, 16), slice(24, 28)):
+        infection[:, rows, 20:24], geometric_mean[:, rows, 20:24] = 0.1, 0.4
+    boxes, grid = np.tile(np.array([0, 0, 32, 32], np.int32), (4, 1)), Grid((32, 32, 4), np.diag([-1.0, -1, 1, 1]))
+    probabilities = {"lung": lung, "infection": infection, GEOMETRIC_MEAN: geometric_mean}
+    added = predictor.postprocess(probabilities, boxes, grid)
     assert set(probabilities) == {"lung", "infection"}
-    assert (infection[0, 20:24, 20:24] > 0.9).all()
-    assert not infection[1, 20:24, 20:24].any()
+    assert (infection[:, 12:16, 20:24] > 0.9).all()
+    assert not infection[:, 22:].any()
+    np.testing.assert_array_equal(np.argwhere(added), np.argwhere(infection > 0.95))

@@ -202,18 +202,14 @@ def test_a_record_is_read_back_and_bound_to_its_models(
     assert "made for other weights" in caplog.text
 
 
-def test_a_record_of_0_13_0_is_of_masks_that_kept_no_lesion_for_its_volume_and_added_none(
-    predictor: Predictor,
-) -> None:
+def test_a_record_of_0_13_0_is_of_masks_that_kept_no_lesion_for_its_volume(predictor: Predictor) -> None:
     record = record_of(predictor)
     values = json.loads(record.to_json())
     postprocess = values["settings"]["infection_postprocess"]
     assert postprocess.pop("keep_lesion_ml") == 20.0
-    added = {name: postprocess.pop(name) for name in list(postprocess) if name.startswith("infected_scan")}
-    assert added["infected_scan_ml"] == 0
     del values["patient_ids"]  # of 0.18.3 and before
     found = parse_record(json.dumps(values), "here")
-    assert found.settings["infection_postprocess"] == {**postprocess, "keep_lesion_ml": 0.0, **added}
+    assert found.settings["infection_postprocess"] == {**postprocess, "keep_lesion_ml": 0.0}
     assert found.patient_ids == ()
 
 

@@ -8,11 +8,11 @@ import pytest
 from resunet_jax import ResUnet, cascade, init_variables, predict_probability
 from resunet_jax.model.cascade import (
     Averaging,
+    arithmetic_mean,
     close_lung_probability,
     geometric_mean,
     infection_input,
     join_patches,
-    mean,
     predict_views,
     split_patches,
     without_context,
@@ -151,9 +151,9 @@ def test_views_lie_as_the_slices_do(rng: np.random.Generator) -> None:
 
 def test_means_of_views() -> None:
     views = [np.float32([0.04, 1, 0]), np.float32([0.25, 1, 1])]
-    np.testing.assert_allclose(mean(views), [0.145, 1, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(arithmetic_mean(views), [0.145, 1, 0.5], rtol=1e-6)
     np.testing.assert_allclose(geometric_mean(views), [0.1, 1, 0], rtol=1e-6)
-    for one in (mean, geometric_mean):
+    for one in (arithmetic_mean, geometric_mean):
         np.testing.assert_array_equal(one(views[:1]), views[0])
 
 

@@ -199,6 +199,10 @@ def test_models_of_a_study_that_are_made_otherwise_are_named(
     )
     (message,) = caplog.messages
     assert message.endswith("config.json: other than the infection model that is calibrated in model.mirroring")
+    config = override(config, {"postprocess.infected_scan_ml": 10.0})
+    adding = dataclasses.replace(target, infection=target.infection._replace(config=config))
+    with pytest.raises(InputError, match=r"config\.json: this model has one view of a slice"):
+        fold_errors(evaluator, study_folds(study), adding)
 
 
 def test_one_model_is_refused(target: Predictor) -> None:
@@ -282,7 +286,7 @@ def test_the_models_of_every_fold_are_compared(tmp_path: Path, caplog: pytest.Lo
         write_json(tmp_path / name / "config.json", to_dict(config))
     folds = [Fold(tmp_path / "lung", tmp_path / name, ()) for name in ("first", "second")]
     models = {"lung": SimpleNamespace(config=lung), "infection": SimpleNamespace(config=infection)}
-    target = cast("Predictor", SimpleNamespace(models=models, mask_settings={}))
+    target = cast("Predictor", SimpleNamespace(models=models, mask_settings={"infection_postprocess": {}}))
     fold_errors(lambda **_: HeldOutErrors([], {}), folds, target)
     assert "second/config.json: other than the infection model" in caplog.text
 
