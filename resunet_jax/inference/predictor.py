@@ -232,11 +232,8 @@ class Predictor:
         remove_small_components(probabilities, self.threshold("lung"), self.min_component_fraction)
         if self.infection is None or "infection" not in probabilities:
             return None
-        infection, threshold, config = (
-            probabilities["infection"],
-            self.threshold("infection"),
-            self.infection.config.postprocess,
-        )
+        infection, threshold = probabilities["infection"], self.threshold("infection")
+        config = self.infection.config.postprocess
         if self.gate == "closed_lung":
             gate_infection(probabilities, self.threshold("lung"), boxes, grid, config.gate_closing_mm)
         if geometric is not None:
