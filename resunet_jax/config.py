@@ -112,7 +112,7 @@ class CascadeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PostprocessConfig:
-    """From probabilities to masks: threshold of each model, components of the lung, gate of the infection."""
+    """From probabilities to masks: threshold, components of the lung, gate and lesions of the infection."""
 
     threshold: float = setting(0.5, "a voxel whose probability is above it is in the mask", above=0, high=0.999)
     min_component_fraction: float = setting(

@@ -248,36 +248,10 @@ def cascade(
       >>> [one.shape for one in probabilities]
       [(2, 32, 32, 1), (2, 32, 32, 1)]
     """
-    lung, views = cascade_views(
-        lung_model,
-        infection_model,
-        lung_variables,
-        infection_variables,
-        image,
-        lung_patch_grid=lung_patch_grid,
-        infection_patch_grid=infection_patch_grid,
-        lung_averaging=lung_averaging,
-        infection_averaging=infection_averaging,
-    )
-    return lung, arithmetic_mean(views)
-
-
-def cascade_views(
-    lung_model: ResUnet,
-    infection_model: ResUnet,
-    lung_variables: Variables,
-    infection_variables: Variables,
-    image: jax.Array,
-    *,
-    lung_patch_grid: int = 1,
-    infection_patch_grid: int = 1,
-    lung_averaging: Averaging = _ONE_VIEW,
-    infection_averaging: Averaging = _ONE_VIEW,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """`cascade`, but with the infection's probability by each view, see `predict_views`."""
     slices = lung_input(lung_model, image)
     lung = predict_probability(lung_model, lung_variables, slices, patch_grid=lung_patch_grid, averaging=lung_averaging)
     stacked = infection_input(infection_model, image, lung)
-    return lung, predict_views(
+    infection = predict_probability(
         infection_model, infection_variables, stacked, patch_grid=infection_patch_grid, averaging=infection_averaging
     )
+    return lung, infection

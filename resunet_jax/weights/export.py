@@ -38,7 +38,14 @@ from resunet_jax.data.volume import HU_WINDOW
 from resunet_jax.errors import InputError
 from resunet_jax.files import atomic_file, expand_user, make_output_dir, require_absent, write_json
 from resunet_jax.model.build import TASKS, adds_lesions, averaging_of, infection_postprocess
-from resunet_jax.model.cascade import arithmetic_mean, cascade_views, geometric_mean
+from resunet_jax.model.cascade import (
+    arithmetic_mean,
+    geometric_mean,
+    infection_input,
+    lung_input,
+    predict_probability,
+    predict_views,
+)
 from resunet_jax.weights.store import LoadedModel, fingerprint
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -85,16 +92,19 @@ def cascade_program(
     lung_variables, infection_variables = (jax.tree.map(np.asarray, one.variables) for one in (lung, infection))
 
     def run(images: jax.Array) -> tuple[jax.Array, ...]:
-        lung_probability, views = cascade_views(
+        lung_probability = predict_probability(
             lung_model,
-            infection_model,
             lung_variables,
+            lung_input(lung_model, images),
+            patch_grid=lung.config.model.patch_grid,
+            averaging=averaging_of(lung.config),
+        )
+        views = predict_views(
+            infection_model,
             infection_variables,
-            images,
-            lung_patch_grid=lung.config.model.patch_grid,
-            infection_patch_grid=infection.config.model.patch_grid,
-            lung_averaging=averaging_of(lung.config),
-            infection_averaging=averaging_of(infection.config),
+            infection_input(infection_model, images, lung_probability),
+            patch_grid=infection.config.model.patch_grid,
+            averaging=averaging_of(infection.config),
         )
         with_lung = (lung_probability > thresholds["lung"]).any(axis=(1, 2, 3), keepdims=True)
         outputs = [lung_probability, jnp.where(with_lung, arithmetic_mean(views), 0)]

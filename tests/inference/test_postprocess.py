@@ -300,7 +300,7 @@ def test_lesions_of_both_views_are_added_beside_enough_that_are_sure(size: int, 
     d, which reaches 0.3, overlaps the sure lesion.
     """
     unit = size // 16
-    infection, views = np.full((4, size, size), 0.01, np.float32), np.full((4, size, size), 0.02, np.float32)
+    infection, geometric_mean = np.full((4, size, size), 0.01, np.float32), np.full((4, size, size), 0.02, np.float32)
 
     def square(first: int, side: int) -> tuple[slice, slice]:
         return (slice(first * unit, (first + side) * unit),) * 2
@@ -309,15 +309,15 @@ def test_lesions_of_both_views_are_added_beside_enough_that_are_sure(size: int, 
     infection[2][square(10, 4)] = 0.6
     infection[2, 10 * unit, 10 * unit] = 0.97
     for k, first, side, highest in lesions.values():
-        views[k][square(first, side)] = 0.1
-        views[k, first * unit, first * unit] = highest
+        geometric_mean[k][square(first, side)] = 0.1
+        geometric_mean[k, first * unit, first * unit] = highest
     box = np.tile(np.array([0, 0, 32, 32], np.int32), (4, 1))
     grid = Grid((32, 32, 4), np.diag([2.5, 2.5, 5.0, 1.0]) @ axes_of_pls())
     fields = {**INFECTED, "min_lesion_ml": 0.4, "min_lesion_probability": 0.95, **changes}
     infection[1, unit, 3 * unit] = 0.2  # beside a, and more than the views say
     before, odds = infection.copy(), fields["infected_scan_odds"]
-    raised = odds * views / (1 - views + odds * views)
-    is_added = module.add_lesions(infection, views, 0.25, box, grid, PostprocessConfig(**fields))
+    raised = odds * geometric_mean / (1 - geometric_mean + odds * geometric_mean)
+    is_added = module.add_lesions(infection, geometric_mean, 0.25, box, grid, PostprocessConfig(**fields))
     for name, (k, first, side, _) in lesions.items():
         expected = raised if name in added else before
         assert is_added[k][square(first, side)].all() == is_added[k][square(first, side)].any() == (name in added)

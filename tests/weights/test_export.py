@@ -1,5 +1,6 @@
 """Exports: equal to the cascade and to prediction, readable without this package, and described next to them."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -31,6 +32,7 @@ from resunet_jax.model.build import averaging_of, build_model
 from resunet_jax.model.winograd import conv_general_dilated
 from resunet_jax.weights import export as module
 from resunet_jax.weights.export import (
+    describe_cascade,
     export_cascade,
     export_cascade_from_hu,
     prepare_hu,
@@ -279,6 +281,17 @@ def test_the_file_beside_it_says_what_one_has_to_know(
     for file in (*tmp_path.iterdir(), written):  # the paths of source lines are inside by default
         assert str(tmp_path).encode() not in file.read_bytes()
         assert str(ROOT).encode() not in file.read_bytes()
+
+
+def test_a_model_of_one_view_is_described_without_added_lesions() -> None:
+    asking = dataclasses.replace(TINY["postprocess"], infected_scan_ml=10.0)
+    for mirroring in (False, True):
+        model = ModelConfig(filters=(4, 8, 16, 32), mirroring=mirroring)
+        infection = random_model("infection", 1, model=model, postprocess=asking)
+        told = describe_cascade(random_model("lung", 0), infection, thresholds=THRESHOLDS)
+        assert len(told["outputs"]) == 2 + mirroring
+        assert len(told["not_inside"]) == 5 + mirroring
+        assert ("infected_scan_ml" in told["postprocessing_of_the_package"]) == mirroring
 
 
 def test_a_loader_of_ten_lines_needs_only_jax(written: Path, images: np.ndarray, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from resunet_jax.weights.uncertainty import save_record
 from tests.conftest import REFERENCE
 
 MASKS = REFERENCE / "pretrained_masks.npz"
-"""Packed masks of the scan below by the shipped pair: made anew, by `make_reference`, when the weights are."""
+"""Packed masks of the scan below by the shipped pair: made by `make_reference`, anew when masks change."""
 
 
 @pytest.fixture(scope="module")
