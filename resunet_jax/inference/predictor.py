@@ -323,12 +323,12 @@ def jitted_maps(loaded: LoadedModel) -> Callable[[Variables, FloatArray], jax.Ar
         maps = [arithmetic_mean(views), *[geometric_mean(views)] * adds_lesions(loaded.config)]
         return jnp.concatenate(maps, axis=-1)
 
-    def run(variables: Variables, x: jax.Array) -> jax.Array:
+    def probability(variables: Variables, x: jax.Array) -> jax.Array:
         if jax.default_backend() != "cpu":
             return of_slices(variables, x)
         return jax.lax.map(lambda one: of_slices(variables, one[None])[0], x)
 
-    return jax.jit(run)
+    return jax.jit(probability)
 
 
 def load_pretrained(batch_size: int = 8, *, infection_postprocess: Mapping[str, Any] | None = None) -> Predictor:
